@@ -1,0 +1,1335 @@
+"""The paper's metrics on the ten packages: Aesthetic, ImageReward, HPSv3, GenEval, GenEval2, OCR.
+
+Each is a small class called as scorer(images (B,3,H,W) in [0,1], prompts or metadata rows) -> (B,), on the
+scale of the paper's tables, better when higher. `METRICS` lists them, `load_metric` loads one, `run_metric`
+scores a set of images and frees the network again. Networks are arguments, so that tests use the real classes
+at small size; the classmethod `load(cfg)` takes the real ones from --weights_dir or the hub.
+"""
+import argparse
+import ast
+import dataclasses
+import gc
+import importlib.metadata
+import importlib.util
+import json
+import math
+import random
+import re
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import rtdmd
+from rtdmd import REWARDS, UsageError, find_weights, from_hub, load_reward, normalise, resize, score, square_crop
+
+CLIP_L14 = "openai/clip-vit-large-patch14"
+IMAGENET_MEAN, IMAGENET_STD = (.485, .456, .406), (.229, .224, .225)
+
+
+# -----------------------------------------------------------------------------------------------------------
+# What the scorers share
+
+
+def frozen(net, cfg):
+    """The network on the device, in eval mode, weights without gradients (which may still pass through)."""
+    return net.to(cfg.device).eval().requires_grad_(False)
+
+
+def load_net(loader, repo, cfg, **options):
+    """A frozen transformers network. Tensors that the files lack are an error.
+
+    transformers would fill them with random numbers and say so only in a log: the score would be noise.
+    """
+    net, info = from_hub(loader, repo, cfg, output_loading_info=True, **options)
+    if info["missing_keys"]:
+        lacking = sorted(info["missing_keys"])
+        raise UsageError(f"{repo} lacks {len(lacking)} tensors of {loader.__name__}, such as {lacking[0]}: "
+                         f"download the repository again.")
+    return frozen(net, cfg)
+
+
+def as_bytes(images):
+    """[0,1] -> uint8, as a saved picture: what scorers that were trained on files expect."""
+    return (images * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def score_head(state, prefix):
+    """The 768-1024-128-64-16-1 head of Aesthetic and ImageReward, strictly loaded from state[prefix + ...].
+
+    It has no activation anywhere: an affine map in five pieces. Dropout held places 1, 3 and 5 in training.
+    """
+    gap = nn.Identity()
+    head = nn.Sequential(nn.Linear(768, 1024), gap, nn.Linear(1024, 128), gap, nn.Linear(128, 64), gap,
+                         nn.Linear(64, 16), nn.Linear(16, 1))
+    head.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+    return head
+
+
+def read_rows(path, needed):
+    """The objects of a .jsonl file, one a line, each with the fields `needed`. UsageError names the line."""
+    rows = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UsageError(f"{path}, line {number}: this is not JSON ({error.msg}).") from error
+        missing = [name for name in needed if name not in row]
+        if missing:
+            raise UsageError(f"{path}, line {number}: the field {missing[0]!r} is missing.")
+        rows.append(row)
+    return rows
+
+
+def find_rows(prompts, known, name):
+    """Metadata rows for prompts: a dict is a row already, a text is looked up in `known` {prompt: row}."""
+    rows = [p if isinstance(p, dict) else known.get(p) for p in prompts]
+    if None in rows:
+        raise UsageError(f"{name} needs to know what the image must show, and has no metadata for the prompt "
+                         f"{prompts[rows.index(None)]!r}: give --prompts a metadata .jsonl file.")
+    return rows
+
+
+def rows_of(cfg, needed):
+    """{prompt: row} of the .jsonl file that --prompts names, if it does: for use as a training reward."""
+    path = str(cfg.prompts or "")
+    return {row["prompt"]: row for row in read_rows(path, needed)} if path.endswith(".jsonl") else {}
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Aesthetic: LAION's second predictor, an affine map of CLIP L/14's unit image embedding
+
+
+class Aesthetic:
+    """clip: CLIPModel of L/14, or a smaller one; head: its projected image embedding (B,768) -> (B,1)."""
+    name, differentiable = "aesthetic", True
+
+    def __init__(self, clip, head):
+        self.clip, self.head = clip, head
+
+    @classmethod
+    def load(cls, cfg):
+        """The head: LAION's own .pth, if it lies in --weights_dir or here, or its copy on the hub."""
+        from safetensors.torch import load_file
+        from transformers import CLIPModel
+        own = Path(cfg.weights_dir or ".").expanduser() / "sac+logos+ava1-l14-linearMSE.pth"
+        if own.is_file():
+            state = torch.load(own, map_location="cpu", weights_only=True)
+        else:
+            state = load_file(find_weights("ttj/sac-logos-ava1-l14-linearMSE", "model.safetensors", cfg))
+        clip = load_net(CLIPModel, CLIP_L14, cfg, dtype=torch.float32)
+        return cls(clip, frozen(score_head(state, "layers."), cfg))
+
+    def __call__(self, images, prompts=None):
+        """images (B,3,H,W) -> (B,); 5.24 is the head's bias, 5.2 to 6 what generated images get."""
+        embedding = self.clip.get_image_features(pixel_values=square_crop(images)).pooler_output
+        return self.head(F.normalize(embedding, dim=-1)).squeeze(-1)
+
+
+# -----------------------------------------------------------------------------------------------------------
+# ImageReward: BLIP's text encoder reads the prompt with the image in its cross-attention
+
+# Names inside the checkpoint's visual encoder, a timm ViT, and what transformers calls them.
+BLIP_VISION = (("cls_token", "embeddings.class_embedding"), ("pos_embed", "embeddings.position_embedding"),
+               ("patch_embed.proj.", "embeddings.patch_embedding."), ("blocks.", "encoder.layers."),
+               (".attn.qkv.", ".self_attn.qkv."), (".attn.proj.", ".self_attn.projection."),
+               (".norm1.", ".layer_norm1."), (".norm2.", ".layer_norm2."))
+
+
+def split_imagereward(state):
+    """ImageReward.pt's tensors, renamed for (BlipVisionModel, BlipTextModel, score_head): three dicts.
+
+    Left out: the two projections of BLIP's contrastive loss and the position indices, which no score uses.
+    """
+    vision, text, head = {}, {}, {}
+    for name, tensor in state.items():
+        if name.startswith("blip.visual_encoder."):
+            name = name.removeprefix("blip.visual_encoder.")
+            for theirs, ours in BLIP_VISION:
+                name = name.replace(theirs, ours)
+            vision[re.sub(r"^norm\.", "post_layernorm.", name)] = tensor
+        elif name.startswith("blip.text_encoder.") and not name.endswith("position_ids"):
+            text[name.removeprefix("blip.text_encoder.")] = tensor
+        elif name.startswith("mlp."):
+            head[name] = tensor
+    return vision, text, head
+
+
+class ImageReward:
+    """vision, text: BlipVisionModel and BlipTextModel; head (B,768) -> (B,1); tokenizer: BERT's."""
+    name, differentiable = "imagereward", True
+    MEAN, STD = .16717362830052426, 1.0333394966054072   # of the raw score over its authors' validation set
+
+    def __init__(self, vision, text, head, tokenizer, device="cpu"):
+        self.vision, self.text, self.head, self.tokenizer, self.device = vision, text, head, tokenizer, device
+
+    @staticmethod
+    def networks(state, vision_size=None, text_size=None):
+        """The three networks, strictly loaded. Sizes are keyword dicts for the two configurations.
+
+        Three values differ from transformers' defaults: the epsilon of the vision norms, 12 text heads, and
+        the cross-attention's width. is_decoder stays on, since it is what creates the cross-attention; the
+        forward is never causal all the same.
+        """
+        from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
+        large = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
+                     image_size=224, patch_size=16)
+        vision_size = {**large, **(vision_size or {})}
+        text_size = {"vocab_size": 30524, "num_attention_heads": 12, **(text_size or {})}
+        vision = BlipVisionModel(BlipVisionConfig(**vision_size, layer_norm_eps=1e-6))
+        text = BlipTextModel(BlipTextConfig(**text_size, encoder_hidden_size=vision_size["hidden_size"],
+                                            is_decoder=True), add_pooling_layer=False)
+        of_vision, of_text, of_head = split_imagereward(state)
+        vision.load_state_dict(of_vision)
+        text.load_state_dict(of_text)
+        return vision, text, score_head(of_head, "mlp.layers.")
+
+    @classmethod
+    def load(cls, cfg):
+        from transformers import BertTokenizer
+        path = find_weights("THUDM/ImageReward", "ImageReward.pt", cfg)
+        networks = cls.networks(torch.load(path, map_location="cpu", weights_only=True))
+        tokenizer = from_hub(BertTokenizer, "google-bert/bert-base-uncased", cfg, needs="tokenizer.json")
+        return cls(*(frozen(net, cfg) for net in networks), tokenizer, cfg.device)
+
+    def __call__(self, images, prompts):
+        """images (B,3,H,W), prompts -> (B,), about zero mean and unit std over ordinary generated images."""
+        words = self.tokenizer(prompts, padding="max_length", max_length=35, truncation=True,
+                               return_tensors="pt").to(self.device)
+        seen = self.vision(pixel_values=square_crop(images)).last_hidden_state   # its pooler would norm twice
+        read = self.text(input_ids=words["input_ids"], attention_mask=words["attention_mask"],
+                         encoder_hidden_states=seen).last_hidden_state
+        return (self.head(read[:, 0]).squeeze(-1) - self.MEAN) / self.STD        # the first token, [CLS]
+
+
+# -----------------------------------------------------------------------------------------------------------
+# HPSv3: Qwen2-VL reads image and prompt; a small head turns the state at a marker token into a score
+
+
+def hpsv3_instruction(cfg):
+    """The text around the prompt, with {text_prompt} in it, and the marker <|Reward|> behind it.
+
+    It is its authors' prose, so it is not printed here, and the checkpoint knows no other wording. It is
+    read, not run, from one source file of their package: `pip install --no-deps hpsv3==1.0.0`, or that file
+    alone in --weights_dir.
+    """
+    name = "data_collator_qwen.py"
+    package = importlib.util.find_spec("hpsv3")
+    folders = [Path(p) / "dataset" for p in (package.submodule_search_locations if package else ())]
+    if cfg.weights_dir:
+        folders += [Path(cfg.weights_dir).expanduser() / "HPSv3", Path(cfg.weights_dir).expanduser()]
+    found = next((folder / name for folder in folders if (folder / name).is_file()), None)
+    if found is None:
+        raise UsageError(f"HPSv3's instruction text was not found ({name}, in the package hpsv3 or in "
+                         f"--weights_dir {cfg.weights_dir}): run `pip install --no-deps hpsv3==1.0.0`.")
+    statements = ast.parse(found.read_text(encoding="utf-8")).body
+    texts = {node.targets[0].id: node.value.value for node in statements
+             if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)}
+    return texts["INSTRUCTION"] + texts["prompt_with_special_token"]
+
+
+def split_hpsv3(state):
+    """HPSv3.safetensors' tensors, renamed for (Qwen2VLModel, head): two dicts, the language head left out."""
+    net = {("language_" + k if k.startswith("model.") else k): v for k, v in state.items()
+           if k.startswith(("model.", "visual."))}
+    head = {k.removeprefix("rm_head."): v.float() for k, v in state.items() if k.startswith("rm_head.")}
+    return net, head
+
+
+class HPSv3:
+    """net: Qwen2VLModel; head: (.., D) -> (.., 2), mean and log-variance, in fp32; processor: Qwen2-VL's.
+
+    token_id: the marker's. Gradients could pass, but through 8 billion weights, so they are not offered.
+    """
+    name, differentiable = "hpsv3", False
+    PIXELS = 256 * 28 * 28   # every image is brought to 256 tokens, 448 x 448 if it is square
+
+    def __init__(self, net, head, processor, instruction, token_id, device="cpu"):
+        self.net, self.head, self.processor, self.device = net, head, processor, device
+        self.instruction, self.token_id = instruction, token_id
+
+    @staticmethod
+    def networks(state, config, dtype=torch.bfloat16):
+        """Both networks, strictly loaded. The vocabulary is the checkpoint's: it has the marker added."""
+        from transformers import Qwen2VLModel
+        of_net, of_head = split_hpsv3(state)
+        config.text_config.vocab_size, width = of_net["language_model.embed_tokens.weight"].shape
+        net, info = Qwen2VLModel.from_pretrained(None, config=config, state_dict=of_net, dtype=dtype,
+                                                 output_loading_info=True)
+        wrong = sorted({*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]})
+        if wrong:
+            raise UsageError(f"HPSv3.safetensors: {len(wrong)} tensors misfit Qwen2-VL, such as {wrong[0]}.")
+        head = nn.Sequential(nn.Linear(width, 1024), nn.ReLU(), nn.Identity(), nn.Linear(1024, 16), nn.ReLU(),
+                             nn.Linear(16, 2))
+        head.load_state_dict(of_head)
+        return net, head
+
+    @classmethod
+    def load(cls, cfg):
+        from safetensors.torch import load_file
+        from transformers import AutoConfig, AutoProcessor
+        base, text = "Qwen/Qwen2-VL-7B-Instruct", hpsv3_instruction(cfg)
+        processor = from_hub(AutoProcessor, base, cfg, needs="tokenizer.json", padding_side="right")
+        processor.tokenizer.add_special_tokens({"additional_special_tokens": ["<|Reward|>"]})
+        token_id = processor.tokenizer.convert_tokens_to_ids("<|Reward|>")
+        state = load_file(find_weights("MizzenAI/HPSv3", "HPSv3.safetensors", cfg))
+        net, head = cls.networks(state, from_hub(AutoConfig, base, cfg))
+        return cls(frozen(net, cfg), frozen(head, cfg), processor, text, token_id, cfg.device)
+
+    @torch.no_grad()
+    def __call__(self, images, prompts):
+        """images (B,3,H,W), prompts -> (B,), unbounded: 10 to 16 in the paper's tables."""
+        talks = [[{"role": "user", "content": [{"type": "image"}, {"type": "text",
+                  "text": self.instruction.format(text_prompt=p)}]}] for p in prompts]
+        texts = self.processor.apply_chat_template(talks, tokenize=False, add_generation_prompt=True)
+        size = {"shortest_edge": self.PIXELS, "longest_edge": self.PIXELS}
+        inputs = self.processor(text=texts, images=list(as_bytes(images)), images_kwargs={"size": size},
+                                padding=True, return_tensors="pt").to(self.device)
+        return self.read(inputs["input_ids"], inputs["attention_mask"], inputs["pixel_values"],
+                         inputs["image_grid_thw"])
+
+    def read(self, input_ids, attention_mask, pixels, grid):
+        """Tokens (B,L), patches and their grid -> (B,): the head's mean at the marker token.
+
+        The text stack gets plain positions 0, 1, 2, .. for image tokens too, as in HPSv3's training. Qwen2-VL
+        has positions by row and column, and net(input_ids=..) would use them: the scores would differ.
+        """
+        words = self.net.get_input_embeddings()(input_ids)
+        image = torch.cat(self.net.get_image_features(pixels, grid).pooler_output).to(words)
+        words = words.masked_scatter((input_ids == self.net.config.image_token_id).unsqueeze(-1), image)
+        states = self.net.language_model(inputs_embeds=words, attention_mask=attention_mask).last_hidden_state
+        return self.head(states[input_ids == self.token_id].float())[:, 0]
+
+
+# -----------------------------------------------------------------------------------------------------------
+# GenEval: a detector finds the objects, CLIP names their colours, rules decide
+
+# GenEval's names of the detector's 80 classes, in the detector's order (COCO's).
+COCO = """person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant,
+stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack,
+umbrella, handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove,
+skateboard, surfboard, tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple,
+sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining
+table, toilet, tv, laptop, computer mouse, tv remote, computer keyboard, cell phone, microwave, oven, toaster,
+sink, refrigerator, book, clock, vase, scissors, teddy bear, hair drier, toothbrush"""
+COCO = COCO.replace("\n", " ").split(", ")
+COLOURS = "red orange yellow green blue purple pink brown black white".split()
+NUMBERS = "zero one two three four five six seven eight nine ten".split()
+RELATIONS = ("left of", "right of", "above", "below")
+TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+
+Detection = namedtuple("Detection", "label score box mask")   # COCO index, 0..1, (x1,y1,x2,y2), (H,W) bool
+
+
+def read_geneval_metadata(path):
+    """Rows of GenEval's evaluation_metadata.jsonl, each {tag, prompt, include, (exclude)}.
+
+    include lists {class, count, (color), (position)}; position is [relation, index of its anchor in include].
+    """
+    rows = read_rows(path, ("tag", "include", "prompt"))
+    for row in rows:
+        strange = [need["class"] for need in row["include"] if need["class"] not in COCO]
+        if strange or row["tag"] not in TASKS:
+            raise UsageError(f"{path}: {row['prompt']!r} has an unknown " + (
+                f"class, {strange[0]!r}." if strange else f"tag, {row['tag']!r}; known are {TASKS}."))
+    return rows
+
+
+def an(words):
+    """"an apple", "a red apple": by the first letter, as the evaluation prompts have it."""
+    return ("an " if words[0] in "aeiou" else "a ") + words
+
+
+def geneval_row(task, draw):
+    """One random row of a task, in the evaluation file's format and wording. draw: a random.Random.
+
+    Plurals are as naive as in the evaluation prompts ("knifes"), so that both come from one distribution.
+    """
+    coloured = task in ("colors", "color_attr")
+    first, second = draw.sample(COCO[1:] if coloured else COCO, 2)   # nobody is asked for a red person
+    one, two = {"class": first, "count": 1}, {"class": second, "count": 1}
+    include, exclude = [one, two], []
+    match task:
+        case "single_object":
+            include, words = [one], an(first)
+        case "two_object":
+            words = f"{an(first)} and {an(second)}"
+        case "counting":
+            one["count"] = draw.randint(2, 4)
+            include, exclude = [one], [{"class": first, "count": one["count"] + 1}]   # exactly so many
+            words = f"{NUMBERS[one['count']]} {first}{'es' if first.endswith('s') else 's'}"
+        case "colors":
+            one["color"] = draw.choice(COLOURS)
+            include, words = [one], f"{an(one['color'])} {first}"
+        case "position":
+            two["position"] = [draw.choice(RELATIONS), 0]             # relative to include[0], its anchor
+            words = f"{an(second)} {two['position'][0]} {an(first)}"
+        case "color_attr":
+            one["color"], two["color"] = draw.sample(COLOURS, 2)
+            words = f"{an(one['color'])} {first} and {an(two['color'])} {second}"
+    row = {"tag": task, "include": include, "prompt": f"a photo of {words}"}
+    return {**row, "exclude": exclude} if exclude else row
+
+
+def geneval_training_prompts(n, seed, exclude, tasks=TASKS):
+    """n different rows, the tasks in turn; none has a prompt of `exclude`: the evaluation rows, or texts.
+
+    The evaluation holds all 80 single objects, so with it excluded that task has none left: a task that fails
+    400 times in a row is dropped. UsageError if all of them are used up before n.
+    """
+    draw, tasks, rows = random.Random(seed), list(tasks), []
+    taken = {row["prompt"] if isinstance(row, dict) else row for row in exclude}
+    while len(rows) < n:
+        if not tasks:
+            raise UsageError(f"GenEval's templates give only {len(rows)} new prompts, {n} were asked for.")
+        task = tasks.pop(0)
+        tries = (geneval_row(task, draw) for _ in range(400))
+        row = next((row for row in tries if row["prompt"] not in taken), None)
+        if row:
+            taken.add(row["prompt"])
+            rows.append(row)
+            tasks.append(task)
+    return rows
+
+
+def detector_class():
+    """Mask2Former without its loss, which insists on scipy even where nothing is trained."""
+    from transformers import Mask2FormerModel, Mask2FormerPreTrainedModel
+
+    class Detector(Mask2FormerPreTrainedModel):
+        def __init__(self, config):
+            super().__init__(config)
+            self.model = Mask2FormerModel(config)
+            self.class_predictor = nn.Linear(config.hidden_dim, config.num_labels + 1)   # the last: nothing
+            self.post_init()
+
+        def forward(self, pixels):
+            """(B,3,h,w) -> class logits (B,Q,81), mask logits (B,Q,h/4,w/4)"""
+            out = self.model(pixels, output_hidden_states=True)
+            queries = out.transformer_decoder_intermediate_states[-1].transpose(0, 1)
+            return self.class_predictor(queries), out.masks_queries_logits[-1]
+
+    return Detector
+
+
+def detector_view(images):
+    """(B,3,H,W) -> (B,3,h,w) and the size before padding: up to 800 x 1333, then to multiples of 32."""
+    height, width = images.shape[-2:]
+    scale = min(1333 / max(height, width), 800 / min(height, width))
+    size = int(height * scale + .5), int(width * scale + .5)
+    pixels = normalise(resize(images, *size, mode="bilinear"), IMAGENET_MEAN, IMAGENET_STD)
+    return F.pad(pixels, (0, -size[1] % 32, 0, -size[0] % 32)), size
+
+
+def instances(class_logits, mask_logits, padded, resized, original, floor=.3):
+    """One image's outputs (Q,81), (Q,h,w) -> Detections, best first, by the steps of GenEval's own detector.
+
+    A query may appear under several classes. Masks go to the padded input's size, lose the padding, and go to
+    the image's size before they are cut at 0. Score: class probability times the mean sigmoid inside the
+    mask, so it is below the class probability, and everything at or under `floor` can be dropped before its
+    mask is resized.
+    """
+    probability = class_logits.float().softmax(-1)[:, :-1]
+    best, index = probability.flatten().topk(min(100, probability.numel()))
+    best, index = best[best > floor], index[best > floor]
+    found, classes = [], probability.shape[1]
+    for p, i in zip(best, index.tolist()):
+        mask = F.interpolate(mask_logits[None, None, i // classes].float(), padded, mode="bilinear")
+        mask = F.interpolate(mask[..., :resized[0], :resized[1]], original, mode="bilinear")[0, 0]
+        inside = mask > 0
+        if inside.any():
+            sure = (mask.sigmoid() * inside).sum() / (inside.sum() + 1e-6)
+            y, x = inside.any(1).nonzero().flatten(), inside.any(0).nonzero().flatten()
+            box = (x[0].item(), y[0].item(), x[-1].item() + 1, y[-1].item() + 1)
+            found.append(Detection(i % classes, (p * sure).item(), box, inside))
+    return sorted(found, key=lambda d: -d.score)
+
+
+def objects_of(detections, threshold):
+    """{class name: Detections above the threshold, best first, 16 at most}"""
+    found = {}
+    for d in sorted(detections, key=lambda d: -d.score):
+        if d.score > threshold and len(found.setdefault(COCO[d.label], [])) < 16:
+            found[COCO[d.label]].append(d)
+    return found
+
+
+def relations(a, b):
+    """Where box a lies seen from box b: a set of "left of", "right of", "above", "below" (y grows downwards).
+
+    The centres' offset is shrunk by a tenth of the two sizes on each axis, so that objects that overlap stand
+    in no relation; then a direction counts if it makes up more than half of the offset's length.
+    """
+    offset = [(a[i] + a[i + 2] - b[i] - b[i + 2]) / 2 for i in (0, 1)]
+    margin = [.1 * (a[i + 2] - a[i] + b[i + 2] - b[i]) for i in (0, 1)]
+    shrunk = [math.copysign(max(abs(o) - m, 0), o) for o, m in zip(offset, margin)]
+    if max(abs(shrunk[0]), abs(shrunk[1])) < 1e-3:
+        return set()
+    x, y = (s / math.hypot(*offset) for s in shrunk)
+    return {name for name, holds in zip(RELATIONS, (x < -.5, x > .5, y < -.5, y > .5)) if holds}
+
+
+def placed(found, position, groups):
+    """True if the group that `found` relates to is there, and all of `found` stand as asked to all of it."""
+    relation, target = position
+    return groups[target] is not None and all(relation in relations(a.box, b.box)
+                                              for a in found for b in groups[target])
+
+
+def geneval_official(objects, row, colours):
+    """GenEval's verdict on one image: True or False. colours(Detections, class name) -> list of colour names.
+
+    Only the best `count` objects of a class are looked at; more of them fail only through `exclude`.
+    """
+    groups = []
+    for need in row["include"]:
+        name, count = need["class"], need["count"]
+        found = objects.get(name, [])[:count]
+        good = len(found) == count
+        if good and "color" in need:
+            good = colours(found, name).count(need["color"]) >= count
+        if good and "position" in need:
+            good = placed(found, need["position"], groups)
+        groups.append(found if good else None)
+    absent = all(len(objects.get(no["class"], [])) < no["count"] for no in row.get("exclude", ()))
+    return absent and None not in groups
+
+
+def geneval_partial(objects, row, colours):
+    """(partial credit, strict verdict) of one image: the reward that GenEval training uses, and its accuracy.
+
+    A term for each thing asked: 1 - |count - found| / count, which may be negative, the same for colours, 0
+    or 1 for a position; the reward is their mean. Counts are exact here, and `exclude` plays no part. A
+    violated position adds a 0 and then a 1: an oddity of the original, kept because scores are compared with
+    its own.
+    """
+    terms, groups = [], []
+    for need in row["include"]:
+        name, count = need["class"], need["count"]
+        found = objects.get(name, [])
+        good = len(found) == count
+        terms.append(1 - abs(count - len(found)) / count)
+        if not good and ("color" in need or "position" in need):
+            terms.append(0.)
+        if good and "color" in need:
+            hits = colours(found, name).count(need["color"])
+            terms.append(1 - abs(count - hits) / count)
+            good = hits == count
+        if good and "position" in need:
+            good = placed(found, need["position"], groups)
+            terms += [1.] if good else [0., 1.] if groups[need["position"][1]] is not None else [0.]
+        groups.append(found if good else None)
+    return sum(terms) / len(terms), None not in groups
+
+
+class ColourNames:
+    """CLIP L/14 names the colour of an object. net: an open_clip CLIP; tokenise: its tokenizer."""
+
+    def __init__(self, net, tokenise):
+        self.net, self.tokenise, self.known = net, tokenise, {}
+
+    def weights(self, name):
+        """(10, D) unit vectors, the colours as that class wears them: means over three wordings, cached."""
+        if name not in self.known:
+            wordings = [f"a photo of a {words}" for colour in COLOURS
+                        for words in (f"{colour} {name}", f"{colour}-colored {name}", f"{colour} object")]
+            tokens = self.tokenise(wordings).to(next(self.net.parameters()).device)
+            text = F.normalize(self.net.encode_text(tokens), dim=-1)
+            self.known[name] = F.normalize(text.view(len(COLOURS), 3, -1).mean(1), dim=-1)
+        return self.known[name]
+
+    def __call__(self, image, detections, name):
+        """image (3,H,W), its Detections of one class -> their colours' names.
+
+        CLIP sees the object alone: grey #999 outside its mask, cropped to its box.
+        """
+        crops = []
+        for d in detections:
+            x1, y1, x2, y2 = d.box
+            crops.append(square_crop(torch.where(d.mask, image, .6)[None, :, y1:y2, x1:x2]))
+        seen = F.normalize(self.net.encode_image(torch.cat(crops)), dim=-1)
+        return [COLOURS[i] for i in (seen @ self.weights(name).T).argmax(-1).tolist()]
+
+
+class GenEval:
+    """detector: pixels -> (class logits, mask logits); colours: (image, Detections, name) -> names.
+
+    rule: which of the three scores a call returns; known: {prompt: row}, for callers who have only prompts.
+    The detector is Meta's own training of the architecture that GenEval used, so numbers compare only with
+    others that were made with it: they move most near the .9 threshold of counting.
+    """
+    name, differentiable = "geneval", False
+
+    def __init__(self, detector, colours, rule="geneval", known=None):
+        self.detector, self.colours, self.rule, self.known = detector, colours, rule, known or {}
+
+    @classmethod
+    def load(cls, cfg):
+        """open_clip must be asked for the quickgelu twin: OpenAI's weights under plain GELU lose accuracy."""
+        import open_clip
+        arch, repo = "ViT-L-14-quickgelu", "timm/vit_large_patch14_clip_224.openai"
+        detector = load_net(detector_class(), "facebook/mask2former-swin-small-coco-instance", cfg)
+        weights = find_weights(repo, "open_clip_model.safetensors", cfg)
+        clip = frozen(open_clip.create_model(arch, pretrained=str(weights)), cfg)
+        return cls(detector, ColourNames(clip, open_clip.get_tokenizer(arch)),
+                   known=rows_of(cfg, ("tag", "include", "prompt")))
+
+    @torch.no_grad()
+    def details(self, images, prompts):
+        """{"geneval", "geneval_partial", "geneval_strict"}: (B,) each, from one look at the images."""
+        rows, (pixels, size) = find_rows(prompts, self.known, "geneval"), detector_view(images)
+        scores = {"geneval": [], "geneval_partial": [], "geneval_strict": []}
+        for image, row, classes, masks in zip(images, rows, *self.detector(pixels)):
+            found = instances(classes, masks, pixels.shape[-2:], size, image.shape[-2:])
+            objects = objects_of(found, .9 if row["tag"] == "counting" else .3)
+
+            def colours(detections, name):
+                return self.colours(image, detections, name)
+
+            verdicts = geneval_official(objects, row, colours), *geneval_partial(objects, row, colours)
+            for value, kept in zip(verdicts, scores.values()):
+                kept.append(float(value))
+        return {name: images.new_tensor(values) for name, values in scores.items()}
+
+    def __call__(self, images, prompts):
+        """images (B,3,H,W), metadata rows or known prompts -> (B,); 0 or 1 by the official rule."""
+        return self.details(images, prompts)[self.rule]
+
+
+def geneval_summary(scores, rows):
+    """Mean of each task, and under "geneval" the unweighted mean of these, which the paper prints."""
+    tasks = {}
+    for value, row in zip(scores, rows):
+        tasks.setdefault(row["tag"], []).append(float(value))
+    means = {tag: sum(values) / len(values) for tag, values in tasks.items()}
+    return {**means, "geneval": sum(means.values()) / len(means)}
+
+
+# -----------------------------------------------------------------------------------------------------------
+# GenEval2: a vision language model answers one question for each atom of the prompt (Soft-TIFA)
+
+
+def accepted_answers(question, answer):
+    """Spellings that count: a number as word and digits, words in both cases, with and without a blank."""
+    words = [str(answer)]
+    if question.lower().startswith("how many"):
+        number = NUMBERS.index(answer.lower()) if str(answer).lower() in NUMBERS else int(answer)
+        words = [str(number)] + ([NUMBERS[number]] if number < len(NUMBERS) else [])
+    spelt = dict.fromkeys(form for word in words for form in (word.lower(), word.capitalize()))
+    return [blank + word for word in spelt for blank in ("", " ")]
+
+
+def soft_tifa(probabilities):
+    """Probabilities of the right answers (a list of numbers) -> (arithmetic mean, geometric mean)."""
+    p = torch.as_tensor(probabilities, dtype=torch.float64)
+    return p.mean().item(), p.log().mean().exp().item()   # one atom at 0 makes the second 0, as it should
+
+
+class GenEval2:
+    """net: Qwen3VLForConditionalGeneration; processor: its own; known: {prompt: row}; batch: of questions."""
+    name, differentiable = "geneval2", False
+
+    def __init__(self, net, processor, known=None, batch=8, device="cpu"):
+        self.net, self.processor, self.known = net, processor, known or {}
+        self.batch, self.device = batch, device
+
+    @classmethod
+    def load(cls, cfg):
+        from transformers import AutoProcessor, Qwen3VLForConditionalGeneration
+        repo = "Qwen/Qwen3-VL-8B-Instruct"
+        net = load_net(Qwen3VLForConditionalGeneration, repo, cfg, dtype=torch.bfloat16)
+        processor = from_hub(AutoProcessor, repo, cfg, needs="tokenizer.json")
+        return cls(net, processor, rows_of(cfg, ("prompt", "vqa_list")), device=cfg.device)
+
+    @torch.no_grad()
+    def first_word(self, images, questions):
+        """uint8 images (n,3,H,W), n questions -> probabilities of the answer's first token (n, vocabulary).
+
+        One forward and no generation: greedy decoding changes nothing before the first token.
+        """
+        talks = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+                 for question in questions]
+        texts = self.processor.apply_chat_template(talks, tokenize=False, add_generation_prompt=True)
+        inputs = self.processor(text=texts, images=list(images), padding=True, padding_side="right",
+                                return_tensors="pt").to(self.device)
+        states = self.net.model(**inputs).last_hidden_state
+        last = inputs["attention_mask"].sum(1) - 1   # the end of each question, before its padding
+        return self.net.lm_head(states[torch.arange(len(last)), last]).float().softmax(-1)
+
+    def atoms(self, image, row):
+        """Probability of the right answer to each question of a row. image (3,H,W) uint8"""
+        found = []
+        for start in range(0, len(row["vqa_list"]), self.batch):
+            pairs = row["vqa_list"][start:start + self.batch]
+            questions = [f"{question} Answer in one word." for question, _ in pairs]
+            words = self.first_word(image.expand(len(pairs), -1, -1, -1), questions)
+            for (question, answer), p in zip(pairs, words):
+                tokens = {self.processor.tokenizer.encode(spelt, add_special_tokens=False)[0]
+                          for spelt in accepted_answers(question, answer)}   # a set: some begin alike
+                found.append(p[sorted(tokens)].sum().item())
+        return found
+
+    def details(self, images, prompts):
+        """{"geneval2": geometric mean over the atoms, "geneval2_am": arithmetic mean}: (B,) each"""
+        rows = find_rows(prompts, self.known, "geneval2")
+        means = [soft_tifa(self.atoms(image, row)) for image, row in zip(as_bytes(images), rows)]
+        return {"geneval2": images.new_tensor([g for _, g in means]),
+                "geneval2_am": images.new_tensor([a for a, _ in means])}
+
+    def __call__(self, images, prompts):
+        """images (B,3,H,W), rows with vqa_list [[question, answer], ..] or known prompts -> (B,) in 0..1"""
+        return self.details(images, prompts)["geneval2"]
+
+
+# -----------------------------------------------------------------------------------------------------------
+# OCR: find the lines of text, read them, compare with what the prompt puts in quotes
+
+
+def components(mask):
+    """Connected regions (8 neighbours) of a bool array (H,W): lists of runs (row, first column, end)."""
+    parent, runs, above = [], [], []
+
+    def root(i):
+        while parent[i] != i:
+            parent[i] = i = parent[parent[i]]
+        return i
+
+    for y, line in enumerate(mask):
+        edges = np.flatnonzero(np.diff(np.pad(line.astype(np.int8), 1)))
+        here = list(range(len(runs), len(runs) + len(edges) // 2))
+        runs += [(y, int(start), int(end)) for start, end in edges.reshape(-1, 2)]
+        parent += here
+        for i in here:
+            for j in above:
+                if runs[j][1] <= runs[i][2] and runs[i][1] <= runs[j][2]:   # they touch, at a corner at least
+                    parent[root(j)] = root(i)
+        above = here
+    regions = {}
+    for i, run in enumerate(runs):
+        regions.setdefault(root(i), []).append(run)
+    return list(regions.values())
+
+
+def text_boxes(heat, height, width):
+    """The detector's text probability (h,w) -> boxes (x1,y1,x2,y2) in pixels of the image, in reading order.
+
+    The map shows text shrunk to its core. Regions above .3 whose mean is .6 at least are text; each box grows
+    by 1.5 area / perimeter, which undoes the shrinking. Boxes are upright: slanted lines get more of their
+    surroundings than the original's rotated ones.
+    """
+    boxes, (h, w) = [], heat.shape
+    for region in components(heat > .3):
+        x1, x2 = min(r[1] for r in region), max(r[2] for r in region)
+        y1, y2 = region[0][0], region[-1][0] + 1   # runs come from top to bottom
+        sure = np.concatenate([heat[y, start:end] for y, start, end in region]).mean()
+        grow = 1.5 * (x2 - x1) * (y2 - y1) / (2 * (x2 - x1 + y2 - y1))
+        if min(x2 - x1, y2 - y1) < 3 or sure < .6:   # specks and doubts
+            continue
+        left, top = max(x1 - grow, 0) * width / w, max(y1 - grow, 0) * height / h
+        right, bottom = min(x2 + grow, w) * width / w, min(y2 + grow, h) * height / h
+        boxes.append((round(left), round(top), round(right), round(bottom)))
+    return reading_order(boxes)
+
+
+def reading_order(boxes):
+    """Boxes from top to bottom, and from left to right where tops differ by less than 10 pixels: one line."""
+    boxes = sorted(boxes, key=lambda box: (box[1], box[0]))
+    for end in range(1, len(boxes)):
+        for i in range(end, 0, -1):
+            if abs(boxes[i][1] - boxes[i - 1][1]) < 10 and boxes[i][0] < boxes[i - 1][0]:
+                boxes[i - 1:i + 1] = boxes[i], boxes[i - 1]
+    return boxes
+
+
+def edit_distance(a, b):
+    """Levenshtein: how few insertions, deletions and replacements of a letter turn a into b."""
+    row = list(range(len(b) + 1))
+    for i, letter in enumerate(a, 1):
+        corner, row[0] = row[0], i
+        for j, other in enumerate(b, 1):
+            corner, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, corner + (letter != other))
+    return row[-1]
+
+
+def quoted_text(prompt):
+    """What the image should say: the prompt's first text in double quotes, straight or curly."""
+    found = re.search(r'["“”]([^"“”]+)["“”]', prompt)
+    if not found:
+        raise UsageError(f"ocr compares with the text in double quotes, and the prompt {prompt!r} has none.")
+    return found[1]
+
+
+def text_score(read, wanted):
+    """1 - edit distance / length, 0 or more; 1 if `read` holds `wanted`. Blanks and capitals are ignored."""
+    read, wanted = (text.replace(" ", "").lower() for text in (read, wanted))
+    distance = 0 if wanted in read else min(edit_distance(read, wanted), len(wanted))
+    return 1 - distance / len(wanted)
+
+
+class OCR:
+    """detector, reader: PP-OCRv5 networks; views: their two image processors.
+
+    Another version of PP-OCR than the paper's (2.9.1 of paddleocr), so scores come close to its own, not
+    equal.
+    """
+    name, differentiable = "ocr", False
+
+    def __init__(self, detector, detector_view, reader, reader_view, device="cpu"):
+        self.detector, self.detector_view, self.device = detector, detector_view, device
+        self.reader, self.reader_view = reader, reader_view
+
+    @classmethod
+    def load(cls, cfg):
+        from transformers import (AutoImageProcessor, PPOCRV5ServerDetForObjectDetection,
+                                  PPOCRV5ServerRecForTextRecognition)
+        find, read = (f"PaddlePaddle/PP-OCRv5_server_{part}_safetensors" for part in ("det", "rec"))
+        views = [from_hub(AutoImageProcessor, repo, cfg, needs="preprocessor_config.json")
+                 for repo in (find, read)]
+        return cls(load_net(PPOCRV5ServerDetForObjectDetection, find, cfg), views[0],
+                   load_net(PPOCRV5ServerRecForTextRecognition, read, cfg), views[1], cfg.device)
+
+    def line(self, crop):
+        """One line of text, uint8 (3,h,w) -> its letters, or "" when unsure.
+
+        Lines are read one by one: in a batch the processor would stretch all of them to the widest one's
+        shape.
+        """
+        if crop.shape[1] >= 1.5 * crop.shape[2]:
+            crop = crop.rot90(1, (1, 2))   # upright writing, laid down
+        inputs = self.reader_view(images=[crop], return_tensors="pt").to(self.device)
+        found = self.reader_view.post_process_text_recognition(self.reader(inputs["pixel_values"]))[0]
+        return found["text"] if found["score"] >= .5 else ""   # NaN, the score of no letters, fails too
+
+    @torch.no_grad()
+    def read(self, image):
+        """uint8 (3,H,W) -> all of its text, lines in reading order, joined without a blank."""
+        inputs = self.detector_view(images=[image], return_tensors="pt").to(self.device)
+        heat = self.detector(inputs["pixel_values"]).last_hidden_state[0, 0].float().cpu().numpy()
+        boxes = text_boxes(heat, *image.shape[-2:])
+        return "".join(self.line(image[:, y1:y2, x1:x2]) for x1, y1, x2, y2 in boxes)
+
+    def __call__(self, images, prompts):
+        """images (B,3,H,W), prompts with a quoted text -> (B,) in 0..1"""
+        wanted = [quoted_text(p) for p in prompts]
+        return images.new_tensor([text_score(self.read(i), w) for i, w in zip(as_bytes(images), wanted)])
+
+
+# -----------------------------------------------------------------------------------------------------------
+# The table of metrics
+
+# All are better when higher; REWARDS, in rtdmd.py, has the rows of hpsv2, clipscore and pickscore.
+METRICS = {
+    "clipscore":   dict(column="CLIPScore", **REWARDS["clipscore"], differentiable=True),
+    "aesthetic":   dict(column="Aesthetic", scorer=Aesthetic, scale="1 to 10", differentiable=True,
+                        licence="Apache-2.0, MIT", repo=f"ttj/sac-logos-ava1-l14-linearMSE, {CLIP_L14}"),
+    "pickscore":   dict(column="PickScore", **REWARDS["pickscore"], differentiable=True),
+    "hpsv2":       dict(column="HPSv2", **REWARDS["hpsv2"], differentiable=True),
+    "imagereward": dict(column="ImageReward", scorer=ImageReward, scale="about 0 +- 1", licence="Apache-2.0",
+                        differentiable=True, repo="THUDM/ImageReward, google-bert/bert-base-uncased"),
+    "hpsv3":       dict(column="HPSv3", scorer=HPSv3, scale="unbounded, 10 to 16", licence="MIT, Apache-2.0",
+                        differentiable=False, repo="MizzenAI/HPSv3, Qwen/Qwen2-VL-7B-Instruct"),
+    "geneval":     dict(column="GenEval", scorer=GenEval, scale="0 to 1", licence="MIT rules, other detector",
+                        differentiable=False, repo="facebook/mask2former-swin-small-coco-instance, "
+                                                   "timm/vit_large_patch14_clip_224.openai"),
+    "geneval2":    dict(column="GenEval2", scorer=GenEval2, scale="0 to 1", differentiable=False,
+                        licence="Apache-2.0 judge, CC BY-NC 4.0 prompts", repo="Qwen/Qwen3-VL-8B-Instruct"),
+    "ocr":         dict(column="OCR", scorer=OCR, scale="0 to 1", licence="Apache-2.0", differentiable=False,
+                        repo="PaddlePaddle/PP-OCRv5_server_det_safetensors, "
+                             "PaddlePaddle/PP-OCRv5_server_rec_safetensors"),
+}
+
+
+def load_metric(name, cfg, training=False):
+    """The scorer of that name with its real networks. As a training reward, geneval gives partial credit."""
+    if name in REWARDS:
+        return load_reward(name, cfg)
+    if name not in METRICS:
+        raise UsageError(f"--metrics: no metric is called {name!r}; there are {', '.join(METRICS)}.")
+    scorer = METRICS[name]["scorer"].load(cfg)
+    if training and name == "geneval":
+        scorer.rule = "geneval_partial"
+    return scorer
+
+
+@torch.no_grad()
+def run_metric(scorer, images, prompts, batch=16, device="cpu"):
+    """Scores of a set of images: {name: list of floats, NaN where one failed}, a sentence on each failure.
+
+    images: anything indexable that gives (3,H,W) in [0,1], so also a lazy reader of files; neighbours of one
+    size are scored together. One bad image or file costs its own score and no other. Scorers that know more
+    than one number (geneval, geneval2) return them all.
+    """
+    results, failures, group = [{} for _ in prompts], [], []   # {name: float} by image; group of (i, image)
+    for i in range(len(prompts)):
+        try:
+            image = images[i]
+        except OSError as error:   # PIL's word for a broken picture, and Python's for a missing one
+            failures.append(f"{scorer.name} has no image for the prompt {text_of(prompts[i])!r}: {error}")
+            continue
+        if group and (len(group) == batch or group[0][1].shape != image.shape):
+            score_group(scorer, group, prompts, device, results, failures)
+            group = []
+        group.append((i, image))
+    if group:
+        score_group(scorer, group, prompts, device, results, failures)
+    names = dict.fromkeys([scorer.name, *(name for result in results for name in result)])
+    return {name: [result.get(name, math.nan) for result in results] for name in names}, failures
+
+
+def text_of(prompt):
+    """The prompt's words, for messages: metadata rows are long."""
+    return prompt["prompt"] if isinstance(prompt, dict) else prompt
+
+
+def score_group(scorer, group, prompts, device, results, failures):
+    """Score [(i, image), ..] in one batch and write results[i]. If that fails, one by one; then say which."""
+    rows = {text_of(prompts[i]): prompts[i] for i, _ in group}   # texts go through score(), for its messages
+    found = {}
+
+    def call(images, texts):
+        known = [rows[text] for text in texts]
+        found.update(scorer.details(images, known) if hasattr(scorer, "details")
+                     else {scorer.name: scorer(images, known)})
+        return found[scorer.name]
+
+    call.name = scorer.name
+    texts = [text_of(prompts[i]) for i, _ in group]
+    try:
+        values = score(call, torch.stack([image for _, image in group]).to(device), texts).tolist()
+    except UsageError as error:
+        for one in group if len(group) > 1 else ():
+            score_group(scorer, [one], prompts, device, results, failures)
+        failures += [str(error)] if len(group) == 1 else []
+        return
+    for n, (i, _) in enumerate(group):
+        results[i].update({name: column[n].item() for name, column in found.items()})
+        if not math.isfinite(values[n]):
+            failures.append(f"{scorer.name} is {values[n]} for the prompt {texts[n]!r}")
+
+
+def free():
+    """Give the memory of scorers that nobody holds any more back to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Metrics of the tiny world that look at the whole set, and how a set is summed up
+# ----------------------------------------------------------------------------------------------------------------------
+
+def frechet(a, b):
+    """Frechet distance of two sets of features (n, d): |mean - mean|^2 + tr(A + B - 2 (A B)^1/2)."""
+    a, b = a.double(), b.double()
+    A, B = torch.cov(a.T), torch.cov(b.T)
+    values, vectors = torch.linalg.eigh(A)
+    root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+    mixed = torch.linalg.eigvalsh(root @ B @ root).clamp_min(0).sqrt().sum()
+    return ((a.mean(0) - b.mean(0)).square().sum() + A.trace() + B.trace() - 2 * mixed).item()
+
+
+def spread(images, per_prompt):
+    """Mean distance between pictures of one caption. images (P * per_prompt, ...), grouped by caption."""
+    sets = images.view(-1, per_prompt, images[0].numel())
+    return (torch.cdist(sets, sets).sum() / (len(sets) * per_prompt * (per_prompt - 1))).item()
+
+
+def tiny_set_metrics(backbone, images, captions, per_prompt):
+    """distance: Frechet distance, in the held-out judge's features, to real renders of the same captions (0 is perfect, another
+    set of renders gets about 1); diversity: spread within a caption over that of the renders. With bootstrap errors over captions."""
+    real = backbone.decode(rtdmd.render(captions, torch.Generator().manual_seed(rtdmd.key("real renders"))))
+    with torch.no_grad():
+        features, truth = (backbone.judges["heldout"](x * 2 - 1)[1] for x in (images, real))
+    generator, P, results = torch.Generator().manual_seed(0), len(captions) // per_prompt, []
+    for draw in range(21):                                                  # the set itself, then 20 resamples of its captions
+        pick = torch.arange(P) if draw == 0 else torch.randint(P, (P,), generator=generator)
+        rows = (pick[:, None] * per_prompt + torch.arange(per_prompt)).flatten()
+        ratio = spread(images[rows], per_prompt) / spread(real[rows], per_prompt) if per_prompt > 1 else math.nan
+        results.append((frechet(features[rows], truth[rows]), ratio))
+    errors = torch.tensor(results[1:]).std(0).tolist()
+    return {"distance": (results[0][0], errors[0]), "diversity": (results[0][1], errors[1])}
+
+
+def mean_and_error(values, per_prompt):
+    """Mean of scores that are not NaN, and its standard error over prompts (pictures of one prompt are not independent)."""
+    table = torch.tensor(values, dtype=torch.float64).view(-1, per_prompt)
+    prompts = table.nanmean(1)[~table.isnan().all(1)]
+    error = prompts.std().item() / math.sqrt(len(prompts)) if len(prompts) > 1 else math.nan
+    return prompts.mean().item() if len(prompts) else math.nan, error
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sampling
+# ----------------------------------------------------------------------------------------------------------------------
+
+DEFAULT_METRICS = {"tiny": "attributes,strict,heldout,distance,diversity"}
+TINY_COLUMNS = dict(attributes="reward", strict="strict acc.", heldout="held-out", distance="distance", diversity="diversity")
+
+
+@dataclasses.dataclass
+class Flags:
+    """What to sample and what to measure. Everything about the model itself is a flag of rtdmd.py, with the same name."""
+
+    lora: str = rtdmd.opt("", "checkpoint, or a stage's folder (its newest): sampled with --nfe steps")
+    run: str = rtdmd.opt("", "run folder: rows teacher, teacher_cfg, student_init, stage1, stage2; writes its report.json")
+    teacher: bool = rtdmd.opt(False, "the teacher, Euler steps: --teacher --nfe 50 --cfg 7")
+    images: str = rtdmd.opt("", "folder of pictures to score; metadata.jsonl (file_name, prompt) or the names give the prompts")
+    compare: str = rtdmd.opt("", "two report.json, A,B: differences B - A with paired standard errors")
+    prompt: str = rtdmd.opt("", "only make one picture of this prompt")
+    metrics: str = rtdmd.opt("", "names, comma separated; default: the model's own")
+    nfe: int = rtdmd.opt(4, "steps")
+    eta: float = rtdmd.opt(0.9, "CPS randomness of the student (paper 4.1)")
+    cfg: float = rtdmd.opt(1.0, "guidance weight of --teacher")
+    per_prompt: int = rtdmd.opt(0, "pictures per prompt; default 1, tiny 8")
+    max_prompts: int = rtdmd.opt(1000, "prompts taken from the set")
+    batch: int = rtdmd.opt(8, "pictures per forward; tiny 128")
+    out: str = rtdmd.opt("", "folder of report.json, grid.png and images/; default runs/eval, or --run's folder")
+    save_images: bool = rtdmd.opt(False, "also write every picture to OUT/images")
+
+
+MODEL_FLAGS = ("model", "pretrained", "resolution", "device", "dtype", "cache", "prompts", "text_length", "weights_dir", "seed",
+               "tiny_steps", "random_weights")
+
+
+def parse(argv):
+    """(Flags, rtdmd.Config) from the command line. An unknown flag is an error."""
+    parser = rtdmd.FlagParser(description="Samples and scores, in the columns of the paper.", allow_abbrev=False,
+                              argument_default=argparse.SUPPRESS)
+    known = [*dataclasses.fields(Flags), *(f for f in dataclasses.fields(rtdmd.Config) if f.name in MODEL_FLAGS)]
+    for field in known:
+        kind = dict(action="store_true") if isinstance(field.default, bool) else dict(type=type(field.default), metavar="")
+        parser.add_argument(f"--{field.name}", help=f"{field.metadata['help']} [{field.default}]".replace("%", "%%"), **kind)
+    given = vars(parser.parse_args(argv))
+    cfg = rtdmd.resolve({n: v for n, v in given.items() if n in MODEL_FLAGS})
+    flags = Flags(**{n: v for n, v in given.items() if n not in MODEL_FLAGS})
+    tiny = cfg.model == "tiny"
+    if tiny and "prompts" not in given:
+        cfg.prompts = "tiny-test"
+    flags.per_prompt = flags.per_prompt or (8 if tiny else 1)
+    flags.batch = 128 if tiny and "batch" not in given else flags.batch
+    flags.metrics = flags.metrics or DEFAULT_METRICS.get(cfg.model, "clipscore,aesthetic,pickscore,hpsv2,imagereward")
+    flags.out = flags.out or flags.run or "runs/eval"
+    if min(flags.nfe, flags.per_prompt, flags.batch, flags.max_prompts) < 1 or not 0 <= flags.eta <= 1:
+        raise UsageError("--nfe, --per_prompt, --batch and --max_prompts must be at least 1, and --eta must lie in [0, 1].")
+    if not any((flags.lora, flags.run, flags.teacher, flags.images, flags.compare, flags.prompt)):
+        raise UsageError("Say what to evaluate: --lora DIR, --run DIR, --teacher, --images DIR, --compare A,B or --prompt TEXT.")
+    return flags, cfg
+
+
+def checkpoint_at(path):
+    """The newest whole checkpoint at a path, or a bare folder with an exported adapter. Raises UsageError."""
+    if (Path(path) / rtdmd.LORA_FILE).exists():
+        return Path(path)
+    found = rtdmd.find_checkpoint(path)
+    if not found:
+        raise UsageError(f"There is no checkpoint at {path}: give the folder of a stage, such as runs/tiny/stage2.")
+    return found
+
+
+def plan(flags, cfg):
+    """The rows of the table: {name: dict(role, nfe, eta, guidance, lora)}. Student and teacher start from the same noise."""
+    student, teacher = dict(role="generator", nfe=flags.nfe, eta=flags.eta, guidance=1.0), dict(role="teacher", nfe=50, eta=0.0, lora=None)
+    rows = {}
+    if flags.run:
+        rows = {"teacher": dict(teacher, guidance=1.0), "teacher_cfg": dict(teacher, guidance=cfg.guidance),
+                "student_init": dict(student, lora=None)}
+        for stage in ("stage1", "stage2"):
+            if rtdmd.list_checkpoints(Path(flags.run) / stage):
+                rows[stage] = dict(student, lora=checkpoint_at(Path(flags.run) / stage))
+    if flags.teacher:
+        rows["teacher"] = dict(teacher, nfe=flags.nfe, guidance=flags.cfg)
+    if flags.lora:
+        rows[Path(flags.lora).name] = dict(student, lora=checkpoint_at(flags.lora))
+    return rows or {"student_init": dict(student, lora=None)}
+
+
+class Sampler:
+    """Backbone, adapters and text embeddings, ready to sample rows of a plan."""
+
+    def __init__(self, cfg, rows, prompts):
+        adapters = {name: rtdmd.load_lora(row["lora"]) for name, row in rows.items() if row["lora"]}
+        for _, info in adapters.values():
+            if info["model"] != cfg.model:
+                raise UsageError(f"The adapter is one of {info['model']}: evaluate it with --model {info['model']}.")
+            cfg.lora_rank, cfg.lora_alpha = info["rank"], info["alpha"]
+        cfg.device = rtdmd.start_processes(cfg.device)
+        self.cfg, self.adapters, self.backbone = cfg, adapters, rtdmd.load_backbone(cfg)
+        self.roles = rtdmd.Roles(self.backbone, cfg)
+        self.blank = {n: p.detach().clone() for n, p in self.roles.named["generator"].items()}
+        self.text = rtdmd.TextCache(self.backbone, Path(cfg.cache) / "text")
+        self.text.prepare(prompts)
+
+    def wear(self, name):
+        """Puts a row's adapter on; a row without one gets the untrained adapter, which does nothing."""
+        rtdmd.load_adapter(SimpleNamespace(roles=self.roles, cfg=self.cfg), "generator", self.adapters.get(name, (self.blank,))[0])
+
+    @torch.no_grad()
+    def batch(self, row, prompts, keys):
+        """Images (B, 3, H, W) in [0, 1]. Noise belongs to the key of a picture: no batch, rank or row changes it."""
+        shape, device = self.backbone.latent_shape, self.cfg.device
+        _, (start,) = rtdmd.draw([rtdmd.key(k, "start") for k in keys], 0, 1, shape, device)
+        steps = row["nfe"] - 1 if row["eta"] > 0 else 0
+        _, noise = rtdmd.draw([rtdmd.key(k, "steps") for k in keys], 0, steps, shape, device)
+        noise = noise if steps else start.new_zeros(row["nfe"], 1, *[1] * len(shape))
+        cond, null = self.text.batch(prompts, device), self.text.batch([""], device)
+        self.roles.guidance = row["guidance"]
+        velocity = ((lambda x, t: self.roles.teacher(x, t, cond, null)) if row["role"] == "teacher" else
+                    (lambda x, t: self.roles.velocity("generator", x, t, cond)))
+        times = rtdmd.timestep_schedule(row["nfe"], self.backbone.shift_for(row["nfe"])).to(device)
+        return self.backbone.decode(rtdmd.rollout(velocity, start, noise, times, row["eta"])[0][-1])
+
+    def sample(self, name, row, prompts, flags):
+        """This process's share of a row: indices, bytes (n, H, W, 3), seconds per image. Picture i shows prompts[i // per_prompt]."""
+        self.wear(name)
+        mine, parts, start = rtdmd.share(len(prompts) * flags.per_prompt), [], time.perf_counter()
+        for rows in rtdmd.progress(rtdmd.chunks(len(mine), flags.batch), -(-len(mine) // flags.batch), name):
+            texts = [prompts[i // flags.per_prompt] for i in mine[rows]]
+            keys = [rtdmd.key("eval", self.cfg.seed, text, i % flags.per_prompt) for text, i in zip(texts, mine[rows])]
+            parts.append(as_bytes(self.batch(row, texts, keys)).cpu())
+        seconds = (time.perf_counter() - start) / max(1, len(mine))
+        return mine, torch.cat(parts) if parts else torch.zeros(0, 3, 1, 1, dtype=torch.uint8), seconds
+
+    def free(self):
+        """Drops networks before the judges come: a reward model may need the room."""
+        self.roles = self.backbone.nets = None
+        free()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Scoring and reports
+# ----------------------------------------------------------------------------------------------------------------------
+
+def gathered(index, values):
+    """Values of all processes in the order of the global index."""
+    parts = [list(zip(index, values))]
+    if torch.distributed.is_initialized():
+        parts = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(parts, list(zip(index, values)))
+    return [value for _, value in sorted((pair for part in parts for pair in part), key=lambda pair: pair[0])]
+
+
+def load_scorers(names, cfg, backbone=None):
+    """Yields (name, scorer), one loaded at a time."""
+    own = getattr(backbone, "rewards", {})
+    for name in names:
+        scorer = own[name] if name in own else load_reward(name, cfg) if ":" in name else load_metric(name, cfg)
+        yield name, scorer
+        del scorer
+        free()
+
+
+def check_metrics(names, own):
+    """Refuses unknown names before anything is sampled."""
+    for name in names:
+        if name not in own and name not in METRICS and ":" not in name:
+            raise UsageError(f"--metrics: no metric is called {name!r}; there are {', '.join(dict.fromkeys([*own, *METRICS]))}, module:attribute.")
+
+
+def score_rows(pictures, prompts, flags, cfg, backbone=None):
+    """pictures {row: (index, bytes)} -> {row: {metric: list over all pictures}}, sentences on failures. Each scorer is loaded once."""
+    names = [n for n in flags.metrics.split(",") if n not in ("distance", "diversity")]
+    scores, failures = {row: {} for row in pictures}, []
+    for name, scorer in load_scorers(names, cfg, backbone):
+        for row, (index, images) in pictures.items():
+            texts = [prompts[i // flags.per_prompt] for i in index]
+            values, failed = run_metric(scorer, LazyImages(images), texts, batch=max(flags.batch, 16), device=cfg.device)
+            failures += [f"{row}: {sentence}" for sentence in failed]
+            for metric, mine in values.items():
+                scores[row][metric] = gathered(index, mine)
+    return scores, failures
+
+
+class LazyImages:
+    """Bytes (n, 3, H, W) or picture files, as floats in [0, 1] when asked for."""
+
+    def __init__(self, source):
+        self.source = source
+
+    def __getitem__(self, i):
+        item = self.source[i]
+        if isinstance(item, Path):
+            from PIL import Image
+            item = torch.from_numpy(np.array(Image.open(item).convert("RGB"))).permute(2, 0, 1)
+        return item.float() / 255
+
+
+def summarise(scores, prompts, per_prompt, cfg):
+    """{metric: (mean, standard error)} of one row."""
+    result = {name: mean_and_error(values, per_prompt) for name, values in scores.items()}
+    if "geneval" in scores:                                                  # the paper's number is a mean of task means
+        rows = rows_of(cfg, ("tag", "prompt"))
+        tasks = geneval_summary(scores["geneval"], [rows[p] for p in prompts for _ in range(per_prompt)])
+        result.update({n: (value, result["geneval"][1] if n == "geneval" else math.nan) for n, value in tasks.items()})
+    return result
+
+
+def table(rows):
+    """rows {name: {metric: (mean, error)}} as text, in the order and with the columns of the paper."""
+    order = [*TINY_COLUMNS, *METRICS]
+    metrics = sorted({m for row in rows.values() for m in row}, key=lambda m: (order.index(m) if m in order else len(order), m))
+    head = [TINY_COLUMNS.get(m) or METRICS.get(m, {}).get("column", m) for m in metrics]
+    lines = [["", *head]] + [[name, *(number(*row[m]) if m in row else "" for m in metrics)] for name, row in rows.items()]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join("  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths))) for line in lines)
+
+
+def number(mean, error):
+    """A mean with its standard error."""
+    return f"{mean:.4g}" if math.isnan(error) else f"{mean:.3f}+-{error:.3f}"
+
+
+def write_report(out, rows, scores, facts):
+    """OUT/report.json: rows and their errors, every score, and all that is needed to get the same numbers again."""
+    versions = {n: importlib.metadata.version(n) for n in ("torch", "diffusers", "transformers", "open_clip_torch", "hpsv2")}
+    report = dict(rows={n: {m: value for m, (value, _) in row.items()} for n, row in rows.items()},
+                  errors={n: {m: error for m, (_, error) in row.items()} for n, row in rows.items()}, scores=scores, versions=versions,
+                  scorers={m: {k: METRICS[m][k] for k in ("repo", "scale", "licence")} for m in METRICS if any(m in r for r in rows.values())},
+                  **facts)
+    rtdmd.write_atomic(Path(out) / "report.json", json.dumps(report, indent=1, default=str))
+
+
+def evaluate(flags, cfg):
+    """Samples the rows of a plan, scores them, writes report.json and grid.png."""
+    names = flags.metrics.split(",")
+    check_metrics(names, {"attributes", "strict", "heldout", "distance", "diversity"} if cfg.model == "tiny" else ())
+    rows = plan(flags, cfg)
+    prompts = rtdmd.read_prompts(cfg.prompts, cfg.seed)[:flags.max_prompts]
+    sampler = Sampler(cfg, rows, prompts)
+    pictures, seconds = {}, {}
+    for name, row in rows.items():
+        index, images, seconds[name] = sampler.sample(name, row, prompts, flags)
+        pictures[name] = (index, images)
+    backbone = sampler.backbone if cfg.model == "tiny" else sampler.free()
+    scores, failures = score_rows(pictures, prompts, flags, cfg, backbone)
+    results = {name: summarise(scores[name], prompts, flags.per_prompt, cfg) for name in rows}
+    shown = [i for i in range(0, len(prompts) * flags.per_prompt, flags.per_prompt)][:12]
+    panels = []
+    for name, (index, images) in pictures.items():
+        wanted = None if {"distance", "diversity"} & set(names) else set(shown)
+        kept = [(i, image) for i, image in zip(index, images) if wanted is None or i in wanted]
+        everything = gathered([i for i, _ in kept], [image for _, image in kept])
+        if wanted is None:
+            captions = [p for p in prompts for _ in range(flags.per_prompt)]
+            results[name].update({m: v for m, v in tiny_set_metrics(backbone, torch.stack(everything).float() / 255, captions,
+                                                                    flags.per_prompt).items() if m in names})
+            everything = [everything[i] for i in shown]
+        panels += everything
+        results[name]["seconds_per_image"] = (seconds[name], math.nan)
+    if rtdmd.dist_info()[0] == 0:
+        rtdmd.save_grid(Path(flags.out) / "grid.png", torch.stack(panels).float() / 255, columns=len(shown))
+        if flags.save_images:
+            save_pictures(Path(flags.out) / "images", pictures, prompts, flags.per_prompt)
+        facts = dict(model=cfg.model, prompts=prompts, per_prompt=flags.per_prompt, prompt_hash=f"{rtdmd.key(prompts):016x}", seed=cfg.seed,
+                     sampler=rows, failures=failures, resolution=cfg.resolution)
+        write_report(flags.out, results, scores, facts)
+        print(table(results))
+        print(f"{len(prompts)} prompts x {flags.per_prompt} pictures, set {facts['prompt_hash']}, seed {cfg.seed}; +- is one standard error. "
+              f"Rows of {flags.out}/grid.png: {', '.join(rows)}.")
+        for sentence in failures[:10]:
+            print("not scored:", sentence)
+
+
+def save_pictures(folder, pictures, prompts, per_prompt):
+    """OUT/images/ROW/000000.png and metadata.jsonl, as --images reads them (this process's share)."""
+    from PIL import Image
+    for row, (index, images) in pictures.items():
+        (folder / row).mkdir(parents=True, exist_ok=True)
+        lines = []
+        for i, image in zip(index, images):
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / row / f"{i:06d}.png")
+            lines.append(json.dumps({"file_name": f"{i:06d}.png", "prompt": prompts[i // per_prompt]}) + "\n")
+        rtdmd.write_atomic(folder / row / "metadata.jsonl", "".join(lines))
+
+
+def read_folder(folder):
+    """(files, prompts) of a folder of pictures: from metadata.jsonl, else from the names (a_red_cat.png)."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UsageError(f"--images {folder} is not a folder.")
+    if (folder / "metadata.jsonl").exists():
+        rows = read_rows(folder / "metadata.jsonl", ("file_name", "prompt"))
+        return [folder / row["file_name"] for row in rows], [row["prompt"] for row in rows]
+    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+    if not files:
+        raise UsageError(f"--images {folder} holds no .png, .jpg or .webp picture.")
+    return files, [p.stem.replace("_", " ").strip() for p in files]
+
+
+def score_folder(flags, cfg):
+    """--images: scores pictures of any origin."""
+    check_metrics(flags.metrics.split(","), ())
+    files, prompts = read_folder(flags.images)
+    missing = [str(f) for f in files if not f.exists()]
+    if missing:
+        raise UsageError(f"metadata.jsonl names {missing[0]}, which does not exist.")
+    cfg.device = rtdmd.start_processes(cfg.device)
+    flags.per_prompt, index = 1, rtdmd.share(len(files))
+    name = Path(flags.images).name
+    scores, failures = score_rows({name: (index, [files[i] for i in index])}, prompts, flags, cfg)
+    results = {name: summarise(scores[name], prompts, 1, cfg)}
+    if rtdmd.dist_info()[0] == 0:
+        write_report(flags.out, results, scores, dict(images=[str(f) for f in files], prompts=prompts, per_prompt=1, failures=failures))
+        print(table(results))
+        for sentence in failures[:10]:
+            print("not scored:", sentence)
+
+
+def compare(paths):
+    """--compare A,B: B - A for every row and metric that both have, with standard errors over the pictures they share."""
+    if paths.count(",") != 1:
+        raise UsageError("--compare takes two files with a comma between them: a/report.json,b/report.json.")
+    try:
+        a, b = (json.loads(Path(p).read_text()) for p in paths.split(","))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--compare {paths}: {error}.") from None
+    if a["prompts"] != b["prompts"] or a["per_prompt"] != b["per_prompt"]:
+        raise UsageError(f"--compare {paths}: the reports are of different prompts, so their scores cannot be paired.")
+    rows = [r for r in a["scores"] if r in b["scores"]] or [None]
+    pairs = [(r, r) for r in rows] if rows != [None] else [(next(iter(a["scores"])), next(iter(b["scores"])))]
+    results = {}
+    for left, right in pairs:
+        mine, theirs = a["scores"][left], b["scores"][right]
+        results[right if left == right else f"{right} - {left}"] = {
+            m: mean_and_error([y - x for x, y in zip(mine[m], theirs[m])], a["per_prompt"]) for m in mine if m in theirs}
+    print(table(results))
+
+
+def one_picture(flags, cfg):
+    """--prompt: OUT/prompt.png."""
+    row = next(reversed(plan(flags, cfg).items()))
+    sampler = Sampler(cfg, dict([row]), [flags.prompt])
+    sampler.wear(row[0])
+    image = sampler.batch(row[1], [flags.prompt], [rtdmd.key("eval", cfg.seed, flags.prompt, 0)])
+    rtdmd.save_grid(Path(flags.out) / "prompt.png", image, columns=1)
+    print(f"{flags.out}/prompt.png: {flags.prompt}")
+
+
+def main(argv=None):
+    try:
+        flags, cfg = parse(argv)
+        if flags.compare:
+            compare(flags.compare)
+        elif flags.images:
+            score_folder(flags, cfg)
+        elif flags.prompt:
+            one_picture(flags, cfg)
+        else:
+            evaluate(flags, cfg)
+    except UsageError as error:
+        print(f"eval: {error}", file=sys.stderr)
+        sys.exit(error.code)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

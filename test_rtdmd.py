@@ -1,0 +1,2968 @@
+"""Tests of the reference implementation: `python -m pytest -q test_rtdmd.py`. In the order of rtdmd.py:
+
+1. mathematics, every pure function against a case whose answer is known on paper
+2. rewards and metrics: real classes at small size, synthetic detections, known answers
+3. backbones: small models of the real classes, saved and loaded by the real from_pretrained, offline
+4. runs: both stages, processes, resuming, faults, bad input
+
+`python test_rtdmd.py lab` prints the 1-D laboratory, `python test_rtdmd.py torture --kills 100` kills and resumes a run.
+
+Where a number comes from random draws, its tolerance is a multiple of the standard error of the same draws: off() says how
+many standard errors the worst component is away from the truth. Below 4.5 is agreement (one false alarm in 100 000), above
+8 is proof of a difference; estimators are tested on both sides, so that a test that cannot fail would be noticed.
+"""
+import ast
+import contextlib
+import dataclasses
+import functools
+import inspect
+import itertools
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+os.environ["HF_HUB_OFFLINE"] = "1"          # before huggingface_hub is imported: a missing file is an answer, not a minute of retries
+os.environ["OMP_NUM_THREADS"] = "1"         # for the processes that tests start: two threads each would only wait for one another
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import (AutoencoderKL, AutoencoderKLFlux2, DiffusionPipeline, FlowMatchEulerDiscreteScheduler,
+                       Flux2KleinPipeline, Flux2Transformer2DModel, SD3Transformer2DModel,
+                       StableDiffusion3Pipeline)
+from peft import LoraConfig, get_peft_model_state_dict
+from PIL import Image, ImageDraw, ImageFont
+from tokenizers.pre_tokenizers import ByteLevel
+from torch import nn
+from transformers import (CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, Qwen2TokenizerFast,
+                          Qwen3Config, Qwen3ForCausalLM, T5Config, T5EncoderModel, T5TokenizerFast)
+
+import eval as ev
+import rtdmd
+
+R = S = rt = rtdmd
+torch.set_num_threads(1)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 1. Mathematics
+# ------------------------------------------------------------------------------------------------------------
+AGREE, DIFFER = 4.5, 8.0
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def off(sample, truth=0.0):
+    """Standard errors from the mean of independent rows (n, ...) to the truth, for the worst component."""
+    sample = sample.double()
+    error = sample.std(0) / len(sample) ** 0.5
+    return float(((sample.mean(0) - truth).abs() / error).max())
+
+
+def close(a, b, tolerance=1e-5):
+    a, b = torch.as_tensor(a).double(), torch.as_tensor(b).double()
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+class Mixture:
+    """p(x_s) = sum_j w_j N(m_j, d_j^2) in 1-D: boundary states at level s, known exactly at every t >= s.
+
+    For s > 0 it need not be the noised version of anything (d_j < s): a student's states are not either.
+    """
+
+    def __init__(self, s=0.0, w=(0.3, 0.7), m=(-1.2, 0.8), d=(0.3, 0.5)):
+        self.s = s
+        self.w, self.m, self.d = (torch.tensor(a, dtype=torch.float64) for a in (w, m, d))
+
+    def sample(self, n, g):
+        j = torch.multinomial(self.w, n, True, generator=g)
+        return (self.m[j] + self.d[j] * torch.randn(n, generator=g)).float()[:, None]
+
+    def components(self, t):
+        """Scale, means and variances (..., J) at level t: variances add, hence t^2 - a^2 s^2 of new noise."""
+        t = torch.as_tensor(t, dtype=torch.float64)[..., None]
+        a = (1 - t) / (1 - self.s)
+        return a, a * self.m, (a * self.d) ** 2 + t ** 2 - (a * self.s) ** 2
+
+    def responsibilities(self, x, t):
+        _, mean, var = self.components(t)
+        return torch.softmax(self.w.log() - 0.5 * var.log() - (x[..., None] - mean) ** 2 / (2 * var), -1)
+
+    def score(self, x, t):
+        _, mean, var = self.components(t)
+        return (self.responsibilities(x, t) * (mean - x[..., None]) / var).sum(-1)
+
+    def boundary(self, x, t):
+        """E[x_s | x_t = x], component by component as for jointly Gaussian variables."""
+        a, mean, var = self.components(t)
+        means = self.m + a * self.d ** 2 / var * (x[..., None] - mean)
+        return (self.responsibilities(x, t) * means).sum(-1)
+
+    def velocity(self, x, t):
+        """Eq. 2, for t < 1."""
+        return -(x + t * self.score(x, t)) / (1 - t)
+
+    def cdf(self, x, t):
+        _, mean, var = self.components(t)
+        return (self.w * torch.special.ndtr((x[..., None] - mean) / var.sqrt())).sum(-1)
+
+    def variance(self, t):
+        _, mean, var = self.components(t)
+        return (self.w * (mean ** 2 + var)).sum(-1) - (self.w * mean).sum(-1) ** 2
+
+
+LEVELS = [(0.0, 0.3), (0.25, 0.3), (0.25, 0.6), (0.5, 0.7), (0.75, 0.95)]      # (s, t)
+ETA, DIMS = 0.9, 2
+THETA = torch.tensor([0.3, -0.4])
+
+
+def toy_velocity(theta, x, t):
+    """A linear-Gaussian generator with two parameters, v = p x + q. theta (B, 2), x (B, D)."""
+    return theta[:, :1] * x + theta[:, 1:]
+
+
+def toy_reward(x):
+    """A bump at 1, averaged over dimensions, (..., D) -> (...)."""
+    return torch.exp(-0.5 * (x - 1) ** 2).mean(-1)
+
+
+def toy_moments(theta, times, last=None):
+    """Mean and variance of x_{t_K}, exactly. theta (2,) for steps 1..K-1, `last` for step K."""
+    mean, var = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
+    steps = len(times) - 1
+    for k in range(1, steps + 1):
+        p, q = (last if last is not None and k == steps else theta).double()
+        t, t_next = times[k - 1], times[k]
+        cos, sin = math.cos(ETA * math.pi / 2), math.sin(ETA * math.pi / 2)
+        slope = (1 - t_next) * (1 - t * p) + t_next * cos * (1 + (1 - t) * p)
+        mean = slope * mean + (t_next * cos * (1 - t) - (1 - t_next) * t) * q
+        var = slope ** 2 * var + (t_next * sin) ** 2
+    return mean, var
+
+
+def toy_objective(theta, times, last=None):
+    """E r(x_0), exactly."""
+    mean, var = toy_moments(theta, times, last)
+    return torch.exp(-0.5 * (mean - 1) ** 2 / (1 + var)) / torch.sqrt(1 + var)
+
+
+def toy_gradients(steps):
+    """The exact stochastic and pathwise parts of Eq. 14, (2,) each."""
+    times = rtdmd.timestep_schedule(steps)
+    theta, last = THETA.clone().requires_grad_(), THETA.clone().requires_grad_()
+    return torch.autograd.grad(toy_objective(theta, times, last), (theta, last))
+
+
+def toy_rollouts(groups, size, steps, selected, seed=0, share_noise=True, share_initial=False,
+                 dims=DIMS):
+    """States x_{t_0} .. x_{t_K}, (G, N, D) each, of `groups` groups that have the same S."""
+    g = rng(seed)
+    independent = selected if share_noise else range(1, steps)
+    noise = rtdmd.group_noise((groups, dims), independent, size, steps, g).transpose(1, 2).flatten(1, 2)
+    x = torch.randn(groups, 1 if share_initial else size, dims, generator=g)
+    x = x.expand(-1, size, -1).flatten(0, 1)
+    theta, times = THETA.expand(len(x), 2), rtdmd.timestep_schedule(steps)
+    states, _ = rtdmd.rollout(lambda x, t: toy_velocity(theta, x, t), x, noise, times, ETA)
+    return [x.unflatten(0, (groups, size)) for x in states]
+
+
+def toy_estimates(states, selected, std="none", advantages=None):
+    """One estimate per group of both parts of Eq. 14, (G, 2) each, by rtdmd's own losses.
+
+    Every group gets its own copy of theta, so that one backward pass gives all groups' gradients. The losses
+    are means over dimensions: D times their gradient is compared with the truth.
+    """
+    groups, size, dims = states[0].shape
+    steps = len(states) - 1
+    times = rtdmd.timestep_schedule(steps)
+    theta = THETA.expand(groups, 2).clone().requires_grad_()
+    member = theta.repeat_interleave(size, 0)
+    if advantages is None:
+        advantages = rtdmd.group_advantages(toy_reward(states[-1]), std)
+    x = [state.flatten(0, 1) for state in states]
+
+    def step(k):
+        return rtdmd.cps_mean_std(x[k - 1], toy_velocity(member, x[k - 1], None), times[k - 1], times[k], ETA)
+
+    log_prob = torch.stack([rtdmd.gaussian_log_prob(x[k], *step(k)) for k in selected], 1)
+    policy = rtdmd.subgrpo_loss(log_prob, log_prob.detach(), advantages.flatten(), steps, 1e-5)
+    pathwise = rtdmd.pathwise_loss(toy_reward(step(steps)[0]), dims=dims)
+    slopes = [torch.autograd.grad(loss, theta, retain_graph=True)[0] for loss in (policy, pathwise)]
+    return [-dims * groups * slope for slope in slopes]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Flow algebra and sampler
+# ------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("t", [0.02, 0.4, 0.97])
+def test_velocity_is_the_score_in_other_units(t):
+    """Eq. 1 with alpha = 1-t, sigma = t is Eq. 2, and both are E[eps - x_0 | x_t] of a known mixture."""
+    world, x = Mixture(), torch.linspace(-3, 3, 41)
+    score, x0 = world.score(x, t), world.boundary(x, t)
+    v = (x - (1 - t) * x0) / t - x0                                        # E[eps | x_t] - E[x_0 | x_t]
+    alpha_rate, sigma, sigma_rate = -1 / (1 - t), t, 1
+    close(alpha_rate * x + (alpha_rate * sigma ** 2 - sigma_rate * sigma) * score, v)
+    close(world.velocity(x, t), v)
+    close(rtdmd.score_from_velocity(x, v, t), score, 1e-4)
+    close(rtdmd.x0_from_velocity(x, v, t), x0)
+
+
+def test_noise_prediction_has_no_division():
+    """Eq. 19 without its division by t_{k-1}: the same number, and right where Eq. 19 is 0/0."""
+    g = rng()
+    x0, eps = torch.randn(2, 64, 3, generator=g)
+    for t in (0.0, 0.1, 0.5, 1.0):
+        x = (1 - t) * x0 + t * eps
+        close(rtdmd.eps_from_velocity(x, eps - x0, t), eps)
+        if t:
+            prediction = rtdmd.x0_from_velocity(x, eps - x0, t)
+            close(rtdmd.eps_from_velocity(x, eps - x0, t), (x - (1 - t) * prediction) / t)
+
+
+def test_timestep_schedule():
+    """App. J's uniform grid, and the shifts of SD3 (3) and FLUX.2 (e^mu)."""
+    close(rtdmd.timestep_schedule(4), [1, 0.75, 0.5, 0.25, 0])
+    close(rtdmd.timestep_schedule(4, 3.0), [1, 0.9, 0.75, 0.5, 0])
+    for steps, shift in itertools.product((1, 4, 50), (1.0, 3.0, math.exp(2.1))):
+        times = rtdmd.timestep_schedule(steps, shift)
+        assert len(times) == steps + 1 and times[0] == 1 and times[-1] == 0 and (times.diff() < 0).all()
+
+
+@pytest.mark.parametrize("t, t_next", [(1.0, 0.75), (0.75, 0.5), (0.25, 0.0)])
+def test_cps_step_is_the_written_out_formula(t, t_next):
+    """Eq. 21 written out, Euler at eta 0, re-noising of the x-prediction at eta 1, Eq. 20 for the draw."""
+    g = rng(1)
+    x, v, noise = torch.randn(3, 64, 3, generator=g)
+    prediction = x - t * v
+    for eta in (0.0, 0.5, 0.9, 1.0):
+        cos, sin = math.cos(eta * math.pi / 2), math.sin(eta * math.pi / 2)
+        mean, std = rtdmd.cps_mean_std(x, v, t, t_next, eta)
+        close(mean, (1 - t_next + t_next * cos * (1 - 1 / t)) * prediction + t_next / t * cos * x)
+        close(std, t_next * sin)
+        close(rtdmd.cps_step(x, v, t, t_next, noise, eta), mean + t_next * sin * noise)
+    close(rtdmd.cps_step(x, v, t, t_next, noise, 0.0), x + (t_next - t) * v)
+    close(rtdmd.cps_step(x, v, t, t_next, noise, 1.0), (1 - t_next) * prediction + t_next * noise)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3, 0.9, 1.0])
+def test_cps_preserves_signal_and_noise_coefficients(eta):
+    """Eq. 20: the exact velocity of a point c gives (1 - t_k) c + t_k N(0, 1) at every k, for any eta."""
+    n, c, g = 100_000, 1.7, rng(2)
+    times = rtdmd.timestep_schedule(4, 3.0)
+    states, predictions = rtdmd.rollout(lambda x, t: (x - c) / t[:, None], torch.randn(n, 1, generator=g),
+                                        torch.randn(3, n, 1, generator=g), times, eta)
+    assert len(states) == 5 and len(predictions) == 4
+    for t, x in list(zip(times, states))[:-1]:
+        assert off(x, (1 - t) * c) < AGREE and off((x - (1 - t) * c) ** 2, t ** 2) < AGREE
+    assert torch.equal(states[-1], predictions[-1])                        # the last step is deterministic
+    close(states[-1], torch.full((n, 1), c))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# AC-DMD
+# ------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("s, t", LEVELS)
+def test_renoised_student_has_the_teachers_marginal(s, t):
+    """Eq. 8: student = teacher at level s stays so at level t; with the printed (t-s)/(1-s) it does not."""
+    teacher, n, g = Mixture(), 200_000, rng(3)
+    x_s = (1 - s) * teacher.sample(n, g) + s * torch.randn(n, 1, generator=g)
+    noise = torch.randn(n, 1, generator=g)
+    points = torch.linspace(-1.5, 1.5, 7)
+
+    def error(std):
+        return off((rtdmd.renoise(x_s, s, t, noise, std) < points).double(), teacher.cdf(points, t))
+
+    assert error("markov") < AGREE
+    assert error("paper") > DIFFER if s > 0 else error("paper") < AGREE
+
+
+def test_literal_std_of_the_paper_loses_variance():
+    """Eq. 8 at s = .5, t = .7, data of variance 1: the printed std leaves .34, the teacher expects .58."""
+    a, kappa = rtdmd.renoise_coefficients(0.5, 0.7)
+    assert abs(a ** 2 * 0.5 + kappa ** 2 - 0.58) < 1e-6
+    a, kappa = rtdmd.renoise_coefficients(0.5, 0.7, "paper")
+    assert abs(a ** 2 * 0.5 + kappa ** 2 - 0.34) < 1e-6
+    for s, t in LEVELS + [(0.6, 0.6), (0.6, 1.0)]:
+        a, kappa = rtdmd.renoise_coefficients(s, t)
+        close(a ** 2 * s ** 2 + kappa ** 2, t ** 2)
+
+
+@pytest.mark.parametrize("std", ["markov", "paper"])
+@pytest.mark.parametrize("s, t", LEVELS)
+def test_ambient_loss_is_a_weighted_score_regression(s, t, std):
+    """Eq. 10 written out with scores: the loss differs from it by one positive number omega_k(t) only."""
+    g = rng(4)
+    x_s, noise, v = torch.randn(3, 256, 2, generator=g)
+    a, kappa = rtdmd.renoise_coefficients(s, t, std)
+    x_t = rtdmd.renoise(x_s, s, t, noise, std)
+    residual = rtdmd.score_from_velocity(x_t, v, t) - (a * x_s - x_t) / kappa ** 2
+    c = (t - kappa ** 2) / ((1 - t) * kappa)
+    omega = (t / (1 - t)) ** 2 / (c ** 2 + (s / (1 - s)) ** 2)
+    close(rtdmd.ambient_dsm_loss(v, x_s, noise, s, t, std), omega * residual.square().mean(), 1e-3)
+    implied = rtdmd.score_from_velocity(x_t, rtdmd.ambient_velocity_target(x_s, noise, s, t, std), t)
+    close(implied, -noise / kappa, 1e-3)
+
+
+def test_ambient_loss_at_s_0_is_flow_matching():
+    """Eq. 5, including its weight, is Eq. 10 at s = 0."""
+    x_0, noise, v = torch.randn(3, 64, 5, generator=rng(5))
+    t = torch.rand(64, 1, generator=rng(6))
+    close(rtdmd.ambient_velocity_target(x_0, noise, torch.zeros(64, 1), t), noise - x_0)
+    close(rtdmd.ambient_dsm_loss(v, x_0, noise, 0.0, t), (v - (noise - x_0)).square().mean())
+
+
+def test_ambient_loss_has_no_singularity():
+    """Eq. 10 at the corners s = 0, t -> s and t = 1: finite with a finite gradient; at most 1 near t = s."""
+    g = rng(7)
+    for s, gap in itertools.product((0.0, 0.25, 0.75), (1e-7, 1e-3, 1.0)):
+        t = s + gap * (1 - s)
+        world = Mixture(s)
+        x_s, noise = world.sample(20_000, g), torch.randn(20_000, 1, generator=g)
+        v = torch.randn(20_000, 1, generator=g, requires_grad=True)
+        loss = rtdmd.ambient_dsm_loss(v, x_s, noise, s, t)
+        loss.backward()
+        assert loss.isfinite() and v.grad.isfinite().all()
+        if 1e-6 < gap < 1:
+            x_t = rtdmd.renoise(x_s, s, t, noise)
+            assert rtdmd.ambient_dsm_loss(world.velocity(x_t, t), x_s, noise, s, t) < 1.05
+
+
+def bumps(x):
+    """A flexible basis: eighteen Gaussian bumps, a line and a constant. x (n, 1) -> (n, 20)."""
+    centres = torch.linspace(-2.4, 2.4, 18)
+    return torch.cat([torch.exp(-0.5 * ((x - centres) / 0.3) ** 2), x, torch.ones_like(x)], 1)
+
+
+@pytest.mark.parametrize("s, t", [(0.25, 0.4), (0.25, 0.7), (0.5, 0.6)])
+def test_ambient_minimiser_is_the_score_of_the_noised_marginal(s, t):
+    """Eq. 10, Prop. D.1: the best fit is the analytic score, not that which takes x_s for clean data."""
+    world, as_if_clean, n, g = Mixture(s), Mixture(0.0), 200_000, rng(8)
+    x_s, noise = world.sample(n, g), torch.randn(n, 1, generator=g)
+    x_t = rtdmd.renoise(x_s, s, t, noise)
+    basis = bumps(x_t)
+
+    # The loss is quadratic in the weights: one Newton step from zero is its minimum.
+    def loss(w):
+        return rtdmd.ambient_dsm_loss(basis @ w, x_s, noise, s, t)
+
+    w = torch.zeros(20, 1)
+    gradient = torch.autograd.functional.jacobian(loss, w)
+    hessian = torch.autograd.functional.hessian(loss, w)
+    w = -torch.linalg.solve(hessian.reshape(20, 20).double() + 1e-6 * torch.eye(20), gradient.double())
+    fitted = rtdmd.score_from_velocity(x_t, (basis.double() @ w).float(), t)
+
+    def distance(other):
+        return float(((fitted - other.score(x_t, t)) ** 2).mean() / (world.score(x_t, t) ** 2).mean())
+
+    assert distance(world) < 1e-3 and distance(as_if_clean) > 10 * distance(world)
+
+
+@pytest.mark.parametrize("s, t", [(0.25, 0.4), (0.5, 0.6), (0.5, 0.9)])
+def test_ambient_loss_is_stationary_at_the_score(s, t):
+    """Eq. 10, Prop. D.1 without a fit: at the analytic velocity the slope is 0 in every direction."""
+    world, n, g = Mixture(s), 100_000, rng(9)
+    x_s, noise = world.sample(n, g), torch.randn(n, 1, generator=g)
+    x_t = rtdmd.renoise(x_s, s, t, noise)
+
+    def slope(other):
+        v = other.velocity(x_t, t).float().requires_grad_()
+        residual, = torch.autograd.grad(rtdmd.ambient_dsm_loss(v, x_s, noise, s, t), v)
+        return off(n * residual * bumps(x_t))
+
+    assert slope(world) < AGREE and slope(Mixture(0.0)) > DIFFER
+
+
+def test_posterior_kernel_is_the_gaussian_bridge():
+    """Eq. 11's p_phi: Bayes' rule for x'' given x' and x_0. The fixed-eta kernel is Eq. 20."""
+    g = rng(10)
+    x0, x, noise = torch.randn(3, 500, 1, generator=g)
+    for t, t_next in [(0.9, 0.8), (1.0, 0.7), (0.5, 0.5), (0.4, 0.05), (0.3, 0.0)]:
+        v = (x - x0) / t                                                   # makes x0 the x-prediction
+        a, kappa = rtdmd.renoise_coefficients(t_next, t)
+        var = (kappa * t_next) ** 2 / t ** 2                     # kappa^2 t''^2 / (kappa^2 + a^2 t''^2)
+        mean = (1 - t_next) * x0 + a * t_next ** 2 / t ** 2 * (x - (1 - t) * x0)
+        close(rtdmd.reverse_step(x, v, t, t_next, noise), mean + var.sqrt() * noise, 1e-4)
+        fixed = rtdmd.reverse_step(x, v, t, t_next, noise, "cps", 0.9)
+        close(fixed, rtdmd.cps_step(x, v, t, t_next, noise, 0.9))
+
+
+NODES, WEIGHTS = (torch.tensor(a).float() for a in np.polynomial.hermite_e.hermegauss(40))
+
+
+def residual_of(velocity, x, t, t_next, kernel):
+    """h(x', t') - E h(x'', t'') of Eq. 11 at each x (n, 1), the expectation by 40-point quadrature: exact."""
+    x_next = rtdmd.reverse_step(x, velocity(x, t).detach(), t, t_next, NODES, kernel, ETA)
+    expected = (x_next - t_next * velocity(x_next, t_next)) @ (WEIGHTS / WEIGHTS.sum())[:, None]
+    return x - t * velocity(x, t) - expected
+
+
+def consistency_batches(fake, states, t, t_next, g, one_sample=False, kernel="posterior"):
+    """consistency_loss on 100 batches of states (n, 1), (100,): their mean has a standard error."""
+    losses = []
+    for x in states.chunk(100):
+        noise_1, noise_2 = torch.randn(2, len(x), 1, generator=g)
+        noise_2 = noise_1 if one_sample else noise_2
+        losses.append(rtdmd.consistency_loss(fake, x, fake(x, t), t, t_next, noise_1, noise_2, kernel, ETA))
+    return torch.stack(losses)
+
+
+WIDE = (0.6, 0.9)                # stds of a world that is as wide as noised data are, at any s up to .5
+
+
+@pytest.mark.parametrize("s, t", [(0.0, 0.5), (0.25, 0.5), (0.5, 0.75)])
+def test_analytic_score_is_self_consistent(s, t):
+    """Eq. 22, Prop. E.1: 0 within its standard error for the posterior kernel, on clean and ambient states.
+
+    Not so for the square of one draw, which adds the variance of h(x''), nor for the released fixed eta.
+    """
+    world, g = Mixture(s, d=WIDE), rng(11)
+    states = rtdmd.renoise(world.sample(100_000, g), s, t, torch.randn(100_000, 1, generator=g))
+
+    def loss(**options):
+        fake = lambda x, t: world.velocity(x, t).float()
+        return consistency_batches(fake, states, t, t - 0.05, g, **options)
+
+    assert off(loss()) < AGREE
+    assert off(loss(one_sample=True)) > DIFFER and off(loss(kernel="cps")) > DIFFER
+
+
+@pytest.mark.parametrize("s, t", [(0.0, 0.5), (0.25, 0.5), (0.5, 0.75)])
+def test_self_consistency_is_local(s, t):
+    """Eq. 11 without sampling error: at the true score it falls like (t'-t'')^4 for the posterior kernel.
+
+    It is not 0, because the bridge at the x-prediction is Gaussian and the true reverse step is not: reason
+    enough to take t' and t'' close. With the fixed eta it does not fall at all.
+    """
+    world, g = Mixture(s, d=WIDE), rng(42)
+    x = rtdmd.renoise(world.sample(5000, g), s, t, torch.randn(5000, 1, generator=g))
+
+    def loss(delta, kernel):
+        return residual_of(lambda x, t: world.velocity(x, t).float(), x, t, t - delta, kernel).square().mean()
+
+    assert 6 < loss(0.1, "posterior") / loss(0.05, "posterior") < 25
+    assert loss(0.05, "posterior") < 3e-4 and loss(0.05, "cps") > 100 * loss(0.05, "posterior")
+    assert loss(0.05, "cps") > loss(0.1, "cps")
+
+
+def wrong_fake(w):
+    """A fake score that is wrong everywhere, with two weights (..., 2)."""
+    return lambda x, t: w[..., :1] * torch.sin(2 * x) + w[..., 1:] * x * t
+
+
+def test_two_draws_are_unbiased_and_one_side_is_enough():
+    """Eq. 22 estimates Eq. 11: value and gradient, of both sides or of one side doubled, equal quadrature."""
+    g, t, t_next = rng(12), 0.6, 0.35
+    x = torch.full((100_000, 1), 0.7)
+    w = torch.tensor([0.9, -0.5], requires_grad=True)
+    truth = residual_of(wrong_fake(w), x[:1], t, t_next, "posterior").square().mean()
+    slope, = torch.autograd.grad(truth, w)
+    copies = w.detach().expand(len(x), 2).clone().requires_grad_()   # one gradient per pair of draws
+    fake = wrong_fake(copies)
+    for one_sided in (True, False):
+        noise_1, noise_2 = torch.randn(2, len(x), 1, generator=g)
+        loss = rtdmd.consistency_loss(fake, x, fake(x, t), t, t_next, noise_1, noise_2, one_sided=one_sided)
+        slopes, = torch.autograd.grad(loss, copies)
+        assert off(len(x) * slopes, slope) < AGREE
+    values = consistency_batches(wrong_fake(w.detach()), x, t, t_next, g)
+    squares = consistency_batches(wrong_fake(w.detach()), x, t, t_next, g, one_sample=True)
+    assert off(values, truth.detach()) < AGREE and off(squares, truth.detach()) > DIFFER
+
+
+def test_consistency_draws_come_from_the_reverse_step_and_are_constants():
+    """Eq. 22: x'' is reverse_step's, and no gradient flows into it."""
+    x, noise_1, noise_2 = torch.randn(3, 32, 1, generator=rng(13))
+    for kernel, t in itertools.product(("posterior", "cps"), (1.0, 0.6)):
+        v, seen = torch.zeros(32, 1, requires_grad=True), []
+
+        def fake(x, t):
+            seen.append(x)
+            return torch.tanh(x)
+
+        rtdmd.consistency_loss(fake, x, v, t, 0.5, noise_1, noise_2, kernel, ETA, one_sided=False)
+        for x_next, noise in zip(seen, (noise_1, noise_2)):
+            assert not x_next.requires_grad
+            close(x_next, rtdmd.reverse_step(x, v, t, 0.5, noise, kernel, ETA))
+
+
+def test_consistency_term_does_not_move_the_minimiser():
+    """Eq. 12: the true velocity stays best at any gamma with our kernel; the fixed eta pulls away.
+
+    The slope of Eq. 11 at the truth, in twenty directions; that of Eq. 10 is 0 there (tested above).
+    """
+    s, t, t_next = 0.25, 0.6, 0.55
+    world, g = Mixture(s, d=WIDE), rng(14)
+    x = rtdmd.renoise(world.sample(5000, g), s, t, torch.randn(5000, 1, generator=g))
+    w = torch.zeros(20, 1, requires_grad=True)
+
+    def fake(x, t):
+        return world.velocity(x, t).float() + (bumps(x.flatten()[:, None]) @ w).view_as(x)
+
+    def slope(kernel):
+        return torch.autograd.grad(residual_of(fake, x, t, t_next, kernel).square().mean(), w)[0].norm()
+
+    assert slope("posterior") < 3e-3 and slope("cps") > 30 * slope("posterior")
+
+
+@pytest.mark.parametrize("s, t", LEVELS)
+def test_boundary_mean_is_tweedie(s, t):
+    """App. B: E[x_s | x_t] of a known mixture, from its velocity alone."""
+    world, x = Mixture(s), torch.linspace(-2.5, 2.5, 31)
+    close(rtdmd.boundary_mean(x, world.velocity(x, t), s, t), world.boundary(x, t), 1e-4)
+    a, kappa = rtdmd.renoise_coefficients(s, t)
+    close(rtdmd.boundary_mean(x, world.velocity(x, t), s, t), (x + kappa ** 2 * world.score(x, t)) / a, 1e-4)
+
+
+def test_boundary_mean_at_pure_noise():
+    """App. B at t = 1, where x_t says nothing: v = x - E x_0 gives E x_s = (1-s) E x_0, no division by 0."""
+    x = torch.linspace(-2, 2, 9)
+    close(rtdmd.boundary_mean(x, x - 0.7, 0.25, 1.0), torch.full((9,), 0.75 * 0.7))
+
+
+def dmd_gradient(x_s, x_t, v_teacher, v_fake, s, t):
+    """Gradient of dmd_loss in x_s, times the number of elements: g of each sample."""
+    x_s = x_s.clone().requires_grad_()
+    return torch.autograd.grad(rtdmd.dmd_loss(x_s, x_t, v_teacher, v_fake, s, t), x_s)[0] * x_s.numel()
+
+
+@pytest.mark.parametrize("s, t", LEVELS)
+def test_dmd_gradient_is_the_written_out_formula(s, t):
+    """Eq. 9 with lambda_k alpha_k = kappa^2 / (a N); its value is the mean of g^2 / 2."""
+    x_s, noise, v_teacher, v_fake = torch.randn(4, 64, 3, generator=rng(15))
+    x_t = rtdmd.renoise(x_s, s, t, noise)
+    a, kappa = rtdmd.renoise_coefficients(s, t)
+    size = (x_s - rtdmd.boundary_mean(x_t, v_teacher, s, t)).abs().mean(1, keepdim=True)
+    gap = rtdmd.score_from_velocity(x_t, v_fake, t) - rtdmd.score_from_velocity(x_t, v_teacher, t)
+    g = dmd_gradient(x_s, x_t, v_teacher, v_fake, s, t)
+    close(g, kappa ** 2 / (a * size) * gap, 1e-4)
+    close(rtdmd.dmd_loss(x_s, x_t, v_teacher, v_fake, s, t), 0.5 * (g ** 2).mean())
+    assert not dmd_gradient(x_s, x_t, v_teacher, v_teacher, s, t).any()     # equal scores: exactly zero
+
+
+def test_dmd_moves_the_student_towards_the_teacher():
+    """Eq. 9: a student left of its teacher is pushed right by descent, one step brings it nearer."""
+    s, t, g = 0.25, 0.6, rng(16)
+    teacher, student = Mixture(s, (1.0,), (1.0,), (0.5,)), Mixture(s, (1.0,), (-1.0,), (0.5,))
+    x_s = student.sample(5000, g)
+    x_t = rtdmd.renoise(x_s, s, t, torch.randn(5000, 1, generator=g))
+    v_teacher, v_fake = teacher.velocity(x_t, t), student.velocity(x_t, t)
+    gradient = dmd_gradient(x_s, x_t, v_teacher, v_fake, s, t)
+    towards = rtdmd.boundary_mean(x_t, v_teacher, s, t) - rtdmd.boundary_mean(x_t, v_fake, s, t)
+    assert (-gradient * towards > 0).all() and -1 < float((x_s - 0.1 * gradient).mean()) < 1
+
+
+def test_dmd_at_s_0_is_ordinary_dmd():
+    """Eq. 4 as DMD2 implements it: (p_real - p_fake) / mean abs(p_real), p = x_0 - x-prediction."""
+    x_0, noise, v_teacher, v_fake = torch.randn(4, 16, 3, 4, 4, generator=rng(17))
+    t = torch.rand(16, 1, 1, 1, generator=rng(18)) * 0.96 + 0.02
+    x_t = (1 - t) * x_0 + t * noise
+    p_real, p_fake = x_0 - (x_t - t * v_teacher), x_0 - (x_t - t * v_fake)
+    ordinary = (p_real - p_fake) / p_real.abs().mean((1, 2, 3), keepdim=True)
+    close(dmd_gradient(x_0, x_t, v_teacher, v_fake, 0.0, t), ordinary, 1e-4)
+
+
+def test_dmd_sends_no_gradient_into_the_networks():
+    """Eq. 9: scores are constants, also x_t inside them; only the direct path through x_s is left."""
+    leaves = [a.clone().requires_grad_() for a in torch.randn(4, 8, 3, generator=rng(19))]
+    x_s, noise, v_teacher, v_fake = leaves
+    x_t = rtdmd.renoise(x_s, 0.25, 0.6, noise)
+    rtdmd.dmd_loss(x_s, x_t, v_teacher, v_fake, 0.25, 0.6).backward()
+    assert v_teacher.grad is None and v_fake.grad is None and noise.grad is None
+    plain = [a.detach() for a in (x_s, x_t, v_teacher, v_fake)]
+    close(x_s.grad * 24, dmd_gradient(*plain, 0.25, 0.6))
+
+
+def gaussian_kl(mean, var, other_mean, other_var):
+    return 0.5 * ((var + (mean - other_mean) ** 2) / other_var - 1 - torch.log(var / other_var))
+
+
+def dm_slopes(x_s, s, t, noise, teacher, moments):
+    """Eq. 9 with lambda_k = 1, (n, D): dmd_loss's gradient in x_s freed of its weight kappa^2 / (a N).
+
+    The student is Gaussian with the given moments, so that its score is known.
+    """
+    mean, var = (a.detach() for a in moments)
+    student = Mixture(s, (1.0,), (mean.item(),), (var.item() ** 0.5,))
+    x_t, (a, kappa) = rtdmd.renoise(x_s, s, t, noise), rtdmd.renoise_coefficients(s, t)
+    v_teacher, v_fake = teacher.velocity(x_t, t).float(), student.velocity(x_t, t).float()
+    size = (x_s - rtdmd.boundary_mean(x_t, v_teacher, s, t)).abs().mean(1, keepdim=True)
+    return dmd_gradient(x_s, x_t, v_teacher, v_fake, s, t) * size * a * a / kappa ** 2
+
+
+@pytest.mark.parametrize("s, t", [(0.0, 0.3), (0.25, 0.6), (0.5, 0.9)])
+def test_dmd_gradient_is_that_of_the_noised_kl(s, t):
+    """Eq. 9 is the gradient of Eq. 8: location and scale of a Gaussian student against the closed-form KL."""
+    n, g, teacher = 200_000, rng(20), Mixture(s, (1.0,), (0.6,), (0.7,))
+    mean, scale = torch.tensor(-0.4, requires_grad=True), torch.tensor(0.9, requires_grad=True)
+    a, kappa = rtdmd.renoise_coefficients(s, t)
+    kl = gaussian_kl(a * mean, a ** 2 * scale ** 2 + kappa ** 2, a * 0.6, a ** 2 * 0.49 + kappa ** 2)
+    truth = torch.stack(torch.autograd.grad(kl, (mean, scale)))
+    unit, noise = torch.randn(2, n, 1, generator=g)
+    slopes = dm_slopes((mean + scale * unit).detach(), s, t, noise, teacher, (mean, scale ** 2))
+    assert off(torch.cat([slopes, slopes * unit], 1), truth) < AGREE
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Hybrid policy gradient
+# ------------------------------------------------------------------------------------------------------------
+
+def test_reward_tilting_splits_into_two_terms():
+    """Eq. 6 and Eq. 7 on 50 outcomes: gradient of KL to the tilted teacher = DM term - beta * reward term."""
+    g, beta = rng(21), 1.7
+    theta, teacher, reward = torch.randn(3, 50, generator=g, dtype=torch.float64)
+    theta.requires_grad_()
+    teacher = teacher.softmax(0)
+    tilted = teacher * torch.exp(beta * reward)
+    tilted = tilted / tilted.sum()
+    student = theta.softmax(0)
+
+    def slope(value):
+        return torch.autograd.grad(value, theta, retain_graph=True)[0]
+
+    def kl(other):
+        return (student * (student / other).log()).sum()
+
+    close(slope(kl(tilted)), slope(kl(teacher)) - beta * slope((student * reward).sum()), 1e-12)
+    assert (slope(kl(tilted)) - slope(kl(teacher))).norm() > 0.01
+
+
+def test_log_prob_is_the_exact_gaussian_averaged_over_dimensions():
+    """Eq. 13: against torch.distributions, with the 1 / (2 std^2) that makes the ratio a likelihood ratio."""
+    x, mean = torch.randn(2, 5, 4, 6, 6, generator=rng(22))
+    for std in (0.05, 0.7, torch.rand(5, 1, 1, 1, generator=rng(23)) + 0.1):
+        exact = torch.distributions.Normal(mean, torch.as_tensor(std)).log_prob(x).mean((1, 2, 3))
+        close(rtdmd.gaussian_log_prob(x, mean, std), exact)
+    assert rtdmd.gaussian_log_prob(x, mean, 0.7).shape == (5,)
+
+
+def test_choose_steps_is_uniform():
+    """S of 3.2: sorted, of the right size, every subset equally often, reproducible."""
+    draws = [tuple(rtdmd.choose_steps(5, 2, g)) for g in [rng(24)] for _ in range(6000)]
+    subsets = list(itertools.combinations(range(1, 5), 2))
+    assert set(draws) == set(subsets)
+    counts = torch.tensor([[draw == subset for subset in subsets] for draw in draws])
+    assert off(counts, 1 / 6) < AGREE
+    assert rtdmd.choose_steps(4, 3, rng()) == [1, 2, 3]
+    assert rtdmd.choose_steps(9, 4, rng(1)) == rtdmd.choose_steps(9, 4, rng(1))
+
+
+def test_group_noise_structure():
+    """Eq. 16: independent inside S, the same bits for the group outside S; steps and groups independent."""
+    g, size, steps = rng(25), 4, 4
+    groups = torch.stack([rtdmd.group_noise((3, 50), [2], size, steps, g) for _ in range(200)])
+    assert groups.shape == (200, 3, size, 3, 50)
+    assert all(torch.equal(groups[:, k, i], groups[:, k, 0]) for k in (0, 2) for i in range(size))
+    rows = groups.flatten(3).transpose(1, 3).flatten(0, 1)                 # (200 * 150, N, K-1)
+    assert off(rows.flatten(1)) < AGREE and off(rows.flatten(1) ** 2, 1.0) < AGREE
+    products = [rows[:, 0, 1] * rows[:, 1, 1],                             # two members, the selected step
+                rows[:, 0, 0] * rows[:, 0, 1], rows[:, 0, 0] * rows[:, 0, 2],          # two steps
+                (groups[:-1, :, 0] * groups[1:, :, 0]).flatten()[:30_000]]             # two groups
+    assert off(torch.stack([a[:29_000] for a in products], 1)) < AGREE
+
+
+def test_advantages():
+    """A_i of 3.2, App. H: mean 0 and std 1 per group; without std the rest of the group is the baseline."""
+    rewards = torch.randn(6, 5, generator=rng(26)) * torch.tensor([0.1, 1, 1, 2, 3, 10])[:, None]
+    grouped = rtdmd.group_advantages(rewards)
+    close(grouped.mean(1), torch.zeros(6))
+    close(grouped.std(1), torch.ones(6))
+    centred = rewards - rewards.mean(1, keepdim=True)
+    close(rtdmd.group_advantages(rewards, "global"), centred / rewards.std())
+    others = (rewards.sum(1, keepdim=True) - rewards) / 4
+    close(rtdmd.group_advantages(rewards, "none"), rewards - others, 1e-4)
+
+
+def test_reward_scale_has_a_floor():
+    """App. H's std: a group that agrees up to rounding gets advantages near 0, not a vote of +-1."""
+    agree = 0.9 + 1e-7 * torch.randn(1, 8, generator=rng(27))
+    assert rtdmd.group_advantages(agree, "group", 1e-4).abs().max() < 0.01
+    assert rtdmd.reward_scale(agree, "group", 0.05).item() == pytest.approx(0.05)
+    spread = torch.tensor([[0.0, 1.0], [0.0, 3.0]])
+    close(rtdmd.reward_scale(spread), [[0.5 ** 0.5], [4.5 ** 0.5]])
+    close(rtdmd.reward_scale(spread, "global"), spread.std())
+    close(rtdmd.reward_scale(spread, "none"), torch.ones(2, 1))
+
+
+@pytest.mark.parametrize("steps", [2, 3])
+def test_hybrid_gradient_is_the_gradient_of_the_expected_reward(steps):
+    """Eq. 14 with Eq. 15, Prop. G.1: REINFORCE + pathwise = closed form; neither alone, nor counted twice."""
+    stochastic, pathwise = toy_gradients(steps)
+    everything = list(range(1, steps))
+    states = toy_rollouts(50_000, 1, steps, everything, seed=28)
+    rewards = toy_reward(states[-1])
+    policy, last = toy_estimates(states, everything, advantages=rewards)
+    truth = stochastic + pathwise
+    assert off(policy, stochastic) < AGREE and off(last, pathwise) < AGREE
+    assert off(policy + last, truth) < AGREE
+    assert off(policy, truth) > DIFFER and off(last, truth) > DIFFER
+    assert off(policy + through_all_steps(states, steps), truth) > DIFFER
+    assert off(through_all_steps(states, steps), truth) < AGREE  # it is the whole gradient already
+
+
+def through_all_steps(states, steps):
+    """The mistake of App. G.2: gradient flows on into x_{t_{K-1}}. Per group, (G, 2)."""
+    times, x = rtdmd.timestep_schedule(steps), states[0].flatten(0, 1)
+    theta = THETA.expand(len(x), 2).clone().requires_grad_()
+    for k in range(1, steps + 1):
+        mean, _ = rtdmd.cps_mean_std(x, toy_velocity(theta, x, None), times[k - 1], times[k], ETA)
+        x = mean + (states[k].flatten(0, 1) - mean).detach()
+    loss = rtdmd.pathwise_loss(toy_reward(x), dims=DIMS)
+    return -DIMS * len(x) * torch.autograd.grad(loss, theta)[0]
+
+
+def test_exact_gradient_agrees_with_finite_differences():
+    """Eq. 14's left side: the closed form that judges all others, by common random numbers."""
+    steps, n = 4, 100_000
+    noise, x = torch.randn(3, n, DIMS, generator=rng(29)), torch.randn(n, DIMS, generator=rng(30))
+
+    def rewards(theta):
+        states, _ = rtdmd.rollout(lambda x, t: toy_velocity(theta.expand(n, 2), x, t), x, noise,
+                                  rtdmd.timestep_schedule(steps), ETA)
+        return toy_reward(states[-1])
+
+    steps_of_theta = 0.02 * torch.eye(2)
+    slopes = torch.stack([(rewards(THETA + d) - rewards(THETA - d)) / 0.04 for d in steps_of_theta], 1)
+    assert off(slopes, sum(toy_gradients(steps))) < AGREE
+
+
+def over_subsets(steps, size, subset_size, groups, seed, **options):
+    """Rollouts for every S of the given size in turn, the same number of groups each: [(S, states)]."""
+    subsets = list(itertools.combinations(range(1, steps), subset_size))
+    return [(S, toy_rollouts(groups // len(subsets), size, steps, S, seed + i, **options))
+            for i, S in enumerate(subsets)]
+
+
+@pytest.mark.parametrize("share_initial", [False, True])
+@pytest.mark.parametrize("subset_size", [1, 2, 3])
+def test_subgrpo_is_unbiased_over_subsets(subset_size, share_initial):
+    """Eq. 17 with leave-one-out advantages = the stochastic part of Eq. 14; M = K-1 is naive GRPO, Eq. 31.
+
+    The group mean as baseline shrinks it by (N-1)/N, leaving out (K-1)/M by M/(K-1).
+    """
+    steps, size = 4, 3
+    truth, _ = toy_gradients(steps)
+    rollouts = over_subsets(steps, size, subset_size, 60_000, 31, share_initial=share_initial)
+
+    def estimates(advantages):
+        return torch.cat([toy_estimates(states, S, advantages=advantages(toy_reward(states[-1])))[0]
+                          for S, states in rollouts])
+
+    one_out = estimates(lambda r: rtdmd.group_advantages(r, "none"))
+    mean_in = estimates(lambda r: r - r.mean(1, keepdim=True))
+    assert off(one_out, truth) < AGREE
+    assert off(mean_in, truth * (size - 1) / size) < AGREE and off(mean_in, truth) > AGREE
+    if subset_size < 3:
+        assert off(one_out * subset_size / 3, truth) > AGREE
+
+
+def test_naive_grpo_is_the_written_out_sum():
+    """Eq. 31: mean over the group of A_i times the sum over all K-1 steps of the log-density's gradient."""
+    steps, size = 4, 6
+    states = toy_rollouts(1, size, steps, [1, 2, 3], seed=32)
+    advantages = rtdmd.group_advantages(toy_reward(states[-1]))
+    theta, total, times = THETA.clone().requires_grad_(), 0, rtdmd.timestep_schedule(steps)
+    for i, k in itertools.product(range(size), (1, 2, 3)):
+        x, x_next = states[k - 1][0, i:i + 1], states[k][0, i:i + 1]
+        mean, std = rtdmd.cps_mean_std(x, toy_velocity(theta[None], x, None), times[k - 1], times[k], ETA)
+        total = total - advantages[0, i] * ((x_next - mean) ** 2).sum() / (2 * std ** 2) / size
+    close(toy_estimates(states, [1, 2, 3], "group")[0][0], torch.autograd.grad(total, theta)[0], 1e-4)
+
+
+def test_ratio_is_one_and_the_clip_acts_after():
+    """Eq. 17: ratios are exactly 1 before the first update; what went too far after it gets no gradient."""
+    advantages = torch.tensor([1.0, 1.0, -1.0, -1.0])
+    log_prob = (torch.randn(4, 2, generator=rng(33)) * 40).requires_grad_()
+    assert (torch.exp(log_prob - log_prob.detach()) == 1).all()
+    loss = rtdmd.subgrpo_loss(log_prob, log_prob.detach(), advantages, 4, 1e-5)
+    gradient, = torch.autograd.grad(loss, log_prob)
+    close(gradient, -1.5 * advantages[:, None].expand(4, 2) / 4)           # (K-1)/M = 3/2, no clip at ratio 1
+
+    old = torch.zeros(4, 1)
+    moved = torch.tensor([[2e-5], [-2e-5], [2e-5], [-2e-5]], requires_grad=True)
+    gradient, = torch.autograd.grad(rtdmd.subgrpo_loss(moved, old, advantages, 4, 1e-5), moved)
+    close(gradient, torch.tensor([[0.0], [-0.75], [0.75], [0.0]]), 1e-4)
+
+
+def test_pathwise_loss_is_in_the_units_of_the_policy_term():
+    """Eq. 15: minus the mean reward, over the advantage's std and over the dimensions."""
+    reward = torch.randn(6, generator=rng(34), requires_grad=True)
+    scale = torch.rand(6, generator=rng(35)) + 0.5
+    close(rtdmd.pathwise_loss(reward), -reward.mean())
+    gradient, = torch.autograd.grad(rtdmd.pathwise_loss(reward, scale, 12), reward)
+    close(gradient, -1 / (6 * 12 * scale))
+
+
+def test_total_gradient_is_that_of_the_tilted_kl():
+    """Eq. 18: DM - beta (SubGRPO + pathwise) = gradient of (noised KL - beta E r), on a 3-step generator."""
+    steps, size, beta, t, groups = 3, 4, 1.3, 0.4, 30_000
+    times, teacher = rtdmd.timestep_schedule(steps), Mixture(0.0, (1.0,), (0.3,), (0.6,))
+    theta = THETA.clone().requires_grad_()
+    mean, var = toy_moments(theta, times)
+    kl = gaussian_kl((1 - t) * mean, (1 - t) ** 2 * var + t ** 2, (1 - t) * 0.3, (1 - t) ** 2 * 0.36 + t ** 2)
+    truth, = torch.autograd.grad(kl - beta * toy_objective(theta, times), theta)
+
+    totals = []
+    for S, states in over_subsets(steps, size, 1, groups, 36):
+        policy, pathwise = toy_estimates(states, S)
+        totals.append(dm_estimates(states, steps, teacher, t) - beta * (policy + pathwise))
+    assert off(torch.cat(totals), truth) < AGREE
+    without = torch.cat(totals) + beta * toy_gradients(steps)[1]           # the pathwise part left out
+    assert off(without, truth) > DIFFER
+
+
+def dm_estimates(states, steps, teacher, t):
+    """Eq. 4 for the linear generator, x_0 differentiated through every step, one estimate per group."""
+    groups, size, _ = states[0].shape
+    times = rtdmd.timestep_schedule(steps)
+    theta = THETA.expand(groups, 2).clone().requires_grad_()
+    member, x = theta.repeat_interleave(size, 0), states[0].flatten(0, 1)
+    for k in range(1, steps + 1):
+        mean, _ = rtdmd.cps_mean_std(x, toy_velocity(member, x, None), times[k - 1], times[k], ETA)
+        x = mean + (states[k].flatten(0, 1) - mean).detach()
+    x_0 = x.detach().reshape(-1, 1)                              # dimensions are independent: samples too
+    noise = torch.randn(len(x_0), 1, generator=rng(37))
+    slopes = dm_slopes(x_0, 0.0, t, noise, teacher, toy_moments(THETA, times))
+    return torch.autograd.grad((x * slopes.view_as(x)).mean(1).sum() / size, theta)[0]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What the functions promise besides their formulas
+# ------------------------------------------------------------------------------------------------------------
+
+def test_every_sample_may_have_its_own_level():
+    """Levels (B, 1) give what the same levels give as numbers, sample by sample."""
+    x, v, noise, other = torch.randn(4, 5, 3, generator=rng(43))
+    s = torch.tensor([0.0, 0.25, 0.25, 0.5, 0.75])[:, None]
+    t = torch.tensor([0.3, 0.4, 1.0, 0.7, 0.9])[:, None]
+    losses = [lambda x, v, n, o, s, t: rtdmd.ambient_dsm_loss(v, x, n, s, t),
+              lambda x, v, n, o, s, t: rtdmd.consistency_loss(lambda x, t: t * x, x, v, t, s, n, o),
+              lambda x, v, n, o, s, t: rtdmd.dmd_loss(x, n, v, o, s, t)]
+    for loss in losses:
+        rows = [loss(*(a[i:i + 1] for a in (x, v, noise, other)), float(s[i]), float(t[i])) for i in range(5)]
+        close(loss(x, v, noise, other, s, t), torch.stack(rows).mean())
+
+
+def test_fp32_out_for_bf16_in():
+    """bf16 in, fp32 arithmetic and fp32 out: rounding on the way would drown x - t v."""
+    x, v, noise, other = torch.randn(4, 8, 3, generator=rng(38)).bfloat16()
+    fake = torch.tanh
+    pure = dict(
+        x0_from_velocity=lambda x, v, n, o: rtdmd.x0_from_velocity(x, v, 0.9582),
+        eps_from_velocity=lambda x, v, n, o: rtdmd.eps_from_velocity(x, v, 0.9582),
+        score_from_velocity=lambda x, v, n, o: rtdmd.score_from_velocity(x, v, 0.9582),
+        cps_mean=lambda x, v, n, o: rtdmd.cps_mean_std(x, v, 0.9582, 0.7, 0.9)[0],
+        cps_step=lambda x, v, n, o: rtdmd.cps_step(x, v, 0.9582, 0.7, n, 0.9),
+        renoise=lambda x, v, n, o: rtdmd.renoise(x, 0.3, 0.9582, n),
+        target=lambda x, v, n, o: rtdmd.ambient_velocity_target(x, n, 0.3, 0.9582),
+        dsm=lambda x, v, n, o: rtdmd.ambient_dsm_loss(v, x, n, 0.3, 0.9582),
+        reverse=lambda x, v, n, o: rtdmd.reverse_step(x, v, 0.9582, 0.9, n),
+        consistency=lambda x, v, n, o: rtdmd.consistency_loss(lambda x, t: fake(x), x, v, 0.9582, 0.9, n, o),
+        boundary=lambda x, v, n, o: rtdmd.boundary_mean(x, v, 0.3, 0.9582),
+        dmd=lambda x, v, n, o: rtdmd.dmd_loss(x, n, v, o, 0.3, 0.9582),
+        log_prob=lambda x, v, n, o: rtdmd.gaussian_log_prob(x, v, 0.7),
+        pathwise=lambda x, v, n, o: rtdmd.pathwise_loss(x[:, 0]),
+    )
+    for name, f in pure.items():
+        low, high = f(x, v, noise, other), f(x.float(), v.float(), noise.float(), other.float())
+        assert low.dtype == torch.float32, name
+        close(low, high, 1e-6)
+
+
+def copied(*names):
+    """The named functions' source text alone in an empty module that knows only math and torch."""
+    module = {"math": math, "torch": torch}
+    for name in names:
+        exec(inspect.getsource(getattr(rtdmd, name)), module)
+    return [module[name] for name in names]
+
+
+def test_functions_can_be_copied_out():
+    """What people will copy works without the rest of the file, and gives the same number."""
+    x, v, noise_1, noise_2 = torch.randn(4, 16, 3, generator=rng(39))
+    cps_mean_std, = copied("cps_mean_std")
+    close(cps_mean_std(x, v, 0.75, 0.5, 0.9)[0], rtdmd.cps_mean_std(x, v, 0.75, 0.5, 0.9)[0], 0)
+    consistency_loss, = copied("consistency_loss")
+    for kernel, one_sided in itertools.product(("posterior", "cps"), (True, False)):
+        arguments = (lambda x, t: torch.sin(x), x, v, 0.75, 0.5, noise_1, noise_2, kernel, 0.9, one_sided)
+        close(consistency_loss(*arguments), rtdmd.consistency_loss(*arguments), 0)
+    dmd_loss, = copied("dmd_loss")
+    close(dmd_loss(x, noise_1, v, noise_2, 0.25, 0.6), rtdmd.dmd_loss(x, noise_1, v, noise_2, 0.25, 0.6), 0)
+    group_noise, subgrpo_loss = copied("group_noise", "subgrpo_loss")
+    log_prob = group_noise((2,), [1, 3], 5, 4, rng(40))[0]
+    close(log_prob, rtdmd.group_noise((2,), [1, 3], 5, 4, rng(40))[0], 0)
+    arguments = (log_prob, 0.9 * log_prob, torch.randn(5, generator=rng(41)), 4, 0.1)
+    close(subgrpo_loss(*arguments), rtdmd.subgrpo_loss(*arguments), 0)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The 1-D laboratory: `python test_rtdmd.py lab`. Measurements, not tests: they say how much, whoever wins.
+# ------------------------------------------------------------------------------------------------------------
+
+def table(title, rows):
+    """Prints a list of dicts as columns under a title and hands it back."""
+    text = [list(rows[0])] + [[a if isinstance(a, str) else f"{a:.4g}" for a in row.values()] for row in rows]
+    width = [max(map(len, column)) for column in zip(*text)]
+    print("\n" + title)
+    for line in text:
+        print("  ".join(a.ljust(n) for a, n in zip(line, width)))
+    return rows
+
+
+def estimator_row(estimates, truth, backward_passes, factor):
+    """Bias and variance of one estimate per group (G, 2) of the gradient `truth` (2,).
+
+    scale, cos: the mean against the truth, in length and direction. bias: |mean - truth| / |truth|, beside
+    its size by chance alone. variance: trace of one group's covariance over (scale |truth|)^2, so that
+    estimates of different scale can be compared: the inverse of signal to noise, squared.
+    """
+    estimates, truth = estimates.double(), truth.double()
+    mean, error, norm = estimates.mean(0), estimates.std(0) / len(estimates) ** 0.5, truth.norm()
+    scale = float(mean @ truth / norm ** 2)
+    squares = (estimates - mean).square().sum(1) / (scale * norm) ** 2
+    return {"bias": float((mean - truth).norm() / norm), "(s.e.)": float(error.norm() / norm), "scale": scale,
+            "without (K-1)/M": scale / factor, "cos": float(mean @ truth / norm / mean.norm()),
+            "variance": float(squares.mean()), "+-": float(squares.std() / len(squares) ** 0.5),
+            "variance x M": float(squares.mean()) * backward_passes}
+
+
+def lab_variance(dims=DIMS, groups=24_000, size=12, steps=4):
+    """(a) Stochastic part of Eq. 14 by naive GRPO (Eq. 31) and by SubGRPO (Eq. 17), bias and variance."""
+    truth, _ = toy_gradients(steps)
+    rows = []
+    for start, M, share in itertools.product((False, True), (3, 2, 1), (True, False)):
+        if M == steps - 1 and not share:                         # naive GRPO: no step is outside S
+            continue
+        options = dict(share_noise=share, share_initial=start, dims=dims)
+        rollouts = over_subsets(steps, size, M, groups, 50, **options)
+        label = {"estimator": "naive" if M == steps - 1 else f"subset M={M}",
+                 "noise outside S": "-" if M == steps - 1 else "shared" if share else "independent",
+                 "x_t0": "shared" if start else "independent"}
+        for std, name in (("none", "leave-one-out"), ("group", "over group std")):
+            estimates = torch.cat([toy_estimates(states, S, std)[0] for S, states in rollouts])
+            row = estimator_row(estimates, truth, M, (steps - 1) / M)
+            rows.append(label | {"advantage": name} | row)
+    return table(f"(a) {groups} groups of {size}, K = {steps}, {dims} dimensions. variance: one group, so at "
+                 "equal rollouts; variance x M: at equal backward passes", rows)
+
+
+def network(runs, width, g):
+    """Weights of `runs` independent MLPs (x, t) -> v."""
+    shapes = [(3, width), (width, width), (width, 1)]
+    weights = []
+    for n_in, n_out in shapes:
+        weights += [torch.randn(runs, n_in, n_out, generator=g) / n_in ** 0.5, torch.zeros(runs, 1, n_out)]
+    return [w.requires_grad_() for w in weights]
+
+
+def run_network(weights, x, t):
+    """v of every run on its own batch: x, t (R, B, 1)."""
+    h = torch.cat([x, t, x * t], -1)
+    for w, b in zip(weights[:4:2], weights[1:4:2]):
+        h = F.silu(torch.baddbmm(b, h, w))
+    return torch.baddbmm(weights[5], h, weights[4])
+
+
+def moving_student(progress):
+    """Two modes that travel by 1 and trade places in weight; progress in [0, 1]."""
+    w = 0.3 + 0.4 * progress
+    return Mixture(0.0, (w, 1 - w), (-1.2 + progress, 0.8 + progress), (0.3, 0.5))
+
+
+def boundary_batch(student, runs, batch, g):
+    """Boundary states as stage 1 has them: x_s (R, B, 1), s from the 4-step grid, t in [s, 1], new noise."""
+    x_0 = student.sample(runs * batch, g).view(runs, batch, 1)
+    s = torch.randint(4, (runs, batch, 1), generator=g) / 4
+    t = s + (1 - s) * (0.02 + 0.96 * torch.rand(runs, batch, 1, generator=g))
+    first, noise = torch.randn(2, runs, batch, 1, generator=g)
+    return (1 - s) * x_0 + s * first, s, t, noise
+
+
+def fake_update(weights, optimizer, student, batch, gamma, kernel, g, g_consistency):
+    """One step of Eq. 12 for every run. Two generators: gamma does not change the data that a run sees."""
+    runs = len(weights[0])
+    x_s, s, t, noise = boundary_batch(student, runs, batch, g)
+    x = rtdmd.renoise(x_s, s, t, noise)
+    v = run_network(weights, x, t)
+    loss = rtdmd.ambient_dsm_loss(v, x_s, noise, s, t)
+    if gamma:
+        low = torch.maximum(s, t - 0.1)
+        t_next = low + (t - low) * torch.rand(t.shape, generator=g_consistency)
+        noises = torch.randn(2, *x.shape, generator=g_consistency)
+        fake = functools.partial(run_network, weights)
+        loss = loss + gamma * rtdmd.consistency_loss(fake, x, v, t, t_next, *noises, kernel, ETA)
+    optimizer.zero_grad()
+    (runs * loss).backward()                     # undoes the mean over runs, which are strangers
+    optimizer.step()
+
+
+@torch.no_grad()
+def fake_error(weights, student, g):
+    """E |v_phi - v|^2 of every run, (R,): the score's error times t / (1-t), where DMD asks for it."""
+    x_s, s, t, noise = boundary_batch(student, len(weights[0]), 512, g)
+    x = rtdmd.renoise(x_s, s, t, noise)
+    truth = student.velocity(x.double(), t[..., 0].double()[..., None]).float()
+    return (run_network(weights, x, t) - truth).square().mean((1, 2))
+
+
+def track(start, updates, lr, batch, gamma, kernel, iterations=120):
+    """Mean squared error along the student's way, (R,), of fakes that begin at the weights `start`."""
+    weights = [w.detach().clone().requires_grad_() for w in start]
+    optimizer = torch.optim.Adam(weights, lr)
+    g, g_consistency, g_test, errors = rng(60), rng(61), rng(62), []
+    for i in range(iterations):
+        student = moving_student(i / iterations)
+        for _ in range(updates):
+            fake_update(weights, optimizer, student, batch, gamma, kernel, g, g_consistency)
+        if i % 4 == 3:
+            errors.append(fake_error(weights, student, g_test))
+    return torch.stack(errors).mean(0)
+
+
+def lab_tracking(runs=8):
+    """(b) Does the consistency term of Eq. 12 help a fake score to follow a moving student?"""
+    start, g = network(runs, 48, rng(63)), rng(64)
+    optimizer = torch.optim.Adam(start, 3e-3)
+    for i in range(1500):
+        optimizer.param_groups[0]["lr"] = 3e-3 * (1 - i / 1500)
+        fake_update(start, optimizer, moving_student(0.0), 64, 0.0, None, g, g)
+    before = fake_error(start, moving_student(0.0), g)
+    rows = []
+    for name, *settings in (("tracks", 5, 3e-3, 64), ("lags", 1, 3e-4, 64), ("few samples", 5, 3e-3, 8)):
+        name = "{} (updates {}, lr {:g}, batch {})".format(name, *settings)
+        base = track(start, *settings, 0.0, None)
+        rows.append(tracking_row(name, 0.0, "-", base, base))
+        for kernel, gamma in itertools.product(("posterior", "cps"), (0.01, 0.1, 1.0, 10.0)):
+            error = track(start, *settings, gamma, kernel)
+            rows.append(tracking_row(name, gamma, kernel, error, base))
+    return table(f"(b) E |v_phi - v|^2 along the way of a moving student, {runs} seeds; {before.mean():.4f} "
+                 "before it moves. change: against gamma 0 on the same data", rows)
+
+
+def tracking_row(name, gamma, kernel, error, base):
+    change, n = 100 * (error / base - 1), len(error) ** 0.5
+    return {"fake score": name, "gamma": f"{gamma:g}", "kernel": kernel, "error": float(error.mean()),
+            "error +-": float(error.std() / n), "change %": float(change.mean()),
+            "change +-": float(change.std() / n)}
+
+
+def lab_renoise():
+    """(c) Eq. 8, student = teacher: the state's variance and its W1 to the teacher's marginal, exactly."""
+    teacher, x, rows = Mixture(), torch.linspace(-8, 8, 16_001, dtype=torch.float64), []
+    for s, t in [(0.25, 0.3), (0.25, 0.5), (0.25, 0.8), (0.5, 0.55), (0.5, 0.7), (0.5, 0.9), (0.75, 0.9)]:
+        row = {"s": s, "t": t, "variance teacher": float(teacher.variance(t))}
+        for std, name in (("markov", "ours"), ("paper", "printed")):
+            a, kappa = (float(c) for c in rtdmd.renoise_coefficients(s, t, std))
+            stds = ((a * (1 - s) * teacher.d) ** 2 + (a * s) ** 2 + kappa ** 2).sqrt()
+            state = Mixture(t, m=tuple(((1 - t) * teacher.m).tolist()), d=tuple(stds.tolist()))
+            gap = float((state.cdf(x, t) - teacher.cdf(x, t)).abs().sum() * (x[1] - x[0]))
+            row |= {f"variance {name}": float(state.variance(t)), f"W1 {name}": gap}
+        rows.append(row)
+    return table("(c) Variance of the re-noised state and its W1 to the teacher's marginal at level t", rows)
+
+
+def lab(out=None):
+    """Runs the laboratory, prints its tables, returns them; `out` also gets them as JSON."""
+    torch.set_num_threads(1)
+    tables = {"variance": lab_variance(), "variance_32": lab_variance(32, 9_000), "tracking": lab_tracking(),
+              "renoise": lab_renoise()}
+    if out:
+        Path(out).write_text(json.dumps(tables, indent=1))
+    return tables
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 2. Rewards and metrics
+# ------------------------------------------------------------------------------------------------------------
+
+CFG = SimpleNamespace(weights_dir=None, device="cpu", prompts=None)
+
+
+def picture(height, width, seed=0):
+    """A smooth random image with edges in it, uint8 (H,W,3): noise alone would hide a wrong resize."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width]
+    waves = [np.sin(x / rng.uniform(3, 40) + c) * np.cos(y / rng.uniform(3, 40)) for c in range(3)]
+    image = (np.stack(waves, -1) * 100 + 128).astype(np.uint8)
+    image[height // 4:height // 2, width // 3:width // 2] = (220, 40, 60)
+    return image
+
+
+def tensor(image):
+    return torch.from_numpy(image).permute(2, 0, 1)[None] / 255
+
+
+def tiny_clip():
+    """A CLIPModel of two layers and a tokenizer of letters."""
+    from transformers import CLIPConfig, CLIPModel
+    torch.manual_seed(0)
+    part = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+    net = CLIPModel(CLIPConfig(text_config=dict(part, vocab_size=64, eos_token_id=63), projection_dim=8,
+                               vision_config=dict(part, image_size=224, patch_size=56)))
+
+    def embed_text(prompts):
+        ids = torch.tensor([[ord(c) % 60 for c in (p + " " * 20)[:20]] + [63] for p in prompts])
+        return net.get_text_features(input_ids=ids).pooler_output
+
+    return net, lambda pixels: net.get_image_features(pixel_values=pixels).pooler_output, embed_text
+
+
+# ------------------------------------------------------------------ preprocessing
+
+
+@pytest.mark.parametrize("size", [(256, 256), (512, 384), (300, 700), (224, 224)])
+@pytest.mark.parametrize("mode", ["bicubic", "bilinear"])
+def test_square_crop_is_pils(size, mode):
+    from torchvision import transforms as T
+    image = picture(*size)
+    way = T.InterpolationMode.BICUBIC if mode == "bicubic" else T.InterpolationMode.BILINEAR
+    theirs = T.Compose([T.Resize(224, way), T.CenterCrop(224), T.ToTensor(),
+                        T.Normalize(rt.CLIP_MEAN, rt.CLIP_STD)])
+    error = (rt.square_crop(tensor(image), mode=mode)[0] - theirs(Image.fromarray(image))).abs()
+    error = error * torch.tensor(rt.CLIP_STD).view(3, 1, 1) * 255   # in units of 1/255
+    assert error.max() < 2.05 and error.mean() < .35   # all of it is PIL's rounding to 8 bits
+
+
+def test_square_crop_clips_overshoots():
+    """Black and white squares: without the clamp bicubic would go far below black and above white."""
+    board = torch.from_numpy(np.kron(np.indices((20, 20)).sum(0) % 2, np.ones((15, 15)))).expand(1, 3, -1, -1)
+    pixels = rt.square_crop(board)
+    pixels = pixels * torch.tensor(rt.CLIP_STD).view(3, 1, 1) + torch.tensor(rt.CLIP_MEAN).view(3, 1, 1)
+    assert -1e-6 < pixels.min() and pixels.max() < 1 + 1e-6
+    assert rt.resize(board, 224, 224).min() < -.02
+
+
+def test_square_crop_without_antialias_would_be_far_off():
+    """The yardstick of the test above: a plain bicubic resize is off by tens of grey levels."""
+    image = tensor(picture(1024, 1024))
+    plain = F.interpolate(image, (224, 224), mode="bicubic", align_corners=False)
+    assert (plain - rt.resize(image, 224, 224)).abs().max() * 255 > 20
+
+
+def test_square_crop_is_transformers_processor():
+    from transformers import CLIPImageProcessorPil
+    image = picture(400, 300)
+    theirs = CLIPImageProcessorPil()(images=[Image.fromarray(image)], return_tensors="pt")["pixel_values"]
+    assert (rt.square_crop(tensor(image)) - theirs).abs().max() < .035
+
+
+@pytest.mark.parametrize("size", [(512, 512), (1024, 1024), (768, 512), (300, 512), (224, 224), (100, 60)])
+def test_letterbox_is_hpsv2s(size):
+    """ToTensor, tensor bicubic resize of the longest side, zero pad, normalise: the same numbers."""
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms import functional as T
+    image = tensor(picture(*size))[0]
+    scale = 224 / max(size)
+    small = [round(side * scale) for side in size]
+    rows, columns = 224 - small[0], 224 - small[1]
+    theirs = T.resize(image, small, InterpolationMode.BICUBIC, antialias=True) if scale != 1 else image
+    theirs = T.pad(theirs, [columns // 2, rows // 2, columns - columns // 2, rows - rows // 2], fill=0)
+    theirs = T.normalize(theirs, rt.CLIP_MEAN, rt.CLIP_STD)
+    torch.testing.assert_close(rt.letterbox(image[None])[0], theirs, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("view", [rt.square_crop, rt.letterbox, rt.REWARDS["clipscore"]["view"]])
+def test_preprocessing_gradient_is_finite_differences(view):
+    torch.manual_seed(0)
+    image = (torch.rand(1, 3, 20, 30) * .6 + .2).requires_grad_()   # away from 0 and 1, where the clamp bends
+    weight, way = torch.randn(1, 3, 224, 224), torch.randn(1, 3, 20, 30)
+
+    def value(x):
+        return (view(x).double() * weight).sum()
+
+    slope = (torch.autograd.grad(value(image), image)[0].double() * way).sum()
+    step = 1e-3
+    with torch.no_grad():
+        measured = (value(image + step * way) - value(image - step * way)) / (2 * step)
+    assert measured == pytest.approx(slope.item(), rel=2e-3)
+
+
+def test_which_reward_sees_what():
+    """The tables' CLIPScore was resized bilinearly, PickScore as CLIP itself, HPSv2 in a letterbox."""
+    image = tensor(picture(300, 500))
+    views = {name: row["view"](image) for name, row in rt.REWARDS.items()}
+    assert torch.equal(views["clipscore"], rt.square_crop(image, mode="bilinear"))
+    assert torch.equal(views["pickscore"], rt.square_crop(image, mode="bicubic"))
+    assert torch.equal(views["hpsv2"], rt.letterbox(image))
+
+
+def test_half_precision_images_are_resized_in_fp32():
+    image = tensor(picture(64, 48)).bfloat16()
+    assert rt.square_crop(image).dtype == torch.float32 and rt.letterbox(image).dtype == torch.float32
+
+
+# ------------------------------------------------------------------ the CLIP family
+
+
+def test_hpsv2_is_strictly_loadable_into_open_clip():
+    """The checkpoint is known by 686 names; the shapes here were read from hpsv2's own network."""
+    import open_clip
+    with torch.device("meta"):
+        state = open_clip.create_model("ViT-H-14", pretrained=None, device="meta").state_dict()
+    assert len(state) == 686 and sum(t.numel() for t in state.values()) == 986_109_441
+    shapes = {"logit_scale": (), "positional_embedding": (77, 1024), "text_projection": (1024, 1024),
+              "visual.proj": (1280, 1024), "visual.conv1.weight": (1280, 3, 14, 14),
+              "visual.positional_embedding": (257, 1280), "token_embedding.weight": (49408, 1024),
+              "visual.transformer.resblocks.31.attn.in_proj_weight": (3840, 1280),
+              "transformer.resblocks.23.mlp.c_proj.weight": (1024, 4096), "ln_final.bias": (1024,)}
+    assert {name: tuple(state[name].shape) for name in shapes} == shapes
+
+
+def test_hpsv2_host_loads_strictly_and_scores_a_cosine(tmp_path, monkeypatch):
+    import open_clip
+    from hpsv2.utils import hps_version_map
+    small = open_clip.CLIP(embed_dim=8, vision_cfg=dict(layers=1, width=64, image_size=224, patch_size=56),
+                           text_cfg=dict(layers=1, width=16, heads=2, vocab_size=49408, context_length=77))
+    monkeypatch.setattr(open_clip, "create_model", lambda arch, pretrained: type(small)(
+        embed_dim=8, vision_cfg=dict(layers=1, width=64, image_size=224, patch_size=56),
+        text_cfg=dict(layers=1, width=16, heads=2, vocab_size=49408, context_length=77)))
+    cfg = SimpleNamespace(weights_dir=str(tmp_path), device="cpu", prompts=None)
+    file = tmp_path / "HPSv2" / hps_version_map["v2.1"]
+    file.parent.mkdir()
+    torch.save({"state_dict": small.state_dict()}, file)
+    reward = rt.load_reward("hpsv2", cfg)
+    images, prompts = torch.rand(2, 3, 40, 30), ["a cat", "“two” dogs"]
+    tokens = open_clip.get_tokenizer("ViT-H-14")(prompts)
+    with torch.no_grad():
+        seen, read = small.eval().encode_image(rt.letterbox(images)), small.encode_text(tokens)
+        theirs = F.cosine_similarity(seen, read)
+    torch.testing.assert_close(reward(images, prompts), theirs, atol=1e-6, rtol=0)
+    lacking = dict(small.state_dict())
+    del lacking["visual.proj"]
+    torch.save({"state_dict": lacking}, file)
+    with pytest.raises(RuntimeError, match="visual.proj"):
+        rt.load_reward("hpsv2", cfg)
+
+
+def test_clip_rewards_match_transformers_logits():
+    """clipscore = logits / exp(logit_scale); pickscore = logits, about 100 times as much."""
+    host = tiny_clip()
+    images, prompts = torch.rand(3, 3, 64, 48), ["one", "two", "one"]
+    for name in ("clipscore", "pickscore"):
+        reward = rt.ClipReward(name, rt.REWARDS[name], host)
+        ids = torch.tensor([[ord(c) % 60 for c in (p + " " * 20)[:20]] + [63] for p in prompts])
+        with torch.no_grad():
+            out = host[0](input_ids=ids, pixel_values=reward.row["view"](images))
+        logits = out.logits_per_image.diagonal()
+        expected = logits if name == "pickscore" else logits / host[0].logit_scale.exp()
+        torch.testing.assert_close(reward(images, prompts), expected, atol=1e-5, rtol=1e-5)
+        assert reward.differentiable and reward.name == name
+
+
+def test_text_goes_through_the_network_once():
+    net, embed_image, embed_text = tiny_clip()
+    calls = []
+
+    def counting(prompts):
+        calls.append(list(prompts))
+        return embed_text(prompts)
+
+    reward = rt.ClipReward("clipscore", rt.REWARDS["clipscore"], (net, embed_image, counting))
+    reward(torch.rand(3, 3, 32, 32), ["a", "b", "a"])
+    reward(torch.rand(2, 3, 32, 32), ["b", "c"])
+    assert calls == [["a", "b"], ["c"]]
+
+
+def test_reward_gradient_reaches_images_and_not_weights():
+    torch.manual_seed(1)
+    reward = rt.ClipReward("pickscore", rt.REWARDS["pickscore"], tiny_clip())
+    images = (torch.rand(2, 3, 32, 40) * .5 + .25).requires_grad_()
+    gradient = torch.autograd.grad(reward(images, ["x", "y"]).sum(), images)[0]
+    way, step = gradient / gradient.norm(), .05
+    with torch.no_grad():
+        up, down = (reward(images + sign * step * way, ["x", "y"]).sum() for sign in (1, -1))
+    rise = (up - down) / (2 * step)
+    assert rise.item() == pytest.approx(gradient.norm().item(), rel=.02)
+    assert not any(p.requires_grad for p in reward.net.parameters())
+
+
+def test_transformers_host_loads_a_folder(tmp_path):
+    """A saved CLIPModel and a tokenizer made from open_clip's own vocabulary: real files, real tokens."""
+    import open_clip
+    from transformers import CLIPTokenizer
+    net = tiny_clip()[0]
+    net.config.text_config.vocab_size = 49408
+    net = type(net)(net.config)
+    folder = tmp_path / "clip-vit-large-patch14"
+    net.save_pretrained(folder)
+    cfg = SimpleNamespace(weights_dir=str(tmp_path), device="cpu", prompts=None)
+    with pytest.raises(rt.UsageError, match="tokenizer.json"):   # not a tokenizer without a vocabulary
+        rt.load_reward("clipscore", cfg)
+    base = open_clip.tokenizer.SimpleTokenizer()
+    start, end = "<start_of_text>", "<end_of_text>"
+    CLIPTokenizer(vocab=base.encoder, merges=list(base.bpe_ranks), bos_token=start, eos_token=end,
+                  unk_token=end, pad_token=end).save_pretrained(folder)
+    reward = rt.load_reward("clipscore", cfg)
+    assert reward(torch.rand(2, 3, 32, 32), ["a red fox", "snow " * 200]).shape == (2,)   # one is cut
+
+
+# ------------------------------------------------------------------ choosing rewards
+
+
+def test_parse_rewards():
+    assert rt.parse_rewards("hpsv2=1, clipscore=.5,my_module:score=2,pickscore", ()) == [
+        ("hpsv2", 1.), ("clipscore", .5), ("my_module:score", 2.), ("pickscore", 1.)]
+    assert rt.parse_rewards("judge=-1e-1", extra={"judge": None}) == [("judge", -.1)]
+
+
+@pytest.mark.parametrize("text, words", [
+    ("", "no name"), ("hpsv2=1,", "no name"), ("=2", "no name"), ("hpsv2=x", "hpsv2=x"), ("hpsv2=", "finite"),
+    ("hpsv2=1,hpsv2=2", "twice"), ("hpsv2=0", "other than 0"), ("hpsv2=nan", "finite"),
+    ("hpsv2=inf", "finite"), ("hpsv9=1", "hpsv9.*hpsv2")])
+def test_parse_rewards_complains(text, words, monkeypatch):
+    monkeypatch.setattr(rt, "eval_module", lambda: ev)
+    with pytest.raises(rt.UsageError, match=words):
+        rt.parse_rewards(text)
+
+
+def test_user_rewards(tmp_path, monkeypatch):
+    (tmp_path / "my_rewards.py").write_text("""
+def brightness(images, prompts):
+    return images.mean((1, 2, 3))
+class Judge:
+    differentiable = True
+    def __init__(self, strength=2): self.strength = strength
+    def __call__(self, images, prompts): return images.mean((1, 2, 3)) * self.strength
+def factory(): return Judge(3)
+""")
+    monkeypatch.chdir(tmp_path)
+    images = torch.rand(2, 3, 4, 4)
+    for name, factor, differentiable in (("brightness", 1, False), ("Judge", 2, True), ("factory", 3, True)):
+        reward = rt.load_reward(f"my_rewards:{name}", CFG)
+        torch.testing.assert_close(rt.score(reward, images, ["", ""]), images.mean((1, 2, 3)) * factor)
+        assert reward.differentiable is differentiable and reward.name == f"my_rewards:{name}"
+    for name, words in (("my_rewards:nothing", "nothing"), ("no_such_module:x", "no_such_module")):
+        with pytest.raises(rt.UsageError, match=words):
+            rt.load_reward(name, CFG)
+    own = object()
+    assert rt.load_reward("judge", CFG, extra={"judge": own}) is own
+
+
+def test_score_names_reward_and_prompt():
+    def picky(images, prompts):
+        if "bad" in prompts:
+            raise ValueError("cannot look at this")
+        return images.mean((1, 2, 3))
+
+    picky.name = "picky"
+    images = torch.rand(3, 3, 4, 4)
+    assert rt.score(picky, images, ["a", "b", "c"]).shape == (3,)
+    with pytest.raises(rt.UsageError, match="picky.*'bad'.*cannot look"):
+        rt.score(picky, images, ["good", "bad", "fine"])
+    for wrong in (lambda i, p: i.mean(), lambda i, p: i[:, :1, 0, 0], lambda i, p: i[:2, 0, 0, 0]):
+        wrong.name = "misshapen"
+        with pytest.raises(rt.UsageError, match="misshapen.*shape"):
+            rt.score(wrong, images, ["a", "b", "c"])
+    assert rt.score(lambda i, p: i[:, 0, 0, 0] * math.nan, images, ["a"] * 3).isnan().all()   # as it is
+
+
+def test_missing_files_are_one_sentence(tmp_path):
+    cfg = SimpleNamespace(weights_dir=str(tmp_path), device="cpu", prompts=None)
+    missing = {"hpsv2": "HPS_v2.1_compressed.pt", "imagereward": "ImageReward.pt", "hpsv3": "hpsv3",
+               "aesthetic": "model.safetensors", "clipscore": "config.json", "pickscore": "config.json",
+               "geneval": "config.json", "geneval2": "config.json", "ocr": "preprocessor_config.json"}
+    assert set(missing) == set(ev.METRICS)
+    for name, file in missing.items():
+        with pytest.raises(rt.UsageError) as caught:
+            ev.load_metric(name, cfg)
+        text = str(caught.value)
+        assert file in text and str(tmp_path) in text and "weights_dir" in text and "\n" not in text, text
+
+
+def test_weights_dir_comes_before_the_hub(tmp_path):
+    cfg = SimpleNamespace(weights_dir=str(tmp_path), device="cpu", prompts=None)
+    (tmp_path / "file.pt").touch()
+    assert rt.find_weights("some/repo", "file.pt", cfg) == tmp_path / "file.pt"
+    (tmp_path / "repo").mkdir()
+    (tmp_path / "repo" / "file.pt").touch()
+    assert rt.find_weights("some/repo", "file.pt", cfg) == tmp_path / "repo" / "file.pt"
+
+
+# ------------------------------------------------------------------ Aesthetic, ImageReward, HPSv3
+
+
+def head_state(prefix):
+    sizes = {0: (1024, 768), 2: (128, 1024), 4: (64, 128), 6: (16, 64), 7: (1, 16)}
+    return {f"{prefix}{i}.{part}": torch.randn(shape if part == "weight" else shape[:1]) * .1
+            for i, shape in sizes.items() for part in ("weight", "bias")}
+
+
+def wide_clip():
+    from transformers import CLIPConfig, CLIPModel
+    torch.manual_seed(0)
+    part = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    return CLIPModel(CLIPConfig(text_config=dict(part, vocab_size=64, eos_token_id=63), projection_dim=768,
+                                vision_config=dict(part, image_size=224, patch_size=56)))
+
+
+def test_aesthetic_is_affine_in_the_unit_embedding():
+    clip = wide_clip().eval()
+    state = head_state("layers.")
+    scorer = ev.Aesthetic(clip, ev.score_head(state, "layers."))
+    images = torch.rand(2, 3, 50, 40)
+    with torch.no_grad():
+        text = dict(input_ids=torch.tensor([[1, 63]]))
+        e = clip(pixel_values=rt.square_crop(images), **text).image_embeds     # transformers: of unit length
+        for i in (0, 2, 4, 6, 7):
+            e = e @ state[f"layers.{i}.weight"].T + state[f"layers.{i}.bias"]
+        torch.testing.assert_close(scorer(images), e[:, 0], atol=1e-5, rtol=1e-5)
+    del state["layers.4.bias"]
+    with pytest.raises(RuntimeError, match="4.bias"):
+        ev.score_head(state, "layers.")
+
+
+VISION = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+TEXT = dict(vocab_size=50, hidden_size=768, intermediate_size=32, num_hidden_layers=2)
+
+
+def imagereward_state():
+    """ImageReward.pt at small size: the original's names (timm's ViT, BLIP's med.py) and random values."""
+    torch.manual_seed(0)
+    shapes = {"visual_encoder.cls_token": (1, 1, 32), "visual_encoder.pos_embed": (1, 197, 32),
+              "visual_encoder.patch_embed.proj.weight": (32, 3, 16, 16),
+              "visual_encoder.patch_embed.proj.bias": (32,),
+              "text_encoder.embeddings.word_embeddings.weight": (50, 768),
+              "text_encoder.embeddings.position_embeddings.weight": (512, 768),
+              "vision_proj.weight": (8, 32), "text_proj.weight": (8, 768)}   # the last two: to be left out
+
+    def linear(name, out, into):
+        shapes.update({f"{name}.weight": (out, into), f"{name}.bias": (out,)})
+
+    def norm(name, width):
+        shapes.update({f"{name}.weight": (width,), f"{name}.bias": (width,)})
+
+    norm("visual_encoder.norm", 32)
+    norm("text_encoder.embeddings.LayerNorm", 768)
+    parts = {"attn.qkv": (96, 32), "attn.proj": (32, 32), "mlp.fc1": (64, 32), "mlp.fc2": (32, 64)}
+    for i in range(2):
+        block = f"visual_encoder.blocks.{i}"
+        for part, size in parts.items():
+            linear(f"{block}.{part}", *size)
+        norm(f"{block}.norm1", 32)
+        norm(f"{block}.norm2", 32)
+        layer = f"text_encoder.encoder.layer.{i}"
+        for way, width in (("attention", 768), ("crossattention", 32)):
+            for part, into in (("query", 768), ("key", width), ("value", width)):
+                linear(f"{layer}.{way}.self.{part}", 768, into)
+            linear(f"{layer}.{way}.output.dense", 768, 768)
+            norm(f"{layer}.{way}.output.LayerNorm", 768)
+        linear(f"{layer}.intermediate.dense", 32, 768)
+        linear(f"{layer}.output.dense", 768, 32)
+        norm(f"{layer}.output.LayerNorm", 768)
+    state = {f"blip.{name}": torch.randn(shape) * (.05 if name.startswith("text") else .2)
+             for name, shape in shapes.items()}
+    state.update({name: 1 + tensor for name, tensor in state.items() if name.lower().endswith("norm.weight")})
+    state["blip.text_encoder.embeddings.position_ids"] = torch.arange(512)[None]
+    return {**state, **head_state("mlp.layers.")}
+
+
+class LetterTokenizer:
+    """Stands for BERT's: [CLS] is 1, a letter a token, padded with 0 to max_length."""
+
+    def __call__(self, prompts, padding, max_length, truncation, return_tensors):
+        from transformers import BatchEncoding
+        ids = [([1] + [2 + ord(c) % 40 for c in p])[:max_length] for p in prompts]
+        full = torch.tensor([i + [0] * (max_length - len(i)) for i in ids])
+        return BatchEncoding({"input_ids": full, "attention_mask": (full > 0).long()})
+
+
+def test_imagereward_loads_the_originals_names_strictly():
+    state = imagereward_state()
+    vision, text, head = ev.ImageReward.networks(state, VISION, TEXT)
+    ours = vision.encoder.layers[1].self_attn.projection.weight
+    assert torch.equal(ours, state["blip.visual_encoder.blocks.1.attn.proj.weight"])
+    assert torch.equal(vision.post_layernorm.weight, state["blip.visual_encoder.norm.weight"])
+    assert torch.equal(head[7].weight, state["mlp.layers.7.weight"])
+    assert vision.post_layernorm.eps == 1e-6 and text.config.num_attention_heads == 12
+    for name in ("visual_encoder.norm.weight", "text_encoder.encoder.layer.1.crossattention.self.key.bias"):
+        lacking = {k: v for k, v in state.items() if k != f"blip.{name}"}
+        with pytest.raises(RuntimeError, match="Missing key"):
+            ev.ImageReward.networks(lacking, VISION, TEXT)
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        ev.ImageReward.networks({**state, "blip.text_encoder.surprise": torch.zeros(1)}, VISION, TEXT)
+
+
+def test_imagereward_scores():
+    """Against the vision network written out; text padding is not seen, gradients reach the pixels."""
+    state = imagereward_state()
+    vision, text, head = (net.eval() for net in ev.ImageReward.networks(state, VISION, TEXT))
+    scorer = ev.ImageReward(vision, text, head, LetterTokenizer())
+    images = torch.rand(2, 3, 60, 50, requires_grad=True)
+    scores = scorer(images, ["a cat", "a very long prompt"])
+    assert (scores[0] - scores[1]).abs() > .01   # the random networks do tell prompts apart
+    assert scores.shape == (2,) and torch.autograd.grad(scores.sum(), images)[0].abs().sum() > 0
+    with torch.no_grad():
+        seen = slow_vit(state, rt.square_crop(images))
+        ours = vision(pixel_values=rt.square_crop(images)).last_hidden_state
+        torch.testing.assert_close(ours, seen, atol=1e-4, rtol=1e-4)
+        words = torch.tensor([[1] + [2 + ord(c) % 40 for c in "a cat"]])
+        read = text(input_ids=words, encoder_hidden_states=seen[:1])
+        by_hand = (head(read.last_hidden_state[:, 0]) - .16717362830052426) / 1.0333394966054072
+    torch.testing.assert_close(scores[:1], by_hand[:, 0], atol=1e-4, rtol=1e-4)
+
+
+def slow_vit(state, pixels):
+    """timm's ViT forward from ImageReward's own names: what vision.last_hidden_state must be."""
+    def get(name):
+        return state["blip.visual_encoder." + name]
+
+    def norm(x, name):
+        return F.layer_norm(x, (32,), get(name + ".weight"), get(name + ".bias"), 1e-6)
+
+    x = F.conv2d(pixels, get("patch_embed.proj.weight"), get("patch_embed.proj.bias"), stride=16)
+    x = x.flatten(2).mT
+    x = torch.cat([get("cls_token").expand(len(x), -1, -1), x], 1) + get("pos_embed")
+    for i in range(2):
+        b = f"blocks.{i}."
+        qkv = F.linear(norm(x, b + "norm1"), get(b + "attn.qkv.weight"), get(b + "attn.qkv.bias"))
+        q, k, v = qkv.view(len(x), 197, 3, 2, 16).permute(2, 0, 3, 1, 4)
+        mixed = ((q @ k.mT / 4).softmax(-1) @ v).transpose(1, 2).flatten(2)
+        x = x + F.linear(mixed, get(b + "attn.proj.weight"), get(b + "attn.proj.bias"))
+        inner = F.gelu(F.linear(norm(x, b + "norm2"), get(b + "mlp.fc1.weight"), get(b + "mlp.fc1.bias")))
+        x = x + F.linear(inner, get(b + "mlp.fc2.weight"), get(b + "mlp.fc2.bias"))
+    return norm(x, "norm")
+
+
+def tiny_qwen2(vocabulary=60, image=5):
+    from transformers import Qwen2VLConfig
+    text = dict(vocab_size=vocabulary, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+                num_attention_heads=4, num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+                rope_parameters={"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4})
+    vision = dict(depth=1, embed_dim=16, hidden_size=32, num_heads=2, mlp_ratio=2)
+    return Qwen2VLConfig(text_config=text, vision_config=vision, image_token_id=image, video_token_id=6,
+                         vision_start_token_id=7, vision_end_token_id=8)
+
+
+def hpsv3_state(config):
+    """HPSv3.safetensors at small size: transformers 4.45's names, and one token more than the base has."""
+    from transformers import Qwen2VLModel
+    torch.manual_seed(0)
+    config.text_config.vocab_size += 1
+    state = {k.replace("language_model.", "model."): torch.randn(v.shape) * .4
+             for k, v in Qwen2VLModel(config).state_dict().items()}
+    for i, (out, into) in {0: (1024, 32), 3: (16, 1024), 5: (2, 16)}.items():
+        state[f"rm_head.{i}.weight"] = torch.randn(out, into) * .1
+        state[f"rm_head.{i}.bias"] = torch.randn(out)
+    config.text_config.vocab_size -= 1
+    return {**state, "lm_head.weight": torch.randn(config.text_config.vocab_size + 1, 32)}
+
+
+def test_hpsv3_loads_the_originals_names_strictly():
+    config, state = tiny_qwen2(), hpsv3_state(tiny_qwen2())
+    net, head = ev.HPSv3.networks(dict(state), config, torch.float32)
+    assert torch.equal(net.language_model.embed_tokens.weight, state["model.embed_tokens.weight"])   # 61 rows
+    assert torch.equal(net.visual.blocks[0].attn.qkv.weight, state["visual.blocks.0.attn.qkv.weight"])
+    assert torch.equal(head[5].weight, state["rm_head.5.weight"]) and head[0].weight.dtype == torch.float32
+    for name in ("visual.merger.ln_q.weight", "model.layers.1.mlp.up_proj.weight"):
+        with pytest.raises(rt.UsageError, match="HPSv3.safetensors"):
+            ev.HPSv3.networks({k: v for k, v in state.items() if k != name}, tiny_qwen2(), torch.float32)
+    with pytest.raises(rt.UsageError, match="surprise"):
+        ev.HPSv3.networks({**state, "model.surprise": torch.zeros(1)}, tiny_qwen2(), torch.float32)
+
+
+def hpsv3_inputs():
+    from transformers import Qwen2VLImageProcessor
+    patches = Qwen2VLImageProcessor(size={"shortest_edge": 56 * 56, "longest_edge": 56 * 56})(
+        images=[torch.rand(3, 90, 90), torch.rand(3, 90, 90)], do_rescale=False, return_tensors="pt")
+    ids = torch.tensor([[7, 5, 5, 5, 5, 8, 11, 12, 60, 13], [7, 5, 5, 5, 5, 8, 14, 60, 0, 0]])
+    return ids, (ids > 0).long(), patches["pixel_values"], patches["image_grid_thw"]
+
+
+def test_hpsv3_uses_plain_positions():
+    """Explicit positions 0, 1, 2, .. give the same states; the full model's own multi-axis ones do not."""
+    net, head = (n.eval() for n in ev.HPSv3.networks(hpsv3_state(tiny_qwen2()), tiny_qwen2(), torch.float32))
+    scorer = ev.HPSv3(net, head, None, "", 60)
+    ids, mask, pixels, grid = hpsv3_inputs()
+    with torch.no_grad():
+        scores = scorer.read(ids, mask, pixels, grid)
+
+        def through_the_full_model(positions):
+            states = net(input_ids=ids, attention_mask=mask, pixel_values=pixels, image_grid_thw=grid,
+                         position_ids=positions, mm_token_type_ids=(ids == 5).int()).last_hidden_state
+            return head(states[[0, 1], [8, 7]])[:, 0]
+
+        plain = torch.arange(10).expand(3, 2, -1)
+        torch.testing.assert_close(scores, through_the_full_model(plain), atol=1e-5, rtol=1e-4)
+        assert (scores - through_the_full_model(None)).abs().max() > 1e-3
+        alone = scorer.read(ids[1:, :8], mask[1:, :8], pixels[16:], grid[1:])   # padding is not seen
+    torch.testing.assert_close(scores[1:], alone, atol=1e-5, rtol=1e-4)
+
+
+def test_hpsv3_instruction_is_read_and_not_run(tmp_path):
+    (tmp_path / "HPSv3").mkdir()
+    (tmp_path / "HPSv3" / "data_collator_qwen.py").write_text(
+        'import a_package_that_is_not_there\nINSTRUCTION = """Rate. Prompt - {text_prompt}"""\n'
+        'prompt_with_special_token = """ <|Reward|>"""\nraise SystemExit\n')
+    cfg = SimpleNamespace(weights_dir=str(tmp_path), device="cpu", prompts=None)
+    assert ev.hpsv3_instruction(cfg).format(text_prompt="a fox") == "Rate. Prompt - a fox <|Reward|>"
+
+
+def qwen_processor(number):
+    """Qwen2-VL's or Qwen3-VL's real processor, over a tokenizer that knows only bytes and special tokens."""
+    import transformers
+    from tokenizers.pre_tokenizers import ByteLevel
+    alphabet = {c: i for i, c in enumerate(sorted(ByteLevel.alphabet()))}
+    tokenizer = transformers.Qwen2Tokenizer(vocab=alphabet, merges=[])
+    marks = ("im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"<|{mark}|>" for mark in marks]})
+    template = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.content %}"
+                "{% if c.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c.text }}"
+                "{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+                "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    view = transformers.Qwen2VLImageProcessor(patch_size={2: 14, 3: 16}[number])
+    video = getattr(transformers, f"Qwen{number}VLVideoProcessor")()
+    return getattr(transformers, f"Qwen{number}VLProcessor")(view, tokenizer, video, chat_template=template)
+
+
+def test_hpsv3_through_the_real_processor():
+    """256 image tokens whatever the size, and a score that the padding does not change."""
+    processor = qwen_processor(2)
+    processor.tokenizer.add_special_tokens({"additional_special_tokens": ["<|Reward|>"]})
+    token_id, image_id = processor.tokenizer.convert_tokens_to_ids(["<|Reward|>", "<|image_pad|>"])
+    config = tiny_qwen2(token_id, image_id)
+    net, head = (n.eval() for n in ev.HPSv3.networks(hpsv3_state(config), config, torch.float32))
+    scorer, seen = ev.HPSv3(net, head, processor, "rate {text_prompt} <|Reward|>!", token_id), []
+    read = scorer.read
+    scorer.read = lambda ids, *rest: seen.append(ids) or read(ids, *rest)
+    images = torch.rand(2, 3, 96, 96)
+    scores = scorer(images, ["a", "a longer prompt"])
+    assert [(ids == image_id).sum(1).tolist() for ids in seen] == [[256, 256]]
+    assert "<|vision_end|>rate a <|Reward|>!<|im_end|>" in processor.tokenizer.decode(seen[0][0])
+    torch.testing.assert_close(scores[:1], scorer(images[:1], ["a"]), atol=1e-5, rtol=1e-4)
+
+
+# ------------------------------------------------------------------ GenEval
+
+
+def seen(name, score, box=(0, 0, 10, 10)):
+    mask = torch.zeros(100, 100, dtype=torch.bool)
+    mask[box[1]:box[3], box[0]:box[2]] = True
+    return ev.Detection(ev.COCO.index(name), score, box, mask)
+
+
+def judge(detections, row, colours=None, threshold=.3):
+    """(official, partial, strict) with a stub colour judge: a dict from box to colour name."""
+    def names(found, name):
+        return [(colours or {}).get(d.box, "red") for d in found]
+
+    objects = ev.objects_of(detections, threshold)
+    return (ev.geneval_official(objects, row, names), *ev.geneval_partial(objects, row, names))
+
+
+A, B, C = (0, 0, 10, 10), (50, 0, 60, 10), (0, 50, 10, 60)
+
+
+def test_geneval_single_and_two_objects():
+    one = {"include": [{"class": "dog", "count": 1}]}
+    two = {"include": [{"class": "dog", "count": 1}, {"class": "tv remote", "count": 1}]}
+    assert judge([seen("dog", .31)], one) == (True, 1, True)
+    assert judge([seen("dog", .3)], one) == (False, 0, False)                        # above .3, not at it
+    assert judge([seen("dog", .9, A), seen("dog", .9, B)], one) == (True, 0, False)   # one too many
+    assert judge([seen("dog", .9), seen("tv remote", .8, B)], two) == (True, 1, True)
+    assert judge([seen("dog", .9)], two) == (False, .5, False)
+    assert judge([seen("dog", .9, (i, 0, i + 5, 5)) for i in range(3)], one)[1] == -1   # may be negative
+
+
+def test_geneval_counting_is_exact_through_exclude():
+    row = {"include": [{"class": "cat", "count": 3}], "exclude": [{"class": "cat", "count": 4}]}
+    cats = [seen("cat", .95, (10 * i, 0, 10 * i + 5, 5)) for i in range(4)]
+    assert judge(cats[:3], row, threshold=.9) == (True, 1, True)
+    assert judge(cats, row, threshold=.9) == (False, 1 - 1 / 3, False)
+    assert judge(cats[:2], row, threshold=.9) == (False, 1 - 1 / 3, False)
+    assert judge(cats[:3] + [seen("cat", .89, B)], row, threshold=.9)[0] is True   # below .9
+
+
+def test_geneval_keeps_sixteen_of_a_class_the_best_first():
+    found = ev.objects_of([seen("cat", .31 + i / 100) for i in range(30)] + [seen("dog", .2)], .3)
+    assert set(found) == {"cat"} and len(found["cat"]) == 16
+    assert [d.score for d in found["cat"]] == sorted((.31 + i / 100 for i in range(14, 30)), reverse=True)
+
+
+def test_geneval_colours_look_at_the_best_objects_only():
+    row = {"include": [{"class": "car", "count": 1, "color": "blue"}]}
+    pair = [seen("car", .9, A), seen("car", .5, B)]
+    assert judge(pair[:1], row, {A: "blue"}) == (True, 1, True)
+    assert judge(pair[:1], row, {A: "green"}) == (False, .5, False)
+    assert judge(pair, row, {A: "green", B: "blue"})[0] is False      # the better one counts
+    assert judge(pair, row, {A: "blue", B: "green"}) == (True, 0, False)   # terms: 1 - 1/1 and 0
+    assert judge([], row) == (False, 0, False)
+
+
+def test_geneval_colour_of_two_objects():
+    row = {"include": [{"class": "car", "count": 1, "color": "blue"},
+                       {"class": "cup", "count": 1, "color": "red"}]}
+    pair = [seen("car", .9, A), seen("cup", .9, B)]
+    assert judge(pair, row, {A: "blue", B: "red"}) == (True, 1, True)
+    assert judge(pair, row, {A: "red", B: "blue"}) == (False, .5, False)   # attributes swapped
+
+
+def test_geneval_position():
+    row = {"include": [{"class": "dog", "count": 1},
+                       {"class": "cat", "count": 1, "position": ["right of", 0]}]}
+    assert judge([seen("dog", .9, A), seen("cat", .9, B)], row) == (True, 1, True)
+    assert judge([seen("dog", .9, B), seen("cat", .9, A)], row) == (False, .75, False)   # terms 1, 1, 0, 1
+    assert judge([seen("dog", .9, A), seen("cat", .9, C)], row)[0] is False
+    assert judge([seen("cat", .9, B)], row) == (False, 1 / 3, False)          # no anchor: terms 0, 1, 0
+    assert judge([seen("dog", .9, A)], row) == (False, 1 / 3, False)          # terms 1, 0, 0
+
+
+@pytest.mark.parametrize("box, expected", [
+    ((100, 0, 110, 10), {"right of"}), ((-100, 0, -90, 10), {"left of"}), ((0, -50, 10, -40), {"above"}),
+    ((0, 50, 10, 60), {"below"}), ((50, 50, 60, 60), {"right of", "below"}), ((0, 0, 10, 10), set()),
+    ((2, 0, 12, 10), set()),                # 2 = .1 (10 + 10): nothing is left of the offset
+    ((2.1, 0, 12.1, 10), set()),            # .1 / 2.1 is less than half
+    ((4.1, 0, 14.1, 10), {"right of"}),     # 2.1 / 4.1 is more than half
+    ((30, 100, 40, 110), {"below"}),        # 28 / 104 is less than half
+])
+def test_relations_and_their_margin(box, expected):
+    assert ev.relations(box, (0, 0, 10, 10)) == expected
+
+
+def test_colour_is_judged_on_the_masked_crop():
+    """A stub CLIP that sees mean colour: what is around the mask, or outside the box, must not count."""
+    class Mean(nn.Module):
+        palette = dict(zip(ev.COLOURS, torch.tensor([
+            [1, 0, 0], [1, .5, 0], [1, 1, 0], [0, .6, 0], [0, 0, 1], [.5, 0, .5], [1, .6, .7], [.5, .25, 0],
+            [0, 0, 0], [1, 1, 1]])))
+
+        def __init__(self):
+            super().__init__()
+            self.dummy = nn.Parameter(torch.zeros(()))
+
+        def encode_image(self, pixels):
+            rgb = pixels * torch.tensor(rt.CLIP_STD).view(3, 1, 1) + torch.tensor(rt.CLIP_MEAN).view(3, 1, 1)
+            return rgb.mean((2, 3)) - .6   # the grey #999 is the origin
+
+        def encode_text(self, tokens):
+            return torch.stack([self.palette[ev.COLOURS[t]] - .6 for t in tokens])
+
+    def tokenise(texts):
+        assert texts[:3] == [f"a photo of a red{words}" for words in (" car", "-colored car", " object")]
+        return torch.tensor([ev.COLOURS.index(next(c for c in ev.COLOURS if f"a {c}" in t)) for t in texts])
+
+    image = torch.zeros(3, 100, 100)
+    image[1] = .6                                     # green everywhere
+    image[:, 20:40, 20:40] = torch.tensor([0., 0, 1]).view(3, 1, 1)
+    blue = seen("car", .9, (20, 20, 40, 40))
+    wide = ev.Detection(blue.label, .9, (10, 10, 50, 50), blue.mask)   # a wide box around the same mask
+    names = ev.ColourNames(Mean(), tokenise)
+    assert names(image, [blue, wide], "car") == ["blue", "blue"]
+    broad = torch.zeros(3, 100, 300)                  # at the edge: a centre crop of all would miss it
+    broad[2, 20:40, :20] = 1
+    mask = broad[2] > 0
+    assert names(broad, [ev.Detection(2, .9, (0, 20, 20, 40), mask)], "car") == ["blue"]
+    everything = ev.Detection(blue.label, .9, (0, 0, 100, 100), torch.ones(100, 100, dtype=torch.bool))
+    assert names(image, [everything], "car") == ["green"]
+
+
+def slow_instances(class_logits, mask_logits, padded, resized, original):
+    """The detector's steps word by word: every one of the 100 best (query, class) pairs, no shortcut."""
+    full = F.interpolate(mask_logits[None], size=padded, mode="bilinear", align_corners=False)
+    full = full[..., :resized[0], :resized[1]]
+    full = F.interpolate(full, size=original, mode="bilinear", align_corners=False)[0]
+    p, found = class_logits.softmax(-1)[:, :80], []
+    pairs = sorted(((p[q, c].item(), q, c) for q in range(len(p)) for c in range(80)), reverse=True)[:100]
+    for value, q, c in pairs:
+        mask = full[q] > 0
+        if not mask.any():
+            continue
+        pixels = [(y, x) for y in range(original[0]) for x in range(original[1]) if mask[y, x]]
+        sure = sum(full[q, y, x].sigmoid().item() for y, x in pixels) / (len(pixels) + 1e-6)
+        ys, xs = [y for y, _ in pixels], [x for _, x in pixels]
+        found.append((c, value * sure, (min(xs), min(ys), max(xs) + 1, max(ys) + 1), mask))
+    return sorted((f for f in found if f[1] > .3), key=lambda f: -f[1])
+
+
+def test_detector_outputs_against_a_literal_version():
+    """Two classes for one query, overlapping masks, padding, resizing, a query without a mask."""
+    torch.manual_seed(0)
+    classes, masks = torch.randn(5, 81), torch.full((5, 8, 12), -6.)
+    classes[0, 3] = classes[0, 7] = 12        # one query, two classes at nearly one half each
+    classes[0, 3] += .3
+    classes[1, 3] = classes[2, 70] = 15
+    classes[3, 80] = 15                       # nothing, whatever its mask
+    classes[4, 9] = 15                        # sure of a class, and an empty mask
+    masks[0, 1:5, 2:7] = 4.
+    masks[1, 2:6, 4:10] = 1.5                 # overlaps the first, and the padding
+    masks[2, 5:8, 0:3] = masks[3, 0:3, 0:3] = 3.
+    shape = dict(padded=(32, 48), resized=(28, 41), original=(35, 50))
+    ours = ev.instances(classes, masks, **shape)
+    ours = [d for d in ours if d.score > .3]
+    theirs = slow_instances(classes, masks, **shape)
+    assert [d.label for d in ours] == [t[0] for t in theirs] and {3, 7, 70} <= {d.label for d in ours}
+    for d, (_, score, box, mask) in zip(ours, theirs):
+        assert d.score == pytest.approx(score, rel=1e-4) and d.box == box and torch.equal(d.mask, mask)
+
+
+def tiny_detector(labels=80):
+    from transformers import Mask2FormerConfig, SwinConfig
+    swin = SwinConfig(embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 1, 1], window_size=4, image_size=64,
+                      out_features=["stage1", "stage2", "stage3", "stage4"])
+    return Mask2FormerConfig(backbone_config=swin, feature_size=32, mask_feature_size=32, hidden_dim=32,
+                             encoder_feedforward_dim=16, encoder_layers=1, decoder_layers=2, num_queries=6,
+                             num_attention_heads=2, dim_feedforward=16, num_labels=labels)
+
+
+def test_detector_is_mask2former(tmp_path, monkeypatch):
+    """Same outputs as transformers' own class, from files that it wrote; without scipy."""
+    from transformers.models.mask2former import modeling_mask2former as theirs
+    monkeypatch.setattr(theirs, "requires_backends", lambda *_: None)
+    torch.manual_seed(0)
+    whole = theirs.Mask2FormerForUniversalSegmentation(tiny_detector()).eval()
+    folder = tmp_path / "mask2former-swin-small-coco-instance"
+    whole.save_pretrained(folder)
+    cfg = SimpleNamespace(weights_dir=str(tmp_path), device="cpu", prompts=None)
+    net = ev.load_net(ev.detector_class(), "facebook/mask2former-swin-small-coco-instance", cfg)
+    pixels = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        out, (classes, masks) = whole(pixels), net(pixels)
+    assert torch.equal(out.class_queries_logits, classes) and torch.equal(out.masks_queries_logits, masks)
+    state = whole.state_dict()
+    del state["class_predictor.weight"]
+    whole.save_pretrained(folder, state_dict=state)
+    with pytest.raises(rt.UsageError, match="class_predictor.weight"):   # never random weights in silence
+        ev.load_net(ev.detector_class(), "facebook/mask2former-swin-small-coco-instance", cfg)
+
+
+@pytest.mark.parametrize("size, seen_size, padded", [
+    ((512, 512), (800, 800), (800, 800)), ((512, 1024), (667, 1333), (672, 1344)),
+    ((1024, 768), (1067, 800), (1088, 800))])
+def test_detector_view(size, seen_size, padded):
+    pixels, resized = ev.detector_view(torch.rand(1, 3, *size))
+    assert resized == seen_size and tuple(pixels.shape[-2:]) == padded
+    assert pixels[..., resized[0]:, :].abs().sum() == 0 and pixels[..., resized[1]:].abs().sum() == 0
+
+
+def test_geneval_end_to_end_with_a_stub_detector(monkeypatch):
+    """Two images through the real calls; the stub detector reports a dog, surely or half so, then a cat."""
+    def detector(pixels):
+        classes, masks = torch.zeros(2, 3, 81), torch.full((2, 3, 16, 16), -9.)
+        classes[..., 80] = 20
+        classes[0, 0, 16], classes[0, 0, 80] = 20, doubt
+        classes[1, 1, 15], classes[1, 1, 80] = 20, 0
+        masks[0, 0, 4:8, 4:8] = masks[1, 1, 4:8, 4:8] = 9
+        return classes, masks
+
+    doubt = 0
+
+    monkeypatch.setattr(ev, "detector_view", lambda images: (torch.zeros(2, 3, 64, 64), (64, 64)))
+    row = {"tag": "single_object", "include": [{"class": "dog", "count": 1}], "prompt": "a photo of a dog"}
+    scorer = ev.GenEval(detector, None, known={row["prompt"]: row})
+    assert scorer(torch.rand(2, 3, 32, 32), [row, "a photo of a dog"]).tolist() == [1, 0]
+    assert {k: v.tolist() for k, v in scorer.details(torch.rand(2, 3, 32, 32), [row, row]).items()} == {
+        "geneval": [1, 0], "geneval_partial": [1, 0], "geneval_strict": [1, 0]}
+    doubt = 20   # the dog's score is one half: enough, but not for counting
+    assert scorer(torch.rand(2, 3, 32, 32), [row, row]).tolist() == [1, 0]
+    assert scorer(torch.rand(2, 3, 32, 32), [{**row, "tag": "counting"}, row]).tolist() == [0, 0]
+    with pytest.raises(rt.UsageError, match="a photo of a cow"):
+        scorer(torch.rand(2, 3, 32, 32), [row, "a photo of a cow"])
+
+
+def test_geneval_summary_is_the_mean_of_the_tasks():
+    rows = [{"tag": "colors"}] * 3 + [{"tag": "counting"}]
+    assert ev.geneval_summary([1, 1, 0, 0], rows) == {"colors": 2 / 3, "counting": 0, "geneval": 1 / 3}
+
+
+def test_geneval_metadata_and_training_prompts(tmp_path):
+    evaluation = [ev.geneval_row(task, random.Random(i)) for task in ev.TASKS for i in range(40)]
+    evaluation += [{"tag": "single_object", "include": [{"class": name, "count": 1}],
+                    "prompt": f"a photo of {'an' if name[0] in 'aeiou' else 'a'} {name}"} for name in ev.COCO]
+    file = tmp_path / "evaluation_metadata.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in evaluation))
+    assert ev.read_geneval_metadata(file) == evaluation
+    rows = ev.geneval_training_prompts(300, 7, evaluation)
+    prompts = [row["prompt"] for row in rows]
+    assert len(set(prompts)) == 300 and not set(prompts) & {row["prompt"] for row in evaluation}
+    assert rows == ev.geneval_training_prompts(300, 7, evaluation)
+    assert rows != ev.geneval_training_prompts(300, 8, evaluation)
+    assert {row["tag"] for row in rows} == set(ev.TASKS) - {"single_object"}   # all 80 are evaluation prompts
+    assert {row["tag"] for row in ev.geneval_training_prompts(12, 7, ())} == set(ev.TASKS)
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert ev.read_geneval_metadata(tmp_path / "train.jsonl") == rows
+    with pytest.raises(rt.UsageError, match="only 80"):
+        ev.geneval_training_prompts(90, 0, (), ["single_object"])
+
+
+@pytest.mark.parametrize("line, words", [
+    ("{oops", "line 2.*JSON"), ('{"tag": "colors", "prompt": "x"}', "line 2.*include"),
+    ('{"tag": "colors", "prompt": "x", "include": [{"class": "elf", "count": 1}]}', "elf"),
+    ('{"tag": "colour", "prompt": "x", "include": []}', "colour")])
+def test_geneval_metadata_complains(tmp_path, line, words):
+    good = json.dumps(ev.geneval_row("counting", random.Random(0)))
+    (tmp_path / "rows.jsonl").write_text(good + "\n" + line + "\n")
+    with pytest.raises(rt.UsageError, match=words):
+        ev.read_geneval_metadata(tmp_path / "rows.jsonl")
+
+
+# ------------------------------------------------------------------ GenEval2
+
+
+def test_accepted_answers():
+    three = ["3", " 3", "three", " three", "Three", " Three"]
+    assert ev.accepted_answers("How many dogs are there?", "three") == three
+    assert ev.accepted_answers("How many dogs are there?", "3") == three
+    assert ev.accepted_answers("Is the dog blue?", "Yes") == ["yes", " yes", "Yes", " Yes"]
+
+
+@pytest.mark.parametrize("p, am, gm", [([.5, .5], .5, .5), ([1., .25], .625, .5), ([1., 0.], .5, 0.),
+                                       ([.9], .9, .9), ([.1, .2, .4], .7 / 3, .2)])
+def test_soft_tifa(p, am, gm):
+    assert ev.soft_tifa(p) == pytest.approx((am, gm))
+
+
+def test_geneval2_sums_the_answers_probability_at_the_last_token():
+    """A stub network whose states are one-hot in the question's last token, behind padding; known logits."""
+    from transformers import BatchEncoding
+    vocabulary = ["<pad>", "?", "yes", "Yes", " yes", " Yes", "no", "3", "three", "Three", " three", " Three",
+                  " "]
+    p = torch.tensor([.01, .01, .3, .2, .1, .05, .1, .08, .04, .03, .02, .01, .05])
+
+    class Processor:
+        tokenizer = SimpleNamespace(encode=lambda text, add_special_tokens: [
+            vocabulary.index(text) if text in vocabulary else vocabulary.index(text[0])])
+
+        def apply_chat_template(self, talks, tokenize, add_generation_prompt):
+            return [talk[0]["content"][1]["text"] for talk in talks]
+
+        def __call__(self, text, images, padding, padding_side, return_tensors):
+            assert all(t.endswith("Answer in one word.") for t in text) and len(images) == len(text)
+            mask = torch.zeros(len(text), 9, dtype=torch.long)
+            for row, t in zip(mask, text):
+                row[:3 + len(t) % 5] = 1
+            return BatchEncoding({"attention_mask": mask})
+
+    class Net:
+        lm_head = staticmethod(lambda states: torch.where(states > 0, p.log(), torch.zeros(())))
+
+        def model(self, attention_mask):
+            last = attention_mask.sum(1) - 1
+            return SimpleNamespace(last_hidden_state=F.one_hot(last, 9)[..., None].float())
+
+    questions = [["Is there a dog?", "Yes"], ["How many dogs?", "three"], ["Is it?", "Yes"]]
+    row = {"prompt": "three dogs", "vqa_list": questions}
+    scorer = ev.GenEval2(Net(), Processor(), {"three dogs": row}, batch=2)
+    details = scorer.details(torch.rand(2, 3, 8, 8), [row, "three dogs"])
+    yes, three = .65, .08 + .05 + .04 + .03 + .02 + .01     # " 3" begins with the bare blank
+    torch.testing.assert_close(details["geneval2_am"], torch.full((2,), (2 * yes + three) / 3))
+    torch.testing.assert_close(details["geneval2"], torch.full((2,), (yes * yes * three) ** (1 / 3)))
+    torch.testing.assert_close(scorer(torch.rand(1, 3, 8, 8), [row]), details["geneval2"][:1])
+
+
+def tiny_qwen3(processor):
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+    torch.manual_seed(0)
+    text = dict(vocab_size=270, hidden_size=32, intermediate_size=32, num_hidden_layers=2, head_dim=8,
+                num_attention_heads=4, num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+                rope_parameters={"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4})
+    vision = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=32,
+                  patch_size=16, num_position_embeddings=16, deepstack_visual_indexes=[0])
+    marks = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>",
+             "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}
+    marks = {name: processor.tokenizer.convert_tokens_to_ids(token) for name, token in marks.items()}
+    config = Qwen3VLConfig(text_config=text, vision_config=vision, **marks)
+    return Qwen3VLForConditionalGeneration(config).eval()
+
+
+def test_geneval2_on_a_tiny_qwen3vl():
+    """Padding changes nothing, and the answer is what generate's first step would see."""
+    processor = qwen_processor(3)
+    net = tiny_qwen3(processor)
+    scorer = ev.GenEval2(net, processor)
+    images = torch.rand(2, 3, 80, 80)
+    both = scorer.first_word(ev.as_bytes(images), ["dog?", "a much longer one?"])
+    alone = scorer.first_word(ev.as_bytes(images)[:1], ["dog?"])
+    torch.testing.assert_close(both[:1], alone, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(both.sum(-1), torch.ones(2))
+    talk = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "dog?"}]}]
+    text = processor.apply_chat_template([talk], tokenize=False, add_generation_prompt=True)
+    inputs = processor(text=text, images=list(ev.as_bytes(images)[:1]), return_tensors="pt")
+    step = net.generate(**inputs, max_new_tokens=1, do_sample=False, output_scores=True,
+                        return_dict_in_generate=True)
+    torch.testing.assert_close(both[:1], step.scores[0].softmax(-1), atol=1e-5, rtol=1e-4)
+    row = {"prompt": "dogs", "vqa_list": [["Is there a dog?", "Yes"], ["How many dogs?", "two"]]}
+    assert scorer(images, [row, row]).shape == (2,)
+
+
+# ------------------------------------------------------------------ OCR
+
+
+@pytest.mark.parametrize("a, b, distance", [
+    ("", "", 0), ("a", "", 1), ("", "abc", 3), ("abc", "abc", 0), ("kitten", "sitting", 3),
+    ("flaw", "lawn", 2), ("intention", "execution", 5), ("saturday", "sunday", 3), ("abc", "acb", 2),
+    ("open", "0pen", 1)])
+def test_edit_distance(a, b, distance):
+    assert ev.edit_distance(a, b) == ev.edit_distance(b, a) == distance
+
+
+def test_text_score():
+    assert ev.text_score("OPEN", "open") == 1 and ev.text_score("we are O P E N today", "Open") == 1
+    assert ev.text_score("opne", "open") == .5 and ev.text_score("", "open") == 0
+    assert ev.text_score("something else entirely", "open") == 0       # capped: never negative
+    assert ev.quoted_text('a sign "Open 24h" and "no"') == "Open 24h"
+    assert ev.quoted_text("a sign “Olá”") == "Olá"
+    with pytest.raises(rt.UsageError, match="a sign without"):
+        ev.quoted_text("a sign without a text")
+
+
+def test_components_against_flood_fill():
+    rng = np.random.default_rng(0)
+    for density in (.1, .3, .45, .6):
+        mask = rng.random((23, 31)) < density
+        ours = {frozenset((y, x) for y, start, end in region for x in range(start, end))
+                for region in ev.components(mask)}
+        todo, theirs = {(y, x) for y, x in zip(*np.nonzero(mask))}, set()
+        while todo:
+            stack, region = [todo.pop()], set()
+            while stack:
+                y, x = stack.pop()
+                region.add((int(y), int(x)))
+                near = {(y + i, x + j) for i in (-1, 0, 1) for j in (-1, 0, 1)} & todo
+                todo -= near
+                stack += near
+            theirs.add(frozenset(region))
+        assert ours == theirs
+
+
+def test_text_boxes():
+    heat = np.zeros((100, 200), np.float32)
+    heat[20:30, 40:100] = .9            # a word
+    heat[22:30, 120:180] = .9           # another on the same line
+    heat[60:70, 10:60] = .45            # visible, and not sure enough
+    heat[80:82, 10:60] = .9             # too thin
+    heat[50:60, 30:90] = .2             # below the threshold
+    boxes = ev.text_boxes(heat, 200, 400)
+    grow = 1.5 * 600 / 140              # 10 x 60 cells
+    assert len(boxes) == 2 and boxes[0][0] < boxes[1][0]
+    assert boxes[0] == tuple(round(2 * v) for v in (40 - grow, 20 - grow, 100 + grow, 30 + grow))
+
+
+def test_reading_order():
+    boxes = [(200, 103, 1, 1), (10, 108, 1, 1), (90, 20, 1, 1), (10, 25, 1, 1), (10, 300, 1, 1)]
+    assert ev.reading_order(boxes) == [boxes[3], boxes[2], boxes[1], boxes[0], boxes[4]]
+
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
+
+
+def written_rows(text, at, canvas=(160, 320), size=28):
+    """Black letters on white, with wide gaps between them: uint8 (3,H,W)."""
+    image = Image.new("RGB", (canvas[1], canvas[0]), "white")
+    font = ImageFont.load_default(size)
+    for i, letter in enumerate(text):
+        ImageDraw.Draw(image).text((at[0] + 26 * i, at[1]), letter, fill="black", font=font)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+class InkDetector:
+    """Stands for the network: heat where ink is, filled between letters and shrunk as PP-OCR's map is."""
+
+    def __call__(self, pixels):
+        ink = (pixels.mean(1, keepdim=True) < 0).float()
+        wide = F.max_pool2d(ink, (9, 31), 1, (4, 15))             # letters of a line become one block
+        core = -F.max_pool2d(-wide, (15, 33), 1, (7, 16))         # and the block shrinks to its core
+        return SimpleNamespace(last_hidden_state=core * .95)
+
+
+class TemplateReader:
+    """Stands for the network: compares the crop's letters with rendered ones; CTC outputs, blank = 0."""
+    templates = []
+
+    def __call__(self, pixels):
+        ink = pixels[0].mean(0) < 0
+        columns, steps = ink.any(0).tolist(), [0]
+        starts = [x for x in range(len(columns)) if columns[x] and (x == 0 or not columns[x - 1])]
+        for x in starts:
+            end = next((i for i in range(x, len(columns)) if not columns[i]), len(columns))
+            letter = self.nearest(ink[:, x:end])
+            steps += [letter, letter, 0]                          # repeated, then a blank: CTC must merge
+        sure = F.one_hot(torch.tensor(steps), len(LETTERS) + 1)[None].float()
+        return SimpleNamespace(last_hidden_state=sure)
+
+    def nearest(self, glyph):
+        def fit(ink):
+            rows, columns = ink.any(1).nonzero().flatten(), ink.any(0).nonzero().flatten()
+            tight = ink[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
+            return F.interpolate(tight[None, None].float(), (16, 12), mode="area").flatten()
+
+        if not self.templates:
+            self.templates += [fit(written_rows(c, (8, 8), (60, 60)).float().mean(0) < 128) for c in LETTERS]
+        return 1 + int(torch.stack([(fit(glyph) - t).square().sum() for t in self.templates]).argmin())
+
+
+def ocr_with_stubs():
+    from transformers import PPOCRV5ServerDetImageProcessor, PPOCRV5ServerRecImageProcessor
+    reader_view = PPOCRV5ServerRecImageProcessor(character_list=["blank", *LETTERS])
+    return ev.OCR(InkDetector(), PPOCRV5ServerDetImageProcessor(), TemplateReader(), reader_view)
+
+
+def test_ocr_reads_rendered_text():
+    """Real processors around stub networks: boxes found, scaled back, cropped, read and decoded in order."""
+    image = torch.minimum(written_rows("HELLO", (30, 20)), written_rows("W0RLD", (60, 100)))
+    scorer = ocr_with_stubs()
+    assert scorer.read(image) == "HELLOW0RLD"
+    prompts = ['a sign "Hello"', 'a sign "hello world"', 'a sign "xyz"']
+    scores = scorer(image[None].expand(3, -1, -1, -1) / 255, prompts)
+    assert scores.tolist() == pytest.approx([1, .9, 0])
+    assert scorer.read(torch.full((3, 64, 64), 255, dtype=torch.uint8)) == ""      # nothing written
+    assert scorer(torch.ones(1, 3, 64, 64), ['"HI"']).tolist() == [0]
+
+
+def test_ocr_drops_lines_it_is_unsure_of():
+    scorer = ocr_with_stubs()
+    sure = scorer.reader
+    scorer.reader = lambda pixels: SimpleNamespace(last_hidden_state=sure(pixels).last_hidden_state * .49)
+    assert scorer.read(written_rows("HELLO", (30, 20))) == ""
+
+
+def test_ocr_lays_upright_lines_down():
+    shapes = []
+    scorer = ocr_with_stubs()
+    scorer.reader_view = lambda images, return_tensors: shapes.append(tuple(images[0].shape)) or 1 / 0
+    for size, expected in (((3, 60, 20), (3, 20, 60)), ((3, 25, 20), (3, 25, 20))):
+        with pytest.raises(ZeroDivisionError):
+            scorer.line(torch.zeros(size, dtype=torch.uint8))
+        assert shapes[-1] == expected
+
+
+# ------------------------------------------------------------------ loading the real way, from folders
+
+
+def load(name, folder, prompts=None):
+    return ev.load_metric(name, SimpleNamespace(weights_dir=str(folder), device="cpu", prompts=prompts))
+
+
+def test_load_aesthetic(tmp_path):
+    """From the hub copy's safetensors and from LAION's own file: the same scores."""
+    from safetensors.torch import save_file
+    wide_clip().save_pretrained(tmp_path / "clip-vit-large-patch14")
+    state = head_state("layers.")
+    (tmp_path / "sac-logos-ava1-l14-linearMSE").mkdir()
+    save_file(state, tmp_path / "sac-logos-ava1-l14-linearMSE" / "model.safetensors")
+    images = torch.rand(2, 3, 30, 30)
+    scores = load("aesthetic", tmp_path)(images)
+    (tmp_path / "sac-logos-ava1-l14-linearMSE" / "model.safetensors").unlink()
+    torch.save(state, tmp_path / "sac+logos+ava1-l14-linearMSE.pth")
+    assert torch.equal(scores, load("aesthetic", tmp_path)(images))
+
+
+def test_load_imagereward(tmp_path, monkeypatch):
+    from transformers import BertTokenizer
+    networks = ev.ImageReward.networks
+    monkeypatch.setattr(ev.ImageReward, "networks", staticmethod(lambda state: networks(state, VISION, TEXT)))
+    (tmp_path / "ImageReward").mkdir()
+    torch.save(imagereward_state(), tmp_path / "ImageReward" / "ImageReward.pt")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "fox"]
+    BertTokenizer(vocab={w: i for i, w in enumerate(words)}).save_pretrained(tmp_path / "bert-base-uncased")
+    scorer = load("imagereward", tmp_path)
+    assert scorer.tokenizer("A red fox")["input_ids"] == [2, 5, 6, 7, 3]      # lower case, [CLS] first
+    assert scorer(torch.rand(2, 3, 30, 30), ["a red fox", "a fox " * 40]).isfinite().all()
+
+
+def test_load_hpsv3(tmp_path):
+    from safetensors.torch import save_file
+    processor = qwen_processor(2)
+    config = tiny_qwen2(len(processor.tokenizer), processor.tokenizer.convert_tokens_to_ids("<|image_pad|>"))
+    for folder in ("Qwen2-VL-7B-Instruct", "HPSv3"):
+        (tmp_path / folder).mkdir()
+    processor.save_pretrained(tmp_path / "Qwen2-VL-7B-Instruct")
+    config.save_pretrained(tmp_path / "Qwen2-VL-7B-Instruct")
+    save_file(hpsv3_state(config), tmp_path / "HPSv3" / "HPSv3.safetensors")
+    (tmp_path / "HPSv3" / "data_collator_qwen.py").write_text(
+        'INSTRUCTION = "rate {text_prompt}"\nprompt_with_special_token = " <|Reward|>"\n')
+    scores = load("hpsv3", tmp_path)(torch.rand(2, 3, 30, 30), ["a", "longer"])
+    assert scores.shape == (2,) and scores.dtype == torch.float32 and scores.isfinite().all()
+
+
+def test_load_geneval(tmp_path, monkeypatch):
+    """The detector from files; CLIP's weights from the file that open_clip is handed; rows from --prompts."""
+    import open_clip
+    from transformers.models.mask2former import modeling_mask2former as theirs
+    monkeypatch.setattr(theirs, "requires_backends", lambda *_: None)
+    theirs.Mask2FormerForUniversalSegmentation(tiny_detector()).save_pretrained(
+        tmp_path / "mask2former-swin-small-coco-instance")
+    (tmp_path / "open_clip_model.safetensors").touch()
+    asked = []
+    monkeypatch.setattr(open_clip, "create_model", lambda *a, **k: asked.append((a, k)) or nn.Linear(1, 1))
+    row = ev.geneval_row("counting", random.Random(0))
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    scorer = load("geneval", tmp_path, str(tmp_path / "rows.jsonl"))
+    assert asked == [(("ViT-L-14-quickgelu",), {"pretrained": str(tmp_path / "open_clip_model.safetensors")})]
+    assert scorer(torch.rand(1, 3, 64, 64), [row["prompt"]]).tolist() == [0]
+    cfg = SimpleNamespace(weights_dir=str(tmp_path), device="cpu", prompts=None)
+    assert (scorer.rule, ev.load_metric("geneval", cfg, training=True).rule) == ("geneval", "geneval_partial")
+
+
+def test_load_geneval2(tmp_path):
+    processor, folder = qwen_processor(3), tmp_path / "Qwen3-VL-8B-Instruct"
+    tiny_qwen3(processor).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    row = {"prompt": "dogs", "vqa_list": [["Is there a dog?", "Yes"], ["How many dogs?", "two"]]}
+    details = load("geneval2", tmp_path).details(torch.rand(1, 3, 64, 64), [row])
+    assert 0 < details["geneval2"] <= details["geneval2_am"] < 1
+
+
+def test_load_ocr(tmp_path, monkeypatch):
+    """The networks' outputs are what the code takes them for. The detector is the server one's small twin,
+    since the server one takes its layers from the hub's configuration."""
+    import transformers as t
+    views = (t.PPOCRV5ServerDetImageProcessor(),
+             t.PPOCRV5ServerRecImageProcessor(character_list=["-", *LETTERS]))
+    nets = (t.PPOCRV5MobileDetForObjectDetection(t.PPOCRV5MobileDetConfig()),
+            t.PPOCRV5ServerRecForTextRecognition(t.PPOCRV5ServerRecConfig(head_out_channels=37)))
+    for part, net, view in zip(("det", "rec"), nets, views):
+        net.save_pretrained(tmp_path / f"PP-OCRv5_server_{part}_safetensors")
+        view.save_pretrained(tmp_path / f"PP-OCRv5_server_{part}_safetensors")
+    monkeypatch.setattr(t, "PPOCRV5ServerDetForObjectDetection", t.PPOCRV5MobileDetForObjectDetection)
+    scorer = load("ocr", tmp_path)
+    assert scorer.reader_view.character_list[1:] == list(LETTERS)
+    assert scorer(torch.rand(1, 3, 64, 64), ['"A"']).shape == (1,)
+    with torch.no_grad():
+        heat = scorer.detector(torch.randn(1, 3, 64, 96)).last_hidden_state
+        sure = scorer.reader(torch.randn(1, 3, 48, 320)).last_hidden_state
+    assert heat.shape == (1, 1, 64, 96) and 0 <= heat.min() and heat.max() <= 1   # a probability by pixel
+    torch.testing.assert_close(sure.sum(-1), torch.ones(1, 40))                   # and by letter
+    assert isinstance(scorer.line(torch.randint(0, 255, (3, 20, 90), dtype=torch.uint8)), str)
+
+
+# ------------------------------------------------------------------ running a metric
+
+
+def test_one_bad_image_does_not_stop_an_evaluation():
+    class Picky:
+        name = "picky"
+
+        def __call__(self, images, prompts):
+            if "bad" in prompts:
+                raise ValueError("broken picture")
+            values = images.mean((1, 2, 3))
+            values[[p == "nan" for p in prompts]] = math.nan
+            return values
+
+    images = [torch.full((3, 8, 8), i / 10) for i in range(5)] + [torch.full((3, 6, 8), .5)]
+    scores, failures = ev.run_metric(Picky(), images, ["a", "bad", "c", "nan", "e", "other size"], batch=3)
+    values = scores["picky"]
+    assert [round(v, 4) for i, v in enumerate(values) if i not in (1, 3)] == [0, .2, .4, .5]
+    assert math.isnan(values[1]) and math.isnan(values[3]) and len(failures) == 2
+    assert "picky" in failures[0] and "'bad'" in failures[0] and "broken picture" in failures[0]
+    assert "picky is nan" in failures[1] and "'nan'" in failures[1]
+
+
+def test_an_unreadable_file_is_counted(tmp_path):
+    """Images from files, read one by one; a broken and a missing one cost nothing but their own scores."""
+    class Folder:
+        def __getitem__(self, i):
+            return tensor(np.array(Image.open(tmp_path / f"{i}.png")))[0]
+
+    scorer = SimpleNamespace(name="mean", details=lambda images, rows: {"mean": images.mean((1, 2, 3))})
+    for i in (0, 3):
+        Image.fromarray(picture(8, 8, i)).save(tmp_path / f"{i}.png")
+    (tmp_path / "1.png").write_bytes(b"not a picture")
+    rows = [{"prompt": f"prompt {i}", "tag": "colors"} for i in range(4)]
+    scores, failures = ev.run_metric(scorer, Folder(), rows)
+    assert [math.isnan(v) for v in scores["mean"]] == [False, True, True, False]
+    assert len(failures) == 2 and "'prompt 1'" in failures[0] and "2.png" in failures[1]
+
+
+def test_run_metric_returns_every_number_that_a_scorer_knows():
+    class Two:
+        name = "two"
+
+        def details(self, images, prompts):
+            if "bad" in prompts:
+                raise ValueError("broken")
+            return {"two": images.mean((1, 2, 3)), "two_max": images.amax((1, 2, 3))}
+
+    scores, failures = ev.run_metric(Two(), torch.rand(4, 3, 4, 4), ["a", "b", "bad", "d"], batch=2)
+    assert set(scores) == {"two", "two_max"} and len(failures) == 1
+    assert ev.run_metric(Two(), torch.rand(1, 3, 4, 4), ["bad"])[0].keys() == {"two"}
+    for values in scores.values():
+        assert [math.isnan(v) for v in values] == [False, False, True, False]
+
+
+def test_metric_table_is_complete():
+    assert list(ev.METRICS) == ["clipscore", "aesthetic", "pickscore", "hpsv2", "imagereward", "hpsv3",
+                                "geneval", "geneval2", "ocr"]
+    for name, row in ev.METRICS.items():
+        assert {"column", "scale", "licence", "differentiable", "repo"} <= set(row), name
+        if "scorer" in row:
+            assert row["scorer"].name == name and row["scorer"].differentiable == row["differentiable"]
+    with pytest.raises(rt.UsageError, match="clipscore"):
+        ev.load_metric("clip", CFG)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 3. Backbones
+# ------------------------------------------------------------------------------------------------------------
+
+PROMPTS = ["a red cat", "two blue birds above a très long " + "wooden " * 40 + "fence"]      # CLIP cuts it
+
+
+# ---- Small pipelines, channels as in the real ones: 64 px -> SD3 16 x 8 x 8, FLUX.2 128 x 4 x 4 ----
+
+BYTES = sorted(ByteLevel.alphabet())           # 256 symbols: any text tokenises without a merge
+VAE = dict(in_channels=3, out_channels=3, block_out_channels=[4] * 4, layers_per_block=1, norm_num_groups=1,
+           sample_size=64)
+
+
+def clip_tokenizer():
+    tokens = BYTES + [a + "</w>" for a in BYTES] + ["<|startoftext|>", "<|endoftext|>"]  # EOS: highest id
+    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=77)
+
+
+def t5_tokenizer():
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
+    pieces += [(chr(c), -3.0) for c in range(33, 127)]
+    return T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=512)
+
+
+def qwen_tokenizer():
+    vocab = {token: i for i, token in enumerate(BYTES + ["<|endoftext|>", "<|im_start|>", "<|im_end|>"])}
+    tokenizer = Qwen2TokenizerFast(vocab=vocab, merges=[], eos_token="<|im_end|>", pad_token="<|endoftext|>",
+                                   model_max_length=131072)
+    tokenizer.add_tokens(["<|im_start|>"], special_tokens=True)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+        "{% if enable_thinking is defined and not enable_thinking %}"
+        "{{ '<think>\n\n</think>\n\n' }}{% endif %}")
+    return tokenizer
+
+
+def small_sd3(dual):
+    torch.manual_seed(0)
+    tokenizer, t5 = clip_tokenizer(), t5_tokenizer()
+    clip = lambda: CLIPTextModelWithProjection(CLIPTextConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, projection_dim=16,
+        vocab_size=len(tokenizer), max_position_embeddings=77, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+    net = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=16, out_channels=16, num_layers=2, attention_head_dim=8,
+        num_attention_heads=2, joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=32,
+        pos_embed_max_size=16, **dict(dual_attention_layers=(0,), qk_norm="rms_norm") if dual else {})
+    vae = AutoencoderKL(
+        **VAE, down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+        latent_channels=16, use_quant_conv=False, use_post_quant_conv=False, scaling_factor=1.5305,
+        shift_factor=0.0609)
+    encoder = T5EncoderModel(T5Config(
+        d_model=32, d_ff=32, d_kv=8, num_heads=2, num_layers=1, dropout_rate=0.0, vocab_size=len(t5),
+        feed_forward_proj="gated-gelu", pad_token_id=0, eos_token_id=1))
+    return StableDiffusion3Pipeline(
+        transformer=net, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae, text_encoder=clip(),
+        tokenizer=tokenizer, text_encoder_2=clip(), tokenizer_2=clip_tokenizer(), text_encoder_3=encoder,
+        tokenizer_3=t5)
+
+
+def small_klein(distilled):
+    torch.manual_seed(0)
+    tokenizer = qwen_tokenizer()
+    encoder = Qwen3ForCausalLM(Qwen3Config(      # 30 layers: some above the last tap, as in the real one
+        hidden_size=16, intermediate_size=16, num_hidden_layers=30, num_attention_heads=2, head_dim=8,
+        num_key_value_heads=1, vocab_size=len(tokenizer), tie_word_embeddings=True,
+        max_position_embeddings=1024))
+    vae = AutoencoderKLFlux2(**VAE, latent_channels=32)
+    vae.bn.running_mean.normal_(0, .05)         # like the real ones: mistakes would hide behind 0 and 1
+    vae.bn.running_var.uniform_(2.9, 3.5)
+    torch.manual_seed(int(distilled))           # the two repositories differ in this network alone
+    net = Flux2Transformer2DModel(
+        patch_size=1, in_channels=128, num_layers=1, num_single_layers=2, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=48, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    return Flux2KleinPipeline(scheduler=scheduler, vae=vae, text_encoder=encoder, tokenizer=tokenizer,
+                              transformer=net, is_distilled=distilled)
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """Saved pipelines by name; "flux2-4b" is the GENERATOR,TEACHER pair."""
+    root = tmp_path_factory.mktemp("pipelines")
+    for name, pipe in {"sd3m": small_sd3(False), "sd35m": small_sd3(True), "distilled": small_klein(True),
+                       "base": small_klein(False)}.items():
+        pipe.save_pretrained(root / name)
+    return {"sd3m": str(root / "sd3m"), "sd35m": str(root / "sd35m"), "distilled": str(root / "distilled"),
+            "base": str(root / "base"), "flux2-4b": f"{root / 'distilled'},{root / 'base'}"}
+
+
+FAMILIES = ["sd3m", "sd35m", "flux2-4b"]
+
+
+def backbone_of(folders, name, **options):
+    cls = R.Flux2Backbone if name.startswith("flux2") else R.SD3Backbone
+    return cls(R.Config(model=name, pretrained=folders[name], resolution=64, device="cpu", **options))
+
+
+def stock(folder, **options):
+    pipe = DiffusionPipeline.from_pretrained(folder, **options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def latents(backbone, batch=2):
+    return torch.randn(batch, *backbone.latent_shape, generator=torch.Generator().manual_seed(5))
+
+
+def timesteps(backbone, steps=4):
+    u = torch.linspace(1, 0, steps + 1)
+    return backbone.shift * u / (1 + (backbone.shift - 1) * u)
+
+
+def rollout(backbone, x, cond, eta, generator):
+    """Eq. 21 in four steps, with the noise drawn in the pipeline's layout (FLUX.2: tokens)."""
+    grid = timesteps(backbone)
+    for t, t_next in zip(grid[:-1], grid[1:]):
+        with torch.no_grad():
+            v = backbone.velocity(backbone.nets["generator"], x, t.expand(len(x)), cond)
+        x0, eps = x - t * v, x + (1 - t) * v
+        x = (1 - t_next) * x0 + t_next * math.cos(eta * math.pi / 2) * eps
+        if t_next > 0 and eta > 0:
+            packed = x.shape[1] == 128
+            shape = (len(x), x.shape[2] * x.shape[3], 128) if packed else x.shape
+            noise = torch.randn(shape, generator=generator)
+            noise = noise.transpose(1, 2).unflatten(2, x.shape[2:]) if packed else noise
+            x = x + t_next * math.sin(eta * math.pi / 2) * noise
+    return x
+
+
+def image_of(pipe, x, **options):
+    return pipe(prompt=PROMPTS, height=64, width=64, latents=x.clone(), output_type="pt",
+                **{"num_inference_steps": 4, "guidance_scale": 1.0} | options).images
+
+
+# ---- Sampling ----
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("eta", [0.0, 0.9])
+def test_our_rollout_equals_the_stock_pipeline_with_our_scheduler(folders, name, eta):
+    backbone, pipe = backbone_of(folders, name), stock(folders[name].split(",")[0])
+    pipe.scheduler = S.CPSScheduler.from_config(pipe.scheduler.config, eta=eta)
+    pipe.scheduler.generator = torch.Generator().manual_seed(9)
+    x = latents(backbone)
+    theirs = image_of(pipe, x)
+    noise = torch.Generator().manual_seed(9)
+    ours = backbone.decode(rollout(backbone, x, backbone.encode(PROMPTS), eta, noise))
+    torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
+    assert theirs.std() > 1e-3 and (theirs[0] - theirs[1]).abs().max() > 1e-3
+    torch.testing.assert_close(pipe.scheduler.sigmas, timesteps(backbone), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_eta_0_is_stock_euler_and_eta_1_is_stochastic_sampling(folders, name):
+    pipe = stock(folders[name].split(",")[0])
+    config, x, images = pipe.scheduler.config, latents(backbone_of(folders, name)), {}
+    euler = FlowMatchEulerDiscreteScheduler
+    for label, scheduler in {"euler": euler.from_config(config),
+                             "eta 0": S.CPSScheduler.from_config(config, eta=0.0),
+                             "stochastic": euler.from_config(config, stochastic_sampling=True),
+                             "eta 1": S.CPSScheduler.from_config(config, eta=1.0)}.items():
+        pipe.scheduler = scheduler
+        torch.manual_seed(3)
+        images[label] = image_of(pipe, x, sigmas=[1, .75, .5, .25])
+    torch.testing.assert_close(images["eta 0"], images["euler"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(images["eta 1"], images["stochastic"], atol=1e-5, rtol=0)
+    assert (images["eta 0"] - images["eta 1"]).abs().max() > 1e-3
+
+
+def test_the_scheduler_gives_the_papers_grid_by_default(folders):
+    sd3 = S.CPSScheduler.from_config(stock(folders["sd3m"]).scheduler.config)
+    sd3.set_timesteps(4)
+    assert sd3.eta == 0.9 and sd3.sigmas.tolist() == pytest.approx([1, .9, .75, .5, 0])
+    klein = S.CPSScheduler.from_config(stock(folders["base"]).scheduler.config)
+    for mu, grid in ((2.030690, [1, .958085, .883982, .717497, 0]),
+                     (2.291180, [1, .967384, .908144, .767200, 0])):
+        klein.set_timesteps(4, mu=mu)
+        assert klein.sigmas.tolist() == pytest.approx(grid, abs=1e-6)
+
+
+def test_the_scheduler_keeps_eta_and_repeats_with_a_generator(folders, tmp_path):
+    pipe = stock(folders["sd3m"])
+    pipe.scheduler = S.CPSScheduler.from_config(pipe.scheduler.config, eta=0.7)
+    assert S.CPSScheduler.from_config(pipe.scheduler.config).eta == 0.7
+    pipe.scheduler.save_pretrained(tmp_path)
+    assert S.CPSScheduler.from_pretrained(tmp_path).eta == 0.7
+    x, images = torch.randn(2, 16, 8, 8), []
+    for seed in (1, 1, 2):
+        pipe.scheduler.generator = torch.Generator().manual_seed(seed)
+        images.append(image_of(pipe, x))
+    assert torch.equal(images[0], images[1]) and not torch.equal(images[0], images[2])
+
+
+def test_the_scheduler_stands_alone():
+    """What people copy: the class and four imports, in an empty file."""
+    source = ("import math\nimport torch\nfrom diffusers import FlowMatchEulerDiscreteScheduler\n"
+              "from diffusers.schedulers.scheduling_utils import SchedulerOutput\n"
+              "from diffusers.utils.torch_utils import randn_tensor\n" + inspect.getsource(S.CPSScheduler))
+    names = {}
+    exec(compile(source, "copy", "exec"), names)
+    scheduler = names["CPSScheduler"](shift=3.0)
+    scheduler.set_timesteps(4)
+    x = torch.ones(1, 2)
+    assert scheduler.step(torch.zeros(1, 2), scheduler.timesteps[0], x).prev_sample.shape == x.shape
+
+
+@pytest.mark.parametrize("name, resolution, grid", [
+    ("sd3m", 512, [1, .9, .75, .5, 0]), ("sd35m", 1024, [1, .9, .75, .5, 0]),
+    ("flux2-4b", 512, [1, .958085, .883982, .717497, 0]),
+    ("flux2-4b", 1024, [1, .967384, .908144, .767200, 0])])
+def test_the_grid_by_resolution(folders, name, resolution, grid):
+    backbone = backbone_of(folders, name)
+    side = resolution // (16 if name.startswith("flux2") else 8)
+    backbone.latent_shape = (backbone.latent_shape[0], side, side)
+    backbone.shift = backbone.shift_for(4)
+    assert timesteps(backbone).tolist() == pytest.approx(grid, abs=1e-6)
+
+
+# ---- Velocity ----
+
+@pytest.mark.parametrize("name, folder", [("sd3m", "sd3m"), ("sd35m", "sd35m"), ("flux2-4b", "base")])
+def test_teacher_guidance_equals_the_stock_pipeline(folders, name, folder):
+    backbone, pipe, w = backbone_of(folders, name), stock(folders[folder]), R.BACKBONES[name]["guidance"]
+    seen, step = [], pipe.scheduler.step
+    pipe.scheduler.step = lambda v, t, x, **options: seen.append((v, t, x)) or step(v, t, x, **options)
+    image_of(pipe, latents(backbone), guidance_scale=w)
+    cond, null = backbone.encode(PROMPTS), backbone.encode(["", ""])
+    both = {name: torch.cat([null[name], cond[name]]) for name in cond}
+    assert len(seen) == 4
+    for v, t, x in seen:
+        if x.dim() == 3:                                          # FLUX.2's tokens (B, h w, 128)
+            v, x = (tokens.transpose(1, 2).unflatten(2, (4, 4)) for tokens in (v, x))
+        with torch.no_grad():
+            out = backbone.velocity(backbone.nets["score"], torch.cat([x, x]), (t / 1000).expand(4), both)
+        u, c = out.chunk(2)
+        torch.testing.assert_close(u + w * (c - u), v, atol=1e-5, rtol=1e-5)
+        assert (c - u).abs().max() > 1e-4
+
+
+def test_flux2_is_told_what_quantise_says(folders):
+    backbone = backbone_of(folders, "flux2-4b", dtype="bf16")
+    told = []
+    hook = lambda module, inputs: told.append(inputs[0].float())
+    backbone.nets["score"].time_guidance_embed.time_proj.register_forward_pre_hook(hook)
+    cond = backbone.encode(PROMPTS[:1])
+    for t in ([1, .958085, .883982, .717497], [1, .967384, .908144, .767200]):
+        t = torch.tensor(t)
+        many = {name: rows.expand(4, -1, -1) for name, rows in cond.items()}
+        backbone.velocity(backbone.nets["score"], latents(backbone, 4), t, many)
+        assert torch.equal(told[-1], (1000 * backbone.quantise(t)).round())
+    assert told[0].tolist() == [1000, 960, 884, 716] and told[1].tolist() == [1000, 968, 908, 768]
+    t = backbone.quantise(torch.rand(100_000))
+    assert torch.equal(backbone.quantise(t), t) and t.max() <= 1      # such a level is told as it is
+    exact = backbone_of(folders, "sd3m", dtype="bf16")
+    assert torch.equal(exact.quantise(t), t)
+
+
+def test_sd3_is_told_the_exact_timestep_even_in_bf16(folders):
+    backbone, told = backbone_of(folders, "sd3m", dtype="bf16"), []
+    net, cond = backbone.nets["score"], backbone.encode(PROMPTS[:1])
+    net.time_text_embed.time_proj.register_forward_pre_hook(lambda module, inputs: told.append(inputs[0]))
+    v = backbone.velocity(net, latents(backbone, 1), torch.tensor([.8125]), cond)
+    assert told[0].item() == 812.5 and v.dtype == torch.float32                    # bf16 would say 812
+
+
+# ---- Text ----
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("length", [None, 128])
+def test_encoding_is_the_pipelines_bit_for_bit(folders, name, length):
+    backbone, pipe = backbone_of(folders, name, text_length=length), stock(folders[name].split(",")[0])
+    prompts, options = PROMPTS + [""], {"max_sequence_length": length} if length else {}
+    ours = backbone.encode(prompts)
+    with torch.no_grad():
+        if name.startswith("flux2"):
+            theirs = {"text": pipe.encode_prompt(prompts, **options)[0]}
+        else:
+            rows = pipe.encode_prompt(prompts, None, None, do_classifier_free_guidance=False, **options)
+            theirs = {"text": rows[0], "pooled": rows[2]}
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert ours["text"].shape[1] == (length or 512) if name.startswith("flux2") else 77 + (length or 256)
+    backbone.free_text()
+    assert backbone.text is None
+
+
+def test_qwen_runs_only_to_its_last_tap(folders):
+    backbone = backbone_of(folders, "flux2-4b")
+    backbone.encode([""])
+    assert len(backbone.text.text_encoder.layers) == 27 and not hasattr(backbone.text.text_encoder, "lm_head")
+
+
+# ---- Images ----
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_decode_inverts_the_pipelines_scaling(folders, name):
+    backbone, image = backbone_of(folders, name), torch.rand(2, 3, 64, 64) * 2 - 1
+    vae = backbone.vae
+    z = vae.encode(image).latent_dist.mode()
+    if name.startswith("flux2"):
+        x = stock(folders["base"])._encode_vae_image(image, None)
+    else:
+        x = (z - vae.config.shift_factor) * vae.config.scaling_factor
+    images, decode, seen = None, vae.decode, []
+    vae.decode = lambda z, **options: seen.append(z) or decode(z, **options)
+    images = backbone.decode(x)
+    torch.testing.assert_close(torch.cat(seen), z, atol=1e-5, rtol=1e-5)
+    assert images.shape == (2, 3, 64, 64) and 0 <= images.min() and images.max() <= 1
+
+
+@pytest.mark.parametrize("name", ["sd3m", "flux2-4b"])
+def test_decode_in_chunks_with_gradient_and_checkpointing(folders, name):
+    gradients = []
+    for checkpointing, pixels in ((False, 2**20), (False, 64 * 64), (True, 2**20)):
+        backbone = backbone_of(folders, name, vae_checkpointing=checkpointing)
+        assert backbone.vae.decoder.gradient_checkpointing == checkpointing
+        x = latents(backbone).requires_grad_()
+        z = x if name == "sd3m" else torch.nn.functional.pixel_shuffle(x, 2)
+        R.decode_chunks(backbone.vae, z, pixels=pixels).square().mean().backward()
+        gradients.append(x.grad)
+    assert gradients[0].abs().max() > 0
+    torch.testing.assert_close(gradients[0], gradients[1])
+    torch.testing.assert_close(gradients[0], gradients[2])
+
+
+# ---- Sizes ----
+
+@pytest.mark.parametrize("name, parameters, linears, rank_64", [
+    ("sd3m", 2_028_328_000, 191, 37_552_128), ("sd35m", 2_243_171_520, 243, 47_775_744),
+    ("flux2-4b", 3_875_544_576, 80, 74_711_040), ("flux2-9b", 9_078_581_248, 112, 127_926_272)])
+def test_full_size_networks(name, parameters, linears, rank_64):
+    cls = Flux2Transformer2DModel if name.startswith("flux2") else SD3Transformer2DModel
+    with torch.device("meta"):
+        net = cls(**R.BACKBONES[name]["net"])
+    targets = R.attention_linears(net)
+    assert sum(p.numel() for p in net.parameters()) == parameters and len(targets) == linears
+    modules = dict(net.named_modules())
+    assert sum(64 * (modules[t].in_features + modules[t].out_features) for t in targets) == rank_64
+
+
+def test_full_size_vaes():
+    with torch.device("meta"):
+        sd3, flux2 = AutoencoderKL(**R.SD3_VAE), AutoencoderKLFlux2()
+    assert [round(sum(p.numel() for p in vae.parameters()) / 1e6, 1) for vae in (sd3, flux2)] == [83.8, 84.0]
+    assert (sd3.config.latent_channels, flux2.config.latent_channels) == (16, 32) and flux2.bn.eps == 1e-4
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_random_weights_need_no_repository(folders, name, monkeypatch):
+    tiny = dict(num_layers=2, num_attention_heads=1, caption_projection_dim=64)
+    small = {"sd3m": dict(R.SD3_NET, **tiny),
+             "sd35m": dict(R.SD35_NET, dual_attention_layers=(0,), **tiny),
+             "flux2-4b": dict(R.K4_NET, num_layers=1, num_single_layers=1, num_attention_heads=1)}
+    monkeypatch.setitem(R.BACKBONES[name], "net", small[name])
+    monkeypatch.setattr(R, "SD3_VAE", dict(R.SD3_VAE, block_out_channels=(32,) * 4))
+    cls, state = R.Flux2Backbone if name.startswith("flux2") else R.SD3Backbone, torch.get_rng_state()
+    make = lambda: cls(R.Config(model=name, device="cpu", resolution=64, random_weights=True, text_length=16))
+    a = make()
+    assert torch.equal(state, torch.get_rng_state()) and torch.get_default_dtype() == torch.float32
+    torch.manual_seed(1234)                    # another rank may be anywhere in its random stream
+    b = make()
+    pair = zip(a.nets["score"].parameters(), b.nets["score"].parameters())
+    assert all(torch.equal(p, q) for p, q in pair)
+    cond, again = a.encode(PROMPTS), a.encode(PROMPTS[::-1])
+    assert torch.equal(cond["text"][0], again["text"][1])
+    assert not torch.equal(cond["text"][0], cond["text"][1])
+    v = a.velocity(a.nets["generator"], latents(a), torch.tensor([.9, .5]), cond)
+    assert v.shape == (2, *a.latent_shape) and v.isfinite().all() and v.std() > .01
+    assert a.decode(latents(a)).shape == (2, 3, 64, 64)
+    assert a.text_key != backbone_of(folders, name, text_length=16).text_key
+
+
+# ---- Export ----
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("rank, alpha", [(64, 32), (32, 64)])
+def test_an_exported_adapter_is_exact_in_the_stock_pipeline(folders, tmp_path, name, rank, alpha):
+    backbone = backbone_of(folders, name)
+    net, x, t = backbone.nets["generator"], latents(backbone), torch.tensor([.9, .5])
+    cond = backbone.encode(PROMPTS)
+    bare = backbone.velocity(net, x, t, cond).detach()
+    net.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=backbone.lora_targets), "generator")
+    torch.manual_seed(1)
+    for parameter in net.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=.05)
+    ours = backbone.velocity(net, x, t, cond).detach()
+    state = get_peft_model_state_dict(net, adapter_name="generator")
+    folder = tmp_path / "checkpoint-000100"
+    R.save_lora(folder, state, rank, alpha, backbone.lora_targets, {"steps": 4, "eta": .9})
+    pipe = stock(backbone.base)
+    pipe.load_lora_weights(folder)
+    assert torch.equal(backbone.velocity(pipe.transformer, x, t, cond), ours)
+    assert (ours - bare).abs().max() > 1e-3
+    loaded, info = R.load_lora(folder)
+    assert loaded.keys() == state.keys() and all(torch.equal(loaded[n], state[n]) for n in state)
+    assert info == dict(steps=4, eta=.9, rank=rank, alpha=alpha, targets=sorted(backbone.lora_targets))
+
+
+def test_adapters_that_cannot_be_loaded(tmp_path):
+    with pytest.raises(R.UsageError, match="missing or damaged"):
+        R.load_lora(tmp_path)
+    from safetensors.torch import save_file
+    save_file({"transformer.x.lora_A.weight": torch.zeros(1)}, tmp_path / R.LORA_FILE)
+    with pytest.raises(R.UsageError, match="rank, alpha"):
+        R.load_lora(tmp_path)
+    path = tmp_path / R.LORA_FILE
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(R.UsageError, match="missing or damaged"):
+        R.load_lora(tmp_path)
+
+
+# ---- One sentence for each mistake ----
+
+def sentence(error):
+    text = str(error.value)
+    assert "\n" not in text and text.endswith(".") and len(text) < 400, text
+    return text
+
+
+def test_a_repository_that_cannot_be_used(folders, tmp_path):
+    def attempt(path, model="sd3m"):
+        with pytest.raises(R.UsageError) as error:
+            backbone_of({model: str(path)}, model)
+        return sentence(error)
+
+    assert "is no folder, and no hub" in attempt(tmp_path / "nowhere")
+    assert "is no folder, and no hub" in attempt("someone/model-that-is-not-cached")
+    assert "no usable model_index.json" in attempt(tmp_path)
+    assert "Flux2KleinPipeline" in attempt(folders["base"])
+    assert "StableDiffusion3Pipeline" in attempt(folders["sd3m"], "flux2-4b")
+    broken = tmp_path / "broken"
+    for part in ("vae", "transformer", "scheduler"):
+        shutil.copytree(folders["sd3m"], broken)
+        shutil.rmtree(broken / part)
+        assert f"no usable {part}" in attempt(broken)
+        shutil.rmtree(broken)
+    shutil.copytree(folders["sd3m"], broken)
+    weights = broken / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])                             # a download that stopped
+    assert "no usable transformer" in attempt(broken)
+    index = json.loads((broken / "model_index.json").read_text())
+    (broken / "model_index.json").write_text(json.dumps(index | {"text_encoder_3": [None, None]}))
+    assert "saved without text_encoder_3" in attempt(broken)
+
+
+def test_missing_text_encoder_and_gated_repository(folders, tmp_path, monkeypatch):
+    broken = tmp_path / "broken"
+    shutil.copytree(folders["sd3m"], broken)
+    shutil.rmtree(broken / "text_encoder_3")
+    backbone = backbone_of({"sd3m": str(broken)}, "sd3m")
+    with pytest.raises(R.UsageError) as error:
+        backbone.encode(PROMPTS)
+    assert "no usable text encoders" in sentence(error)
+
+    import diffusers.configuration_utils
+    from huggingface_hub.errors import GatedRepoError
+
+    def refuse(*args, **options):
+        raise GatedRepoError("Access to this model is restricted", response=Response())
+
+    class Response:
+        headers, status_code, text, request = {}, 403, "", None
+
+    monkeypatch.setattr(diffusers.configuration_utils, "hf_hub_download", refuse)
+    with pytest.raises(R.UsageError) as error:
+        R.SD3Backbone(R.Config(model="sd3m", device="cpu"))
+    assert "is gated: accept the licence" in sentence(error)
+
+
+def test_the_distilled_flux2_is_no_teacher(folders):
+    for path in (folders["distilled"], f"{folders['base']},{folders['distilled']}"):
+        with pytest.raises(R.UsageError) as error:
+            backbone_of({"flux2-4b": path}, "flux2-4b")
+        assert "cannot be the teacher" in sentence(error)
+    backbone = backbone_of({"flux2-4b": folders["base"]}, "flux2-4b")      # one base for both roles is fine
+    assert backbone.nets["generator"] is backbone.nets["score"]
+    pair = backbone_of(folders, "flux2-4b").nets
+    assert pair["generator"] is not pair["score"]
+
+
+def test_a_resolution_that_does_not_fit(folders):
+    for name, resolution in (("sd3m", 100), ("sd3m", 272), ("flux2-4b", 72), ("sd3m", 0)):  # pos_embed: 256
+        backbone = backbone_of(folders, name)
+        cls = type(backbone)
+        with pytest.raises(R.UsageError) as error:
+            cls(replace(backbone.cfg, resolution=resolution))
+        assert "multiple of 16" in sentence(error)
+
+
+# ---- Text cache ----
+
+class Letters:
+    """The least that a backbone must have for the cache."""
+    text_key, calls = "letters 8", 0
+
+    def encode(self, prompts):
+        self.calls += 1
+        rows = [[float(len(p)), *map(float, p.encode()[:7].ljust(7, b"\0"))] for p in prompts]
+        return {"text": torch.tensor(rows), "pooled": torch.tensor(rows)[:, :1].bfloat16()}
+
+    def free_text(self):
+        self.freed = True
+
+
+def test_text_cache(tmp_path, capsys):
+    backbone = Letters()
+    cache = R.TextCache(backbone, tmp_path)
+    prompts = [f"prompt {i}" for i in range(40)] + ["prompt 3", "ünï/..\n\0 odd"]
+    cache.prepare(prompts)
+    files = list(tmp_path.rglob("*.safetensors"))
+    assert backbone.freed and len(files) == 42 and "42 prompts" in "".join(capsys.readouterr())
+    wanted = ["prompt 3", "", "prompt 3", "ünï/..\n\0 odd"]
+    cond, truth = cache.batch(wanted, "cpu"), backbone.encode(wanted)
+    assert all(torch.equal(cond[name], truth[name]) for name in truth)
+    assert cond["pooled"].dtype == torch.bfloat16
+    assert all(path.stat().st_size < 1000 for path in files)      # no file drags its whole batch along
+
+    calls = backbone.calls
+    cache.prepare(prompts)      # nothing to do
+    assert backbone.calls == calls
+    for cut in (slice(0, 0), slice(0, 20), slice(0, -1)):      # empty, within the header, one byte short
+        path = cache.path("prompt 7")
+        path.write_bytes(path.read_bytes()[cut])
+        with pytest.raises(R.UsageError, match="cannot be read"):
+            cache.batch(["prompt 7"], "cpu")
+        cache.prepare(prompts)
+        assert torch.equal(cache.batch(["prompt 7"], "cpu")["text"], backbone.encode(["prompt 7"])["text"])
+    backbone.text_key = "letters 9"
+    assert R.TextCache(backbone, tmp_path).folder != cache.folder
+
+
+def test_text_cache_refuses_a_full_disk_and_splits_over_ranks(tmp_path, monkeypatch):
+    monkeypatch.setattr(R.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+    with pytest.raises(R.UsageError) as error:
+        R.TextCache(Letters(), tmp_path).prepare(["a"])
+    assert "larger disk" in sentence(error)
+    monkeypatch.undo()
+    prompts = [f"prompt {i}" for i in range(100)]
+    for rank in range(3):
+        monkeypatch.setattr(R, "dist_info", lambda: (rank, rank, 3))
+        before = len(list(tmp_path.rglob("*.safetensors")))
+        cache = R.TextCache(Letters(), tmp_path / "shared")
+        monkeypatch.setattr(cache, "has", lambda prompt: False)      # all three listed before one wrote
+        cache.prepare(prompts)
+        assert len(list(tmp_path.rglob("*.safetensors"))) - before in range(20, 49)
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 101
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_text_cache_of_a_real_backbone(folders, tmp_path, name):
+    backbone = backbone_of(folders, name)
+    cache = R.TextCache(backbone, tmp_path)
+    cache.prepare(PROMPTS)
+    assert backbone.text is None
+    cond, truth = cache.batch([PROMPTS[1], ""], "cpu"), backbone.encode(["", *PROMPTS])
+    assert all(torch.equal(cond[name], truth[name][[2, 0]]) for name in truth)
+
+
+# ---- Prompts ----
+
+def written(folder, name, content):
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(path)
+
+
+GOOD = {
+    "plain.txt": "a cat\na dog\n",
+    "no end.txt": "a cat\na dog",
+    "windows.txt": b"\xef\xbb\xbfa cat\r\n\r\n  a dog \r\na cat\r\n",
+    "UPPER.TXT": "a cat\na dog\n",
+    "geneval.jsonl": '{"tag": "two_object", "prompt": "a cat"}\n\n{"caption": "a dog"}\n',
+    "strings.jsonl": '"a cat"\n"a dog"\n',
+    "table.csv": 'id,Prompt\n1,a cat\n2,"a dog"\n3,\n',
+    "table.tsv": "Category\tPrompt\nx\ta cat\ny\ta dog\n",
+    "mark.csv": "\ufeffPrompts,Category\na cat,x\na dog,y\n",
+    "text.csv": "text\na cat\na dog\n",
+}
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_prompt_files(tmp_path, name):
+    path = written(tmp_path, name, GOOD[name])
+    assert R.read_prompts(path) == sorted(R.read_prompts(path, seed=0)) == ["a cat", "a dog"]
+
+
+def test_prompt_parquet(tmp_path):
+    import pandas
+    path = tmp_path / "p.parquet"
+    pandas.DataFrame({"url": ["u"] * 4, "caption": ["a cat", None, "a dog", "a cat"]}).to_parquet(path)
+    assert R.read_prompts(str(path)) == ["a cat", "a dog"]
+    pandas.DataFrame({"url": ["u"]}).to_parquet(path)
+    with pytest.raises(R.UsageError, match="no column or key"):
+        R.read_prompts(str(path))
+    path.write_bytes(b"PAR1 no parquet")
+    with pytest.raises(R.UsageError) as error:
+        R.read_prompts(str(path))
+    sentence(error)
+
+
+def test_prompts_are_counted_and_shuffled_by_seed(tmp_path, capsys):
+    texts = [f"prompt {i}" for i in range(200)]
+    path = written(tmp_path, "p.txt", "\n".join(texts + ["", "  ", "prompt 5"]))
+    order = R.read_prompts(path, seed=1)
+    assert "200 from" in (out := "".join(capsys.readouterr())) and "2 blank" in out and "1 duplicates" in out
+    assert order == R.read_prompts(path, seed=1) != R.read_prompts(path, seed=2)
+    assert sorted(order) == sorted(texts) and order != texts
+    more = R.read_prompts(written(tmp_path, "q.txt", "\n".join(["new one"] + texts)), seed=1)
+    assert [text for text in more if text != "new one"] == order      # one line more moves no other
+
+
+BAD = {
+    "latin.txt": (b"a cat\nna\xefve\n", "line 2"),
+    "utf16.txt": ("a cat".encode("utf-16"), "line 1"),
+    "nul.txt": (b"a cat\na\x00dog\n", "line 2.*without NUL"),
+    "long.txt": (b"a cat\n\n" + b"x" * 1_000_001 + b"\n", "line 3.*up to 20,000 characters"),
+    "empty.txt": (b"", "no prompt"),
+    "blank.txt": (b"\n \n", "no prompt"),
+    "broken.jsonl": (b'{"prompt": "a"}\n{"prompt": \n', "line 2"),
+    "list.jsonl": (b"[1, 2]\n", "line 1.*\\[1, 2"),
+    "number.jsonl": (b'"a"\n{"prompt": 7}\n', "line 2.*: 7"),
+    "surrogate.jsonl": (b'{"prompt": "\\ud800"}\n', "line 1"),
+    "other.jsonl": (b'{"prompt": "a"}\n{"id": 3}\n', "line 2.*no column"),
+    "deep.jsonl": (b"[" * 100_000 + b"\n", "line 1"),
+    "other.csv": (b"id,name\n1,x\n", "no column"),
+    "wide.csv": (b"prompt\nx\n" + b"y" * 200_000 + b"\n", "line 3"),
+    "empty.csv": (b"", "no prompt"),
+    "what.docx": (b"", "none of .txt"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_broken_prompt_files_are_named_by_line(tmp_path, name):
+    content, words = BAD[name]
+    with pytest.raises(R.UsageError, match=words) as error:
+        R.read_prompts(written(tmp_path, name, content))
+    sentence(error)
+
+
+def test_prompts_that_are_not_there(tmp_path):
+    (tmp_path / "folder.txt").mkdir()
+    for name in (tmp_path / "no.txt", tmp_path / "folder.txt", "pickapick", "pickapic", "drawbench", "hpdv2"):
+        with pytest.raises(R.UsageError) as error:
+            R.read_prompts(str(name))
+        sentence(error)
+
+
+def test_known_prompts(tmp_path, monkeypatch):
+    import hpsv2
+    import huggingface_hub
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repository, **options: str(tmp_path))
+    written(tmp_path, "DrawBench Prompts - Sheet1.csv", "Prompts,Category\nA red colored car.,Colors\n")
+    written(tmp_path, "PartiPrompts.tsv", "Prompt\tCategory\tChallenge\tNote\nbond\tAbstract\tBasic\t\n")
+    monkeypatch.setattr(hpsv2, "benchmark_prompts", lambda style: {"anime": ["a"], "photo": ["b", "a"]})
+    assert R.read_prompts("drawbench") == ["A red colored car."]
+    assert R.read_prompts("partiprompts") == ["bond"]
+    assert R.read_prompts("hpdv2") == ["a", "b"]
+
+
+if __name__ == "__main__":
+    lab()

@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# Stage 1, stage 2, evaluation in one command. Stopped or killed, the same command goes on where it was.
+#   bash train.sh                          the tiny world on a laptop: about ten minutes on two cores
+#   bash train.sh sd3m 8                   model, processes (GPUs) on this node; further flags go to both stages
+#   NNODES=2 NODE_RANK=0 MASTER_ADDR=host MASTER_PORT=29500 bash train.sh sd3m 8      the same on every node, NODE_RANK apart
+#   bash train.sh ablations --quick        the paper's claims in miniature
+set -euo pipefail
+cd "$(dirname "$0")"
+
+# Environment: an active one is used as it is, else .venv is made once. PYTHON chooses the interpreter that makes it.
+if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
+    if [ ! -e .venv/complete ]; then
+        "${PYTHON:-python3}" -m venv .venv
+        .venv/bin/python -m pip install --quiet --requirement requirements.txt
+        touch .venv/complete
+    fi
+    . .venv/bin/activate
+fi
+python -c "import torch, diffusers, transformers, peft" 2>/dev/null || python -m pip install --quiet --requirement requirements.txt
+
+if [ "${1:-}" = ablations ]; then
+    shift
+    exec python eval.py --ablations "$@"
+fi
+model=${1:-tiny} processes=${2:-1}
+shift $(($# < 2 ? $# : 2))
+out=${OUT:-runs/$model}
+run=(python)
+if [ "$processes" -gt 1 ] || [ "${NNODES:-1}" -gt 1 ]; then
+    run=(torchrun --nproc_per_node "$processes" --nnodes "${NNODES:-1}" --node_rank "${NODE_RANK:-0}"
+         --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-29500}")
+fi
+
+timed() {
+    local start=$SECONDS label=$1
+    shift
+    "$@"
+    echo "$label: $(((SECONDS - start) / 60)) min $(((SECONDS - start) % 60)) s"
+}
+timed "stage 1" "${run[@]}" rtdmd.py --stage 1 --model "$model" --out "$out" "$@"
+timed "stage 2" "${run[@]}" rtdmd.py --stage 2 --model "$model" --out "$out" "$@"
+timed "evaluation" "${run[@]}" eval.py --model "$model" --run "$out"
+echo "Everything is in $out: report.json, grid.png, stage1/, stage2/."
