@@ -84,6 +84,8 @@ import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
+import diffusers
+import huggingface_hub
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -588,60 +590,54 @@ def pathwise_loss(reward, scale=1.0, dims=1):
     return -(reward.float() / scale).mean() / dims
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 6. Rewards r(x)
+# ----------------------------------------------------------------------------------------------------------------------
+# 6. Rewards r(x): reward(images (B, 3, H, W) in [0, 1], prompts) -> (B,)
 #
-# A reward is called as reward(images (B,3,H,W) in [0,1], prompts) -> (B,). Every one enters SubGRPO (Eq. 17);
-# only one whose attribute .differentiable is true also enters the pathwise term (Eq. 15). The CLIP family
-# stands here, the paper's other metrics in eval.py; your own is `--rewards my_module:my_function=1`.
+# Every reward enters SubGRPO (Eq. 17); only one whose .differentiable is true also enters the pathwise term (Eq. 15). The
+# CLIP family stands here, the paper's other metrics in eval.py; your own is `--rewards my_module:my_function=1`.
+# ----------------------------------------------------------------------------------------------------------------------
 
 CLIP_MEAN, CLIP_STD = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)
 
 
 def resize(images, height, width, mode="bicubic"):
-    """Antialiased resize, (B,C,H,W) -> (B,C,height,width): what PIL does, but differentiable.
+    """What PIL does, but differentiable: (B, C, H, W) -> (B, C, height, width), antialiased, in fp32 whatever comes in.
 
-    In fp32 whatever comes in (half precision has no such kernel on the CPU). Without antialias most pixels of
-    a large image are never looked at, and the gradient writes a grid into the others.
+    Without antialias most pixels of a large image are never looked at, and the gradient writes a grid into the others.
     """
     return F.interpolate(images.float(), (height, width), mode=mode, antialias=True, align_corners=False)
 
 
 def normalise(images, mean=CLIP_MEAN, std=CLIP_STD):
-    """Pixels in [0,1], (B,3,H,W), in the units that the network was trained on."""
+    """Pixels in [0, 1], (B, 3, H, W), in the units that the network was trained on."""
     mean, std = (images.new_tensor(m).view(3, 1, 1) for m in (mean, std))
     return (images - mean) / std
 
 
 def square_crop(images, size=224, mode="bicubic"):
-    """CLIP's view: short side to `size`, centre crop, normalise.  (B,3,H,W) -> (B,3,size,size)
+    """CLIP's view: short side to `size`, centre crop, normalise. (B, 3, H, W) -> (B, 3, size, size).
 
     Bicubic overshoots to -.03 .. 1.03 where PIL clips at 8 bits, hence the clamp: 2/255 from PIL at most.
     """
     h, w = images.shape[-2:]
     height, width = int(size * h / min(h, w)), int(size * w / min(h, w))
     top, left = round((height - size) / 2), round((width - size) / 2)
-    images = resize(images, height, width, mode).clamp(0, 1)
-    return normalise(images[..., top:top + size, left:left + size])
+    return normalise(resize(images, height, width, mode).clamp(0, 1)[..., top:top + size, left:left + size])
 
 
 def letterbox(images, size=224):
-    """HPSv2's view: longest side to `size`, the rest black, normalise.  (B,3,H,W) -> (B,3,size,size)
+    """HPSv2's view: longest side to `size`, the rest black, normalise. (B, 3, H, W) -> (B, 3, size, size).
 
     No crop, and no clamp: HPSv2 resizes tensors instead of PIL images, so its network sees the overshoots.
     """
     h, w = images.shape[-2:]
     height, width = round(size * h / max(h, w)), round(size * w / max(h, w))
-    rows, columns = size - height, size - width   # black ones to add, an odd one right and below
-    border = (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2)
-    return normalise(F.pad(resize(images, height, width), border))
+    rows, columns = size - height, size - width                            # an odd one goes right and below
+    return normalise(F.pad(resize(images, height, width), (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2)))
 
 
 def find_weights(repo, filename, cfg):
-    """Path of a file of a hub repository.
-
-    Tried in turn: WEIGHTS_DIR/<repo's last name>/filename, WEIGHTS_DIR/filename, the hub; else UsageError.
-    """
+    """Path of a hub file: WEIGHTS_DIR/<repo's last name>/filename, WEIGHTS_DIR/filename, or the hub and its cache."""
     from huggingface_hub import hf_hub_download
     folder = Path(cfg.weights_dir).expanduser() if cfg.weights_dir else None
     places = [folder / repo.split("/")[-1] / filename, folder / filename] if folder else []
@@ -650,56 +646,55 @@ def find_weights(repo, filename, cfg):
             return path
     try:
         return Path(hf_hub_download(repo, filename))
-    except OSError as error:   # all of the hub's own errors are of this kind: offline, gated, no such file
+    except OSError as error:                                                # all of the hub's own errors are of this kind
         looked = "".join(f"{path}, " for path in places) + f"the hub and its cache ({type(error).__name__})"
-        raise UsageError(f"{filename} of {repo} is not in {looked}: download it (accept its licence if it is "
-                         f"gated), or name the folder that holds it by --weights_dir.") from error
+        raise UsageError(f"{filename} of {repo} is not in {looked}: download it (accept its licence first if it is gated), or "
+                         "name the folder that holds it by --weights_dir.") from error
 
 
 def from_hub(loader, repo, cfg, needs="config.json", **options):
     """loader.from_pretrained, of WEIGHTS_DIR/<repo's last name> or of the hub.
 
-    The file `needs` is looked for first: transformers makes a tokenizer without its vocabulary in silence,
-    and asks a hub that cannot be reached for every file in turn, 20 s each.
+    The file `needs` is looked for first: transformers makes a tokenizer without its vocabulary in silence, and asks a hub
+    that cannot be reached for every file in turn, 20 s each.
     """
     found = find_weights(repo, needs, cfg)
     local = cfg.weights_dir and found.is_relative_to(Path(cfg.weights_dir).expanduser())
     try:
         return loader.from_pretrained(str(found.parent) if local else repo, **options)
     except OSError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UsageError(f"{loader.__name__} of {repo}, of which {found} is there, is incomplete ({reason}): "
+        raise UsageError(f"{loader.__name__} of {repo}, of which {found} is there, is incomplete ({' '.join(str(error).split())[:200]}): "
                          f"download the whole repository into WEIGHTS_DIR/{repo.split('/')[-1]}.") from error
 
 
 def open_clip_host(row, cfg):
     """HPSv2.1 in open_clip's ViT-H-14: the same 686 tensors, so the load is strict.
 
-    Hosts return the network and embeddings (B,D) of pixels and of prompts: (net, embed_image, embed_text).
+    Hosts return the network and embeddings (B, D) of pixels and of prompts: (net, embed_image, embed_text).
     """
     import open_clip
     from hpsv2.utils import hps_version_map
     weights = torch.load(find_weights(row["repo"], hps_version_map["v2.1"], cfg), "cpu", weights_only=True)
-    net = open_clip.create_model("ViT-H-14", pretrained=None)   # the LAION weights would only be overwritten
+    net = open_clip.create_model("ViT-H-14", pretrained=None)              # the LAION weights would only be overwritten
     net.load_state_dict(weights["state_dict"], strict=True)
     net, tokenise = net.to(cfg.device), open_clip.get_tokenizer("ViT-H-14")
     return net, net.encode_image, lambda prompts: net.encode_text(tokenise(prompts).to(cfg.device))
 
 
 def transformers_host(row, cfg):
-    """CLIPScore, PickScore in transformers, and its tokenizer: open_clip's reads curly quotes otherwise."""
+    """CLIPScore and PickScore in transformers, with its tokenizer: open_clip's reads curly quotes otherwise."""
     from transformers import CLIPModel, CLIPTokenizer
     net = from_hub(CLIPModel, row["repo"], cfg, dtype=torch.float32).to(cfg.device)
     tokenizer = from_hub(CLIPTokenizer, row["repo"], cfg, needs="tokenizer.json")
 
     def embed_text(prompts):
         tokens = tokenizer(prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
-        return net.get_text_features(**tokens.to(cfg.device)).pooler_output   # already projected
+        return net.get_text_features(**tokens.to(cfg.device)).pooler_output       # already projected
 
     return net, lambda pixels: net.get_image_features(pixel_values=pixels).pooler_output, embed_text
 
 
-# All three are better when higher. CLIP's own resize is bicubic; the paper's CLIPScore column is bilinear.
+# All are better when higher. CLIP's own resize is bicubic; the paper's CLIPScore column is bilinear.
 REWARDS = {
     "hpsv2": dict(host=open_clip_host, repo="xswu/HPSv2", view=letterbox, logit_scale=False,
                   scale="cosine, v2.1 weights", licence="Apache-2.0"),
@@ -711,45 +706,43 @@ REWARDS = {
 
 
 class ClipReward:
-    """Cosine of image and prompt, times exp(logit_scale) if the row of REWARDS says so: the tables' scale.
+    """Cosine of image and prompt, times exp(logit_scale) where the row says so: the scale of the paper's tables.
 
     Scoring and back-propagation run this same code: what is climbed is what is reported.
     """
+
     differentiable = True
 
     def __init__(self, name, row, host):
         self.name, self.row = name, row
         self.net, self.embed_image, self.embed_text = host
-        self.net.eval().requires_grad_(False)   # gradients pass through it into the images, never into it
-        self.known = {}                         # prompt -> unit embedding (D,): a group asks for it 24 times
+        self.net.eval().requires_grad_(False)                               # gradients pass through it, never into it
+        self.known = {}                                                     # prompt -> (D,): a group asks for it 24 times
 
     @torch.no_grad()
     def text(self, prompts):
-        """Unit text embeddings (B,D)."""
+        """Unit text embeddings (B, D)."""
         new = [p for p in dict.fromkeys(prompts) if p not in self.known]
         if new:
             self.known.update(zip(new, F.normalize(self.embed_text(new).float(), dim=-1)))
         return torch.stack([self.known[p] for p in prompts])
 
     def __call__(self, images, prompts):
-        """images (B,3,H,W) in [0,1], B prompts -> (B,)"""
+        """images (B, 3, H, W) in [0, 1], B prompts -> (B,)."""
         image = F.normalize(self.embed_image(self.row["view"](images)).float(), dim=-1)
         cosine = (image * self.text(prompts)).sum(-1)
         return cosine * self.net.logit_scale.exp() if self.row["logit_scale"] else cosine
 
 
 def eval_module():
-    """eval.py beside this file, imported by its path and on first need: training on REWARDS does without it.
+    """eval.py beside this file, loaded on first need: training on REWARDS does without it.
 
-    It imports rtdmd in turn. When rtdmd.py is the script, Python knows it as __main__ only and would execute
-    it once more, with a second UsageError that nobody catches; so it is registered under its name first.
+    It imports rtdmd in turn. When rtdmd.py is the script, Python knows it as __main__ only and would run it once more,
+    with a second UsageError that nobody catches; so it is registered under its name first.
     """
     if "rtdmd_eval" not in sys.modules:
-        path = Path(__file__).with_name("eval.py")
-        if not path.exists():
-            raise UsageError(f"{path} is missing: it defines all rewards but {', '.join(REWARDS)}.")
         sys.modules.setdefault("rtdmd", sys.modules[__name__])
-        spec = importlib.util.spec_from_file_location("rtdmd_eval", path)
+        spec = importlib.util.spec_from_file_location("rtdmd_eval", Path(__file__).with_name("eval.py"))
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         sys.modules["rtdmd_eval"] = module
@@ -757,31 +750,29 @@ def eval_module():
 
 
 def parse_rewards(text, extra=()):
-    """"hpsv2=1,ocr=.5,my_module:score=2" -> [(name, weight), ...].  extra: names that the backbone brings.
+    """"hpsv2=1,ocr=.5,my_module:score=2" -> [(name, weight), ...]. extra: names that the backbone brings.
 
     No weight means 1, a negative one makes a penalty; 0 would load a network for nothing.
     """
     pairs = {}
     for item in text.split(","):
         name, equals, weight = (part.strip() for part in item.partition("="))
-        try:
-            value = float(weight if equals else 1)
-        except ValueError:
-            value = math.nan
         if not name or name in pairs:
-            raise UsageError(f"--rewards {text!r}: " + (f"{name} is named twice." if name else
-                             "an entry has no name; write name=weight,name=weight."))
-        if value == 0 or not math.isfinite(value):
+            raise UsageError(f"--rewards {text!r}: " + (f"{name} is named twice." if name else "write name=weight,name=weight."))
+        try:
+            pairs[name] = float(weight if equals else 1)
+        except ValueError:
+            pairs[name] = math.nan
+        if pairs[name] == 0 or not math.isfinite(pairs[name]):
             raise UsageError(f"--rewards {item.strip()}: the weight must be a finite number other than 0.")
         if ":" not in name and name not in {*extra, *REWARDS} and name not in eval_module().METRICS:
             names = ", ".join(dict.fromkeys([*extra, *REWARDS, *eval_module().METRICS]))
             raise UsageError(f"--rewards: no reward is called {name!r}; there are {names}, module:attribute.")
-        pairs[name] = value
     return list(pairs.items())
 
 
 def load_reward(name, cfg, extra=None):
-    """The reward of that name: of the backbone (extra), of REWARDS, of eval.py, or module:attribute."""
+    """The reward of that name: the backbone's own (extra), one of REWARDS, of eval.py, or module:attribute."""
     if extra and name in extra:
         return extra[name]
     if name in REWARDS:
@@ -790,127 +781,122 @@ def load_reward(name, cfg, extra=None):
 
 
 def user_reward(name):
-    """"module:attribute", a function (images, prompts) -> (B,), or a class or factory without arguments that
-    makes one; searched in the current directory too. Its .differentiable counts as False if it has none."""
+    """"module:attribute": a function (images, prompts) -> (B,), or a class or factory without arguments that makes one;
+    searched in the current directory too. Its .differentiable counts as False if it has none."""
     module, _, attribute = name.partition(":")
     if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())   # Python itself looks in the script's folder, not where it was started
+        sys.path.append(os.getcwd())                                        # Python itself looks in the script's folder
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise UsageError(f"reward {name}: {error} (looked in {os.getcwd()} and the packages).") from error
+        raise UsageError(f"reward {name}: {error}; looked in {os.getcwd()} and among the packages.") from error
     needs = [p for p in inspect.signature(found).parameters.values() if p.default is p.empty]
-    reward = functools.partial(found if needs else found())
+    reward = functools.partial(found() if isinstance(found, type) or not needs else found)
     reward.name, reward.differentiable = name, getattr(reward.func, "differentiable", False)
-    return reward   # a partial, because methods and builtins take no attributes
+    return reward                                                           # a partial: methods and builtins take no attributes
 
 
 def score(reward, images, prompts):
-    """reward(images, prompts), checked: (B,) fp32 on the images' device; NaN and inf are left to the caller.
+    """reward(images, prompts), checked: (B,) fp32 on the images' device; nan and inf are left to the caller.
 
-    Whatever a reward raises becomes one sentence with the reward and the prompt. When a batch fails, its
-    images are tried one by one to find the one at fault.
+    Whatever a reward raises becomes one sentence with the reward and the prompt: when a batch fails, its images are tried
+    one by one to find the one at fault.
     """
     name = getattr(reward, "name", type(reward).__name__)
     try:
         values = torch.as_tensor(reward(images, prompts), device=images.device)
     except UsageError:
         raise
-    except Exception as error:   # rewards are foreign code and raise anything; nothing is swallowed
+    except Exception as error:                                              # foreign code raises anything; nothing is swallowed
         for i in range(len(prompts) if len(prompts) > 1 else 0):
             score(reward, images[i:i + 1], prompts[i:i + 1])
         raise UsageError(f"reward {name}, prompt {prompts[0]!r}: {type(error).__name__}: {error}") from error
     if values.shape != (len(prompts),):
-        raise UsageError(f"reward {name}, prompt {prompts[0]!r}: the result has shape {tuple(values.shape)}, "
-                         f"not ({len(prompts)},), one number for each image.")
+        raise UsageError(f"reward {name}, prompt {prompts[0]!r}: returned shape {tuple(values.shape)}, must be ({len(prompts)},).")
     return values.float()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 7. Backbones.  All that the loops know of a model:
+# ----------------------------------------------------------------------------------------------------------------------
+# 7. Backbones: all that the loops know of a model
 #
-#   nets             {"generator": net, "score": net}, frozen.  The fake adapter lives on "score", which with
-#                    adapters off is the teacher.  The same object twice where both share weights (SD3)
+#   nets             {"generator": net, "score": net}, frozen. The fake adapter lives on "score", which with adapters
+#                    off is the teacher. The same object twice where both share weights (SD3)
 #   lora_targets     full names of the linears that get an adapter
 #   latent_shape     (C, H, W) of one sample
-#   shift            of the schedule, u -> shift u / (1 + (shift-1) u); shift_for(steps) if not cfg.steps
+#   shift            of the schedule, u -> shift u / (1 + (shift-1) u), for cfg.steps; shift_for(steps) for others
 #   base, text_key   pipeline that an export is loaded into; all that the text embeddings depend on
-#   encode(prompts)  -> cond: dict of tensors, batch first, CPU.  free_text() drops the text encoders
+#   encode(prompts)  -> cond: dict of tensors, batch first, CPU. free_text() drops the text encoders
 #   velocity(net, x, t, cond)   v = eps - x0 (B,C,H,W) fp32 at levels t (B,); differentiable
 #   quantise(t)      the level that the network is really told when it is asked for t
 #   decode(x)        latents -> images (B,3,H,W) in [0,1]; differentiable
+# ----------------------------------------------------------------------------------------------------------------------
 
-# Attention linears of both streams.  attn2 is SD3.5's second, image-only attention.  FLUX.2's single-stream
-# blocks fuse q, k, v with the MLP into one linear: an adapter there reaches the MLP too.
-ATTENTION = r"(single_)?transformer_blocks\.\d+\.attn2?\..+"
-
-# Full-size networks for --random_weights: the config.json of the hub repositories.
-SD3_NET = dict(sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=24,
-               attention_head_dim=64, num_attention_heads=24, joint_attention_dim=4096,
-               caption_projection_dim=1536, pooled_projection_dim=2048, pos_embed_max_size=192)
+# Full-size networks for --random_weights: where the hub's config.json departs from the defaults of the class.
+SD3_NET = dict(num_layers=24, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=192)
 SD35_NET = dict(SD3_NET, pos_embed_max_size=384, dual_attention_layers=tuple(range(13)), qk_norm="rms_norm")
-K4_NET = dict(patch_size=1, in_channels=128, num_layers=5, num_single_layers=20, attention_head_dim=128,
-              num_attention_heads=24, joint_attention_dim=7680, guidance_embeds=False)
+K4_NET = dict(num_layers=5, num_single_layers=20, num_attention_heads=24, joint_attention_dim=7680,
+              guidance_embeds=False)
 K9_NET = dict(K4_NET, num_layers=8, num_single_layers=24, num_attention_heads=32, joint_attention_dim=12288)
-SD3_VAE = dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-               block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16,
-               use_quant_conv=False, use_post_quant_conv=False, scaling_factor=1.5305, shift_factor=0.0609)
+SD3_VAE = dict(down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4, layers_per_block=2,
+               block_out_channels=[128, 256, 512, 512], latent_channels=16, use_quant_conv=False,
+               use_post_quant_conv=False, scaling_factor=1.5305, shift_factor=0.0609)
 
+# guidance: w of the teacher's classifier-free guidance (authors' configurations). SD3: Stability AI Community licence,
+# gated. FLUX.2: the 4B Apache-2.0, the 9B FLUX Non-Commercial licence, gated.
 SD3, KLEIN = "StableDiffusion3Pipeline", "Flux2KleinPipeline"
 SAI, BFL = "stabilityai/stable-diffusion", "black-forest-labs/FLUX.2-klein"
-BACKBONES = {        # guidance: w of the teacher's classifier-free guidance (authors' configurations)
-    # Stability AI Community licence, gated
+BACKBONES = {
     "sd3m": dict(pipeline=SD3, guidance=7, net=SD3_NET, teacher=f"{SAI}-3-medium-diffusers"),
     "sd35m": dict(pipeline=SD3, guidance=4.5, net=SD35_NET, teacher=f"{SAI}-3.5-medium"),
-    # Apache-2.0; the 9B under the FLUX Non-Commercial licence, gated
     "flux2-4b": dict(pipeline=KLEIN, guidance=4, net=K4_NET, teacher=f"{BFL}-base-4B", generator=f"{BFL}-4B"),
-    "flux2-9b": dict(pipeline=KLEIN, guidance=4, net=K9_NET, teacher=f"{BFL}-base-9B", generator=f"{BFL}-9B"),
-}
+    "flux2-9b": dict(pipeline=KLEIN, guidance=4, net=K9_NET, teacher=f"{BFL}-base-9B", generator=f"{BFL}-9B")}
+
+KNOWN_PROMPTS = {        # name: (data set on the hub, its files)
+    "pickapic": ("yuvalkirstain/pickapic_v1_no_images", "data/train-*.parquet"),       # 584k rows, 168 MB
+    "drawbench": ("sayakpaul/drawbench", "*.csv"),                                     # 200 rows
+    "partiprompts": ("nateraw/parti-prompts", "PartiPrompts.tsv"),                     # 1,632 rows
+    "hpdv2": None, "tiny": None, "tiny-test": None}            # 3,200 through hpsv2; the captions of the tiny world
+PROMPT_COLUMNS = ("prompt", "prompts", "caption", "text")      # in any case; the first that a table has
+LONGEST_PROMPT = 20_000          # characters; the encoders read some 2,000, more is a broken file
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+def load_backbone(cfg):
+    """The backbone of --model."""
+    return {"tiny": TinyBackbone, "sd3m": SD3Backbone, "sd35m": SD3Backbone}.get(cfg.model, Flux2Backbone)(cfg)
 
 
 class SD3Backbone:
-    """SD3 and SD3.5 medium: latents (B, 16, H/8, W/8), 77 CLIP + 256 T5 tokens.
-
-    From --pretrained PATH or the hub.  UsageError says which part of it cannot be had, and what to do.
-    """
+    """SD3 and SD3.5 medium: latents (B, 16, H/8, W/8), 77 CLIP + 256 T5 tokens. From --pretrained PATH or the hub.
+    UsageError says which part of it cannot be had, and what to do."""
 
     def __init__(self, cfg):
-        from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
-        row = BACKBONES[cfg.model]
-        self.cfg, self.base, self.text = cfg, cfg.pretrained or row["teacher"], None
+        row, self.cfg, self.text, self.text_length = BACKBONES[cfg.model], cfg, None, cfg.text_length or 256
+        self.base = cfg.pretrained or row["teacher"]
         check_repository(self.base, cfg)
-        net = build(SD3Transformer2DModel, self.base, "transformer", row["net"], cfg)
-        self.vae = build(AutoencoderKL, self.base, "vae", SD3_VAE, cfg)
-        self.nets = {"generator": net, "score": net}
-        self.lora_targets = attention_linears(net)
-        side = latent_side(cfg.resolution, 8, largest=16 * net.config.pos_embed_max_size)
-        self.latent_shape = (net.config.in_channels, side, side)
-        with reading(self.base, "scheduler"):
-            self.shift = 3.0 if cfg.random_weights else FlowMatchEulerDiscreteScheduler.from_pretrained(
-                self.base, subfolder="scheduler").config.shift
-        self.text_length, self.dtype = cfg.text_length or 256, network_dtype(cfg)
-        source = "random" if cfg.random_weights else self.base
-        self.text_key = f"{source} clip 77 t5 {self.text_length} {self.dtype}"
+        net = build(diffusers.SD3Transformer2DModel, self.base, "transformer", row["net"], cfg)
+        self.vae = build(diffusers.AutoencoderKL, self.base, "vae", SD3_VAE, cfg)
+        self.nets, self.dtype, self.lora_targets = {"generator": net, "score": net}, net.dtype, attention_linears(net)
+        self.latent_shape = (16, cfg.resolution // 8, cfg.resolution // 8)
+        self.shift = 3.0 if cfg.random_weights else fetch(FlowMatchEulerDiscreteScheduler.from_pretrained, self.base,
+                                                          "scheduler", subfolder="scheduler").config.shift
+        self.text_key = f"{self.base} random {cfg.random_weights} clip 77 t5 {self.text_length} {self.dtype}"
 
     def shift_for(self, steps):
         """The same for every size and number of steps."""
         return self.shift
 
+    @torch.no_grad()
     def encode(self, prompts):
         """prompts list[str] -> text (B, 77 + 256, 4096), pooled (B, 2048), by the pipeline itself.
-
-        T5 sees its padding (it gets no mask), so the length is part of the condition: sample with the same.
-        """
+        T5 sees its padding (it gets no mask), so the length is part of the condition: sample with the same."""
         if self.cfg.random_weights:
-            net = self.nets["score"].config
-            return random_text(prompts, self.dtype, text=(77 + self.text_length, net.joint_attention_dim),
-                               pooled=(net.pooled_projection_dim,))
+            return random_text(prompts, self.dtype, text=(77 + self.text_length, 4096), pooled=(2048,))
         if self.text is None:
-            self.text = load_text_encoders(self.base, self.cfg).to(self.cfg.device)
-        with torch.no_grad():
-            text, _, pooled, _ = self.text.encode_prompt(
-                prompts, None, None, self.cfg.device, do_classifier_free_guidance=False,
-                max_sequence_length=self.text_length)
+            self.text = fetch(diffusers.StableDiffusion3Pipeline.from_pretrained, self.base, "text encoders",
+                              transformer=None, vae=None, dtype=self.dtype).to(self.cfg.device)
+        text, _, pooled, _ = self.text.encode_prompt(prompts, None, None, do_classifier_free_guidance=False,
+                                                     max_sequence_length=self.text_length)
         return {"text": text.cpu(), "pooled": pooled.cpu()}
 
     def free_text(self):
@@ -920,9 +906,8 @@ class SD3Backbone:
 
     def velocity(self, net, x, t, cond):
         """The timestep 1000 t stays fp32: bf16 would tell the network 752 for 750."""
-        v = net(hidden_states=x.to(self.dtype), timestep=1000 * t.float(), encoder_hidden_states=cond["text"],
-                pooled_projections=cond["pooled"], return_dict=False)[0]
-        return v.float()
+        return net(hidden_states=x.to(self.dtype), timestep=1000 * t.float(), encoder_hidden_states=cond["text"],
+                   pooled_projections=cond["pooled"], return_dict=False)[0].float()
 
     def quantise(self, t):
         """SD3 is told every level exactly."""
@@ -934,56 +919,48 @@ class SD3Backbone:
 
 
 class Flux2Backbone:
-    """FLUX.2-klein: latents (B, 128, H/16, W/16), 512 Qwen tokens.
-
-    The generator starts from the distilled repository, teacher and fake score live on the base one, where
-    guidance works.  --pretrained takes two paths, GENERATOR,TEACHER, or one for both.
-    """
+    """FLUX.2-klein: latents (B, 128, H/16, W/16), 512 Qwen tokens. The generator starts from the distilled repository,
+    teacher and fake score on the base one, where guidance works. --pretrained GENERATOR,TEACHER or one for both."""
 
     TAPS = (9, 18, 27)          # the hidden states of Qwen that make the embedding
 
     def __init__(self, cfg):
-        from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
-        row = BACKBONES[cfg.model]
+        row, self.cfg, self.text, self.text_length = BACKBONES[cfg.model], cfg, None, cfg.text_length or 512
         paths = cfg.pretrained.split(",") if cfg.pretrained else [row["generator"], row["teacher"]]
-        self.cfg, self.base, self.text, teacher = cfg, paths[0].strip(), None, paths[-1].strip()
+        self.base, teacher = paths[0].strip(), paths[-1].strip()
         check_repository(self.base, cfg)
         if check_repository(teacher, cfg).get("is_distilled"):        # its pipeline ignores w without a word
-            raise UsageError(f"{teacher} is distilled and ignores guidance, so it cannot be the teacher: use "
-                             f"--pretrained GENERATOR,TEACHER with {row['teacher']} or a copy as TEACHER.")
-        generator = build(Flux2Transformer2DModel, self.base, "transformer", row["net"], cfg)
-        score = generator
-        if teacher != self.base:
-            score = build(Flux2Transformer2DModel, teacher, "transformer", row["net"], cfg)
-        self.nets = {"generator": generator, "score": score}
-        self.vae = build(AutoencoderKLFlux2, self.base, "vae", {}, cfg)      # {}: its defaults are the hub's
-        self.lora_targets = attention_linears(generator)
-        side = latent_side(cfg.resolution, 16)
-        self.latent_shape = (128, side, side)
+            raise UsageError(f"{teacher} is distilled and ignores guidance, so it cannot be the teacher: "
+                             f"take --pretrained GENERATOR,TEACHER with {row['teacher']} or a copy as TEACHER.")
+        nets = {path: build(diffusers.Flux2Transformer2DModel, path, "transformer", row["net"], cfg)
+                for path in dict.fromkeys([self.base, teacher])}          # one path: one network for both
+        self.nets, self.dtype = {"generator": nets[self.base], "score": nets[teacher]}, nets[teacher].dtype
+        self.lora_targets = attention_linears(nets[teacher])
+        self.vae = build(diffusers.AutoencoderKLFlux2, self.base, "vae", {}, cfg)    # {}: its defaults are the hub's
+        self.latent_shape = (128, cfg.resolution // 16, cfg.resolution // 16)
         self.shift = self.shift_for(cfg.steps)
-        self.text_length, self.dtype = cfg.text_length or 512, network_dtype(cfg)
-        source = f"random {cfg.model}" if cfg.random_weights else self.base
-        self.text_key = f"{source} qwen {self.text_length} {self.dtype}"
+        self.text_key = f"{self.base} random {cfg.random_weights} qwen {self.text_length} {self.dtype}"
 
     def shift_for(self, steps):
         """e^mu by the pipeline's rule on tokens and steps: 7.62 for four steps at 512, 9.89 at 1024."""
-        from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
-        return math.exp(compute_empirical_mu(self.latent_shape[1] * self.latent_shape[2], steps))
+        pipeline = diffusers.pipelines.flux2.pipeline_flux2_klein
+        return math.exp(pipeline.compute_empirical_mu(self.latent_shape[1] * self.latent_shape[2], steps))
 
+    @torch.no_grad()
     def encode(self, prompts):
         """prompts list[str] -> text (B, 512, 3 Qwen widths), bit for bit as the whole pipeline does."""
         if self.cfg.random_weights:
             width = self.nets["score"].config.joint_attention_dim
             return random_text(prompts, self.dtype, text=(self.text_length, width))
         if self.text is None:
-            self.text = load_text_encoders(self.base, self.cfg)
+            self.text = fetch(diffusers.Flux2KleinPipeline.from_pretrained, self.base, "text encoders",
+                              transformer=None, vae=None, dtype=self.dtype)
             qwen = self.text.text_encoder.model            # without the 152k-wide output layer
-            qwen.layers = qwen.layers[:self.TAPS[-1]]      # and without the layers above the last tap
+            qwen.layers = qwen.layers[:self.TAPS[-1]]      # and without the layers above the last tap,
             qwen.norm = nn.Identity()                      # which lies before the norm, as in the whole
             self.text.text_encoder = qwen.to(self.cfg.device)
-        with torch.no_grad():
-            text, _ = self.text.encode_prompt(prompts, self.cfg.device, max_sequence_length=self.text_length,
-                                              text_encoder_out_layers=self.TAPS)
+        text, _ = self.text.encode_prompt(prompts, self.cfg.device, max_sequence_length=self.text_length,
+                                          text_encoder_out_layers=self.TAPS)
         return {"text": text.cpu()}
 
     def free_text(self):
@@ -993,138 +970,93 @@ class Flux2Backbone:
 
     def velocity(self, net, x, t, cond):
         """The network wants tokens (B, h w, 128), and positions (T, row, column, word) of image and text.
-
-        It takes t in [0,1], rounded as the pipeline does: an exact t would train levels nobody asks for.
-        """
-        height, width = x.shape[2:]
-        one, *axes = (torch.arange(n, device=x.device) for n in (1, height, width, cond["text"].shape[1]))
-        v = net(hidden_states=x.flatten(2).transpose(1, 2).to(self.dtype),
-                timestep=(1000 * t.float()).to(self.dtype) / 1000, encoder_hidden_states=cond["text"],
-                img_ids=torch.cartesian_prod(one, axes[0], axes[1], one),
-                txt_ids=torch.cartesian_prod(one, one, one, axes[2]), return_dict=False)[0]
-        return v.float().transpose(1, 2).unflatten(2, (height, width))
+        It takes t in [0,1], rounded as the pipeline does: an exact t would train levels nobody asks for."""
+        sizes = (1, *x.shape[2:], cond["text"].shape[1])
+        one, row, column, word = (torch.arange(size, device=x.device) for size in sizes)
+        v = net(hidden_states=x.flatten(2).mT.to(self.dtype), timestep=(1000 * t.float()).to(self.dtype) / 1000,
+                encoder_hidden_states=cond["text"], img_ids=torch.cartesian_prod(one, row, column, one),
+                txt_ids=torch.cartesian_prod(one, one, one, word), return_dict=False)[0]
+        return v.float().mT.unflatten(2, x.shape[2:])
 
     def quantise(self, t):
         """What becomes of t in `velocity` and the network: 1000 t rounded, divided, multiplied: +-.003.
-
-        Draw t, quantise it, then noise with the result: the mathematics uses what the network is told.
-        """
+        Draw t, quantise it, then noise with the result: the mathematics uses what the network is told."""
         return ((1000 * t.float()).to(self.dtype) / 1000 * 1000).float() / 1000
 
     def decode(self, x):
-        """Latents (B,128,h,w) -> images (B,3,16h,16w).
-
-        They are 2x2 patches of the VAE's own, standardised with mean and variance that lie in the checkpoint.
-        """
-        bn = self.vae.bn
-        std = torch.sqrt(bn.running_var.float() + self.vae.config.batch_norm_eps)
-        z = x * std.view(-1, 1, 1) + bn.running_mean.float().view(-1, 1, 1)
+        """Latents (B,128,h,w) -> images (B,3,16h,16w): 2x2 patches of the VAE's own, standardised by its batch norm."""
+        mean, variance = (row.float().view(-1, 1, 1) for row in (self.vae.bn.running_mean, self.vae.bn.running_var))
+        z = x * torch.sqrt(variance + self.vae.config.batch_norm_eps) + mean
         return decode_chunks(self.vae, F.pixel_shuffle(z, 2))
 
 
-def network_dtype(cfg):
-    """--dtype, or else bf16 on a GPU and fp32 on the CPU (where bf16 is slower and less exact)."""
-    name = cfg.dtype or ("fp32" if cfg.device == "cpu" else "bf16")
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
-
-
 def build(cls, path, part, config, cfg):
-    """One frozen network on cfg.device: component `part` of a repository, or a random one of full size.
-
-    The seed is keyed: every rank makes the same weights, and the global random state stays where it was.
-    """
-    dtype, default = network_dtype(cfg), torch.get_default_dtype()
+    """One frozen network on cfg.device: component `part` of a repository, or a random one of full size. The seed is
+    keyed: every rank makes the same weights, and the global random state stays where it was."""
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[cfg.dtype or ("fp32" if cfg.device == "cpu" else "bf16")]
     if not cfg.random_weights:
-        with reading(path, part):
-            net = cls.from_pretrained(path, subfolder=part, dtype=dtype).to(cfg.device)
+        net = fetch(cls.from_pretrained, path, part, subfolder=part, dtype=dtype)
     else:
-        gpus = [] if cfg.device == "cpu" else [torch.cuda.current_device()]
-        with torch.random.fork_rng(devices=gpus), torch.device(cfg.device):
+        gpus = [torch.cuda.current_device()] if cfg.device.startswith("cuda") else []
+        with torch.random.fork_rng(gpus), torch.device(cfg.device):
             torch.manual_seed(key("random weights", path, part))
-            torch.set_default_dtype(dtype)      # built in fp32 first, it would need three times its memory
-            try:
-                net = nn.Module.to(cls(**config), dtype)      # the position tables are made in fp32
-            finally:
-                torch.set_default_dtype(default)
+            torch.set_default_dtype(dtype)                # built in fp32 first, it would need three times its memory
+            net = nn.Module.to(cls(**config), dtype)      # the position tables are made in fp32
+            torch.set_default_dtype(torch.float32)
+    largest = 16 * net.config.get("pos_embed_max_size", 256)
+    if cfg.resolution % 16 or not 0 < cfg.resolution <= largest:
+        raise UsageError(f"--resolution {cfg.resolution} is not possible: take a multiple of 16 up to {largest}.")
     if part == "vae" and cfg.vae_checkpointing:
         net.enable_gradient_checkpointing()
-    return net.eval().requires_grad_(False)
-
-
-def random_text(prompts, dtype, **shapes):
-    """Normal embeddings of the given shapes, the same for the same prompt."""
-    def draw(shape, *parts):
-        return torch.randn(shape, generator=torch.Generator().manual_seed(key("random text", *parts)))
-
-    return {name: torch.stack([draw(shape, name, prompt) for prompt in prompts]).to(dtype)
-            for name, shape in shapes.items()}
-
-
-def load_text_encoders(path, cfg):
-    """The stock pipeline with tokenizers and text encoders alone: its own encode_prompt is to do the work."""
-    import diffusers
-    diffusers.utils.logging.set_verbosity_error()     # or each caption beyond 77 tokens prints a warning
-    pipeline = getattr(diffusers, BACKBONES[cfg.model]["pipeline"])
-    with reading(path, "text encoders"):
-        return pipeline.from_pretrained(path, transformer=None, vae=None, dtype=network_dtype(cfg))
+    return net.to(cfg.device).eval().requires_grad_(False)
 
 
 def check_repository(path, cfg):
-    """model_index.json of a pipeline as a dict; UsageError if it is another pipeline or lacks a component."""
-    from diffusers import DiffusionPipeline
+    """model_index.json of a pipeline as a dict. UsageError if it is another pipeline or lacks a component."""
     if cfg.random_weights:
         return {}
-    row = BACKBONES[cfg.model]
-    with reading(path, "model_index.json"):
-        index = DiffusionPipeline.load_config(path)
-    if (found := index.get("_class_name")) != row["pipeline"]:
-        raise UsageError(f"{path} holds a {found} and --model {cfg.model} needs a {row['pipeline']}: "
-                         f"change --model, or point --pretrained at {row['teacher']} or a copy.")
+    diffusers.utils.logging.set_verbosity_error()     # or each caption beyond 77 tokens prints a warning
+    row, index = BACKBONES[cfg.model], fetch(diffusers.DiffusionPipeline.load_config, path, "model_index.json")
     optional = {"image_encoder", "feature_extractor"}
-    absent = [part for part, origin in index.items() if origin == [None, None] and part not in optional]
-    if absent:
-        raise UsageError(f"{path} was saved without {', '.join(absent)}: get the whole of {row['teacher']}.")
+    lacking = [part for part, origin in index.items() if origin == [None, None] and part not in optional]
+    if index.get("_class_name") != row["pipeline"] or lacking:
+        state = f"saved without {', '.join(lacking)}" if lacking else f"a {index.get('_class_name')}"
+        raise UsageError(f"{path} is {state}; --model {cfg.model} needs a whole {row['pipeline']} as {row['teacher']}.")
     return index
 
 
-@contextlib.contextmanager
-def reading(path, part):
-    """Turn any failure to read `part` of a pipeline repository into one sentence with the remedy."""
-    from huggingface_hub.errors import GatedRepoError
+def fetch(load, path, part, **options):
+    """load(path) of `part` of a pipeline repository; any failure to read it as one sentence with the remedy."""
     try:
-        yield
+        return load(path, **options)
     except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:150]
-        if isinstance(error, GatedRepoError) or isinstance(error.__context__, GatedRepoError):
-            remedy = f"is gated: accept the licence on https://huggingface.co/{path} and run `hf auth login`."
-        elif Path(path).exists():
+        remedy = f"is no folder, and no hub repository in reach ({reason}): check name and network."
+        if Path(path).exists():
             remedy = f"has no usable {part} ({reason}): get the whole diffusers folder again."
-        else:
-            remedy = f"is no folder, and no hub repository in reach ({reason}): check name and network."
+        if any(isinstance(cause, huggingface_hub.errors.GatedRepoError) for cause in (error, error.__context__)):
+            remedy = f"is gated: accept the licence on https://huggingface.co/{path} and run `hf auth login`."
         raise UsageError(f"{path} {remedy}") from error
 
 
+def random_text(prompts, dtype, **shapes):
+    """Normal embeddings of the given shapes on the CPU, the same for the same prompt."""
+    return {name: torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(key("random text", name, p)))
+                               for p in prompts]).to(dtype) for name, shape in shapes.items()}
+
+
 def attention_linears(net):
-    """Full names of the attention linears: 191 in SD3, 243 in SD3.5, 80 and 112 in FLUX.2.
-
-    Full, because PEFT reads others as suffixes: `attn.to_q` misses attn2, `to_out` hits lists as well.
-    """
-    return [name for name, module in net.named_modules()
-            if isinstance(module, nn.Linear) and re.fullmatch(ATTENTION, name)]
-
-
-def latent_side(resolution, factor, largest=4096):
-    """Side of the latent of a square image."""
-    if resolution % 16 or not 0 < resolution <= largest:
-        raise UsageError(f"--resolution {resolution} is not possible: take a multiple of 16 up to {largest}.")
-    return resolution // factor
+    """Full names of the attention linears of both streams: 191 in SD3, 243 in SD3.5, 80 and 112 in FLUX.2.
+    Full, because PEFT reads others as suffixes: `attn.to_q` misses attn2, `to_out` hits lists as well."""
+    # attn2 is SD3.5's second, image-only attention. FLUX.2's single-stream blocks fuse q, k, v with the MLP into one
+    # linear: an adapter there reaches the MLP too.
+    pattern = r"(single_)?transformer_blocks\.\d+\.attn2?\..+"
+    return [name for name, part in net.named_modules() if isinstance(part, nn.Linear) and re.fullmatch(pattern, name)]
 
 
 def decode_chunks(vae, z, pixels=2**20):
     """VAE latents (B,c,h,w) -> images (B,3,8h,8w) in [0,1], 2^20 pixels at a time (four images of 512).
-
-    Clamped as the pipelines clamp: a pixel that is out of range passes no gradient.
-    """
+    Clamped as the pipelines clamp: a pixel that is out of range passes no gradient."""
     chunks = z.to(vae.dtype).split(max(1, pixels // (64 * z.shape[2] * z.shape[3])))
     images = torch.cat([vae.decode(chunk, return_dict=False)[0].float() for chunk in chunks])
     return (images / 2 + 0.5).clamp(0, 1)
@@ -1132,19 +1064,16 @@ def decode_chunks(vae, z, pixels=2**20):
 
 class TextCache:
     """Text embeddings on disk, so that the encoders need not live beside the network while it trains.
-
-    FOLDER/<hash of text_key>/ab/abcd....safetensors is encode([prompt]) of any backbone without batch axis.
-    Files are written beside and renamed; one that is cut short all the same is known by its size, and redone.
-    """
+    FOLDER/<hash of text_key>/<hash of prompt>.safetensors is encode([prompt]) of any backbone without batch axis. A
+    file that is cut short is known by its size, and made anew. The first GiB that is read stays in memory."""
 
     def __init__(self, backbone, folder):
-        self.backbone = backbone
+        self.backbone, self.rows, self.room = backbone, {}, 2**30        # prompt -> embedding; bytes left for more
         self.folder = Path(folder) / hashlib.sha256(backbone.text_key.encode()).hexdigest()[:16]
 
     def path(self, prompt):
         """The file of one prompt."""
-        name = hashlib.sha256(prompt.encode()).hexdigest()
-        return self.folder / name[:2] / f"{name}.safetensors"
+        return self.folder / f"{hashlib.sha256(prompt.encode()).hexdigest()}.safetensors"
 
     def has(self, prompt):
         """True if the prompt's file is whole: opening it compares header and size."""
@@ -1156,154 +1085,101 @@ class TextCache:
 
     def prepare(self, prompts, batch=16):
         """Encode what is missing of `prompts` and "" (the null condition), split over ranks; then free_text.
-
-        UsageError if the disk is too small.  All ranks list what is missing before any of them writes.
-        """
+        UsageError if the disk is too small. All ranks list what is missing before any of them writes."""
         rank, _, world = dist_info()
         missing = [prompt for prompt in dict.fromkeys(["", *prompts]) if not self.has(prompt)]
         barrier()
         if missing:
-            self.check_disk(missing)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(self.folder).free / 1e9
+            need = sum(row.nbytes for row in self.backbone.encode([""]).values()) * len(missing) / 1e9
+            log(f"text embeddings: {len(missing):,} prompts, {need:.2f} GB in {self.folder} ({free:.0f} free)")
+            if 1.1 * need > free:
+                raise UsageError(f"{need:.1f} GB of text embeddings, {free:.1f} GB free: --cache needs a larger disk.")
         chunks = [missing[i:i + batch] for i in range(rank * batch, len(missing), world * batch)]
         for chunk in progress(chunks, len(chunks), "text embeddings"):
-            rows = self.backbone.encode(chunk)
+            cond = self.backbone.encode(chunk)
             for i, prompt in enumerate(chunk):
-                self.path(prompt).parent.mkdir(parents=True, exist_ok=True)
-                row = {name: rows[name][i] for name in rows}
-                write_atomic(self.path(prompt), safetensors_bytes(row, metadata={"prompt": prompt}))
+                write_atomic(self.path(prompt), safetensors_bytes({name: rows[i] for name, rows in cond.items()}))
         self.backbone.free_text()
         barrier()
 
-    def check_disk(self, missing):
-        """Say how much will be written, measured on one embedding; refuse what does not fit."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        size = sum(row.nbytes for row in self.backbone.encode([""]).values()) * len(missing) / 1e9
-        free = shutil.disk_usage(self.folder).free / 1e9
-        log(f"text embeddings: {len(missing):,} prompts, {size:.2f} GB in {self.folder} ({free:.0f} free)")
-        if 1.1 * size > free:
-            raise UsageError(f"The text embeddings need {size:.1f} GB, {self.folder} has {free:.1f} GB free: "
-                             "use fewer --prompts, or a --cache on a larger disk.")
-
     def batch(self, prompts, device):
-        """cond of `prompts`, batch first, on `device`.  A prompt that comes N times is read and sent once."""
-        unique = list(dict.fromkeys(prompts))
-        try:
-            files = [load_file(self.path(prompt)) for prompt in unique]
-        except (OSError, SafetensorError) as error:
-            raise UsageError(f"A text embedding cannot be read ({error}): start again, and it is made anew "
-                             "(several nodes need one --cache that all of them see).") from error
-        cond = {name: torch.stack([file[name] for file in files]) for name in files[0]}
-        if torch.device(device).type == "cuda":           # a copy from pinned memory does not stop the host
-            cond = {name: rows.pin_memory() for name, rows in cond.items()}
-        cond = {name: rows.to(device, non_blocking=True) for name, rows in cond.items()}
-        order = [unique.index(prompt) for prompt in prompts]
-        return {name: torch.stack([rows[i] for i in order]) for name, rows in cond.items()}
-
-
-KNOWN_PROMPTS = {        # name: (data set on the hub, its files)
-    "pickapic": ("yuvalkirstain/pickapic_v1_no_images", "data/train-*.parquet"),       # 584k rows, 168 MB
-    "drawbench": ("sayakpaul/drawbench", "*.csv"),                                     # 200 rows
-    "partiprompts": ("nateraw/parti-prompts", "PartiPrompts.tsv"),                     # 1,632 rows
-    "tiny": None, "tiny-test": None,
-    "hpdv2": None,                                                                     # 3,200, through hpsv2
-}
-PROMPT_COLUMNS = ("prompt", "prompts", "caption", "text")       # in any case; the first that a table has
-LONGEST_PROMPT = 20_000          # characters; the encoders read some 2,000, more is a broken file
+        """cond of `prompts`, batch first, on `device`. A prompt that comes N times is read once."""
+        rows = {}
+        for prompt in dict.fromkeys(prompts):
+            try:                   # cloned: load_file gives views of the open file, and 65,530 of those are allowed
+                rows[prompt] = self.rows.get(prompt) or {n: x.clone() for n, x in load_file(self.path(prompt)).items()}
+            except (OSError, SafetensorError) as error:
+                raise UsageError(f"{self.path(prompt)} cannot be read: start again, and it is made anew (several nodes "
+                                 "need one --cache that all of them see).") from error
+            if prompt not in self.rows and (size := sum(x.nbytes for x in rows[prompt].values())) <= self.room:
+                self.rows[prompt], self.room = rows[prompt], self.room - size
+        cond = {name: torch.stack([rows[prompt][name] for prompt in prompts]) for name in rows[prompts[0]]}
+        pin = torch.device(device).type == "cuda"         # a copy from pinned memory does not stop the host
+        return {name: (x.pin_memory() if pin else x).to(device, non_blocking=True) for name, x in cond.items()}
 
 
 def read_prompts(name_or_path, seed=None):
-    """--prompts as list[str]: a .txt, .jsonl (GenEval's too), .csv, .tsv or .parquet file, or a known name.
-
-    Stripped, without blank lines and duplicates; in an order by `seed` and each text alone (a new line moves
-    no other), or without seed in the file's.  UsageError names the line that is wrong.
-    """
-    texts, line = [], 0
+    """--prompts as list[str]: a .txt, .jsonl (GenEval's too), .csv, .tsv or .parquet file, or a known name. Stripped,
+    without blank lines and duplicates; in an order by `seed` and each text alone (a new line moves no other), or
+    without seed in the file's. UsageError names the line that is wrong."""
+    texts = []
     try:
-        for line, text in (prompt_of(*row) for row in prompt_rows(name_or_path)):
-            texts.append(text)
-    except OSError as error:
-        reason = error.strerror or "not in reach"
-        raise UsageError(f"--prompts {name_or_path} cannot be read ({reason}): give a file, or one of "
-                         f"{', '.join(KNOWN_PROMPTS)}, which need the network once.") from error
-    except (ValueError, RecursionError, csv.Error) as error:
-        reason = getattr(error, "msg", None) or " ".join(str(error).split())
-        raise UsageError(f"--prompts {name_or_path}, line {line + 1}: {reason}; mend it.") from error
+        for row in prompt_rows(name_or_path):
+            if isinstance(row, dict):
+                row = {str(name).strip().lower(): text for name, text in row.items()}
+                if not (found := [row[name] or "" for name in PROMPT_COLUMNS if name in row]):
+                    raise ValueError(f"no column or key called {', '.join(PROMPT_COLUMNS)}")
+                row = found[0]
+            if not isinstance(row, str) or "\0" in row or len(row) > LONGEST_PROMPT:
+                raise ValueError(f"a prompt is text without NUL, up to {LONGEST_PROMPT:,} characters: {row!r:.30}")
+            row.encode()            # JSON can hold half a surrogate pair: an error here, and not in the tokenizer
+            texts.append(row.strip())
+    except (OSError, ValueError, RuntimeError, csv.Error) as error:      # pyarrow's are subclasses of the first three
+        line = len(texts) + (2 if name_or_path.lower().endswith((".csv", ".tsv")) else 1)        # they have a header
+        reason = " ".join(str(getattr(error, "msg", error)).split())[:150]
+        raise UsageError(f"--prompts {name_or_path}, line {line}: {reason}; mend it, or give one of "
+                         f"{', '.join(KNOWN_PROMPTS)}.") from error
     prompts = list(dict.fromkeys(filter(None, texts)))
     if not prompts:
         raise UsageError(f"--prompts {name_or_path} holds no prompt: give a file with one prompt a line.")
-    blank = texts.count("")
-    log(f"prompts: {len(prompts):,} from {name_or_path}; dropped {blank:,} blank lines and "
-        f"{len(texts) - blank - len(prompts):,} duplicates")
+    again = len(texts) - len(prompts) - texts.count("")
+    log(f"prompts: {len(prompts):,} from {name_or_path}, less {texts.count('')} blank lines and {again} duplicates")
     return prompts if seed is None else sorted(prompts, key=lambda text: key("prompt order", seed, text))
 
 
-def prompt_rows(name_or_path):
-    """Yield (line number, row) of a known set or of a file; a row is a string, or a dict by column names."""
-    if name_or_path in ("tiny", "tiny-test"):
-        yield from enumerate(tiny_captions(name_or_path != "tiny"), 1)
-        return
-    if name_or_path == "hpdv2":
+def prompt_rows(source):
+    """The rows of a known set or of a file by its ending: strings, or dicts by column names."""
+    kind = Path(source).suffix.lower()
+    if source in ("tiny", "tiny-test"):
+        return tiny_captions(source == "tiny-test")
+    if source == "hpdv2":
         import hpsv2
-        yield from enumerate(sum(hpsv2.benchmark_prompts("all").values(), []), 1)
-        return
-    sources = [Path(name_or_path)]
-    if name_or_path in KNOWN_PROMPTS:
-        from huggingface_hub import snapshot_download
-        repository, pattern = KNOWN_PROMPTS[name_or_path]
-        folder = snapshot_download(repository, repo_type="dataset", allow_patterns=pattern)
-        sources = sorted(Path(folder).glob(pattern))
-    for source in sources:
-        yield from file_rows(source)
-
-
-def file_rows(source):
-    """(line number, row) of a file, by its ending."""
-    kind = source.suffix.lower()
+        return sum(hpsv2.benchmark_prompts("all").values(), [])
+    if source in KNOWN_PROMPTS:
+        repository, pattern = KNOWN_PROMPTS[source]
+        folder = huggingface_hub.snapshot_download(repository, repo_type="dataset", allow_patterns=pattern)
+        return (row for file in sorted(Path(folder).glob(pattern)) for row in prompt_rows(str(file)))
     if kind == ".parquet":
-        from pyarrow.parquet import ParquetFile
-        table = ParquetFile(source)
-        columns = [name for name in table.schema_arrow.names if name.strip().lower() in PROMPT_COLUMNS]
-        return enumerate(table.read(columns).to_pylist(), 1)
-    raw = source.read_bytes().splitlines(keepends=True)
-    lines = (line.decode("utf-8-sig") for line in raw)
-    if kind == ".txt":
-        return enumerate(lines, 1)
-    if kind == ".jsonl":
-        return enumerate((json.loads(line) if line.strip() else "" for line in lines), 1)
+        from pyarrow.parquet import ParquetFile           # reads those of the named columns that there are
+        return ParquetFile(source).read([*PROMPT_COLUMNS, *map(str.title, PROMPT_COLUMNS)]).to_pylist()
+    lines = (line.decode("utf-8-sig") for line in Path(source).read_bytes().splitlines(keepends=True))
     if kind in (".csv", ".tsv"):
-        table = csv.DictReader(lines, delimiter="," if kind == ".csv" else "\t")
-        return ((table.line_num, row) for row in table)
-    raise ValueError(f"the file ends in {kind or 'nothing'}, in none of .txt, .jsonl, .csv, .tsv, .parquet")
-
-
-def prompt_of(line, row):
-    """(line, prompt of this row, "" if blank).  ValueError for what no text encoder should be given."""
-    if isinstance(row, dict):
-        names = {str(name).strip().lower(): name for name in row}
-        column = next((names[name] for name in PROMPT_COLUMNS if name in names), None)
-        if column is None:
-            raise ValueError(f"no column or key called {', '.join(PROMPT_COLUMNS)}")
-        row = row[column] or ""
-    if not isinstance(row, str) or "\0" in row or len(row) > LONGEST_PROMPT:
-        raise ValueError(f"a prompt is text without NUL, up to {LONGEST_PROMPT:,} characters: {row!r:.30}")
-    row.encode()            # JSON can hold half a surrogate pair: an error here, and not in the tokenizer
-    return line, row.strip()
-
-
-LORA_FILE = "pytorch_lora_weights.safetensors"
+        return csv.DictReader(lines, delimiter="," if kind == ".csv" else "\t")
+    if kind not in (".txt", ".jsonl"):
+        raise ValueError(f"it ends in {kind or 'nothing'}, in none of .txt, .jsonl, .csv, .tsv, .parquet")
+    return lines if kind == ".txt" else (json.loads(line) if line.strip() else "" for line in lines)
 
 
 def save_lora(folder, state_dict, rank, alpha, targets, info):
     """Write an adapter for `pipe.load_lora_weights(folder)`, which then computes exactly what was trained.
-
-    state_dict {"transformer_blocks.0.attn.to_q.lora_A.weight": (r, in), ...}; targets full module names; info
-    any JSON (how to sample).  The loader knows alpha from this metadata alone: without, it would apply the
-    update r / alpha times too strongly.  A field that its PEFT does not know stops it, hence only three, and
-    our facts under a key of their own.
-    """
-    fields = {"r": rank, "lora_alpha": alpha, "target_modules": sorted(targets)}
-    adapter = json.dumps({f"transformer.{name}": value for name, value in fields.items()})
-    metadata = {"format": "pt", "lora_adapter_metadata": adapter, "rtdmd": json.dumps(info)}
+    state_dict {"transformer_blocks.0.attn.to_q.lora_A.weight": (r, in), ...}; targets full module names; info any JSON
+    (how to sample). The loader knows alpha from this metadata alone: without, it would apply the update r / alpha times
+    too strongly. A field that its PEFT does not know stops it: hence only three, and our facts under another key."""
+    adapter = {"transformer.r": rank, "transformer.lora_alpha": alpha, "transformer.target_modules": sorted(targets)}
+    facts = info | {"rank": rank, "alpha": alpha, "targets": sorted(targets)}
+    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(adapter), "rtdmd": json.dumps(facts)}
     tensors = {f"transformer.{name}": row.detach().cpu().contiguous() for name, row in state_dict.items()}
     Path(folder).mkdir(parents=True, exist_ok=True)
     write_atomic(Path(folder) / LORA_FILE, safetensors_bytes(tensors, metadata=metadata))
@@ -1314,21 +1190,10 @@ def load_lora(folder):
     path = Path(folder) / LORA_FILE
     try:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
             state_dict = {name.removeprefix("transformer."): file.get_tensor(name) for name in file.keys()}
-        adapter, info = json.loads(metadata["lora_adapter_metadata"]), json.loads(metadata["rtdmd"])
-    except (OSError, SafetensorError) as error:
-        raise UsageError(f"{path} is missing or damaged: give the folder of a checkpoint.") from error
-    except KeyError as error:
-        raise UsageError(f"{path} does not tell rank, alpha and sampler: give one of rtdmd.py.") from error
-    names = {"rank": "r", "alpha": "lora_alpha", "targets": "target_modules"}
-    return state_dict, info | {ours: adapter[f"transformer.{theirs}"] for ours, theirs in names.items()}
-
-
-def load_backbone(cfg):
-    """The adapter of --model."""
-    family = {"tiny": TinyBackbone, "sd3m": SD3Backbone, "sd35m": SD3Backbone}
-    return family.get(cfg.model, Flux2Backbone)(cfg)
+            return state_dict, json.loads((file.metadata() or {})["rtdmd"])
+    except (OSError, KeyError, SafetensorError) as error:
+        raise UsageError(f"{path} is missing or damaged, or tells no rank, alpha, sampler: take another.") from error
 
 
 # ----------------------------------------------------------------------------------------------------------------------

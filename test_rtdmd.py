@@ -1319,7 +1319,7 @@ def test_parse_rewards():
 
 
 @pytest.mark.parametrize("text, words", [
-    ("", "no name"), ("hpsv2=1,", "no name"), ("=2", "no name"), ("hpsv2=x", "hpsv2=x"), ("hpsv2=", "finite"),
+    ("", "write name=weight"), ("hpsv2=1,", "write name=weight"), ("=2", "write name=weight"), ("hpsv2=x", "hpsv2=x"), ("hpsv2=", "finite"),
     ("hpsv2=1,hpsv2=2", "twice"), ("hpsv2=0", "other than 0"), ("hpsv2=nan", "finite"),
     ("hpsv2=inf", "finite"), ("hpsv9=1", "hpsv9.*hpsv2")])
 def test_parse_rewards_complains(text, words, monkeypatch):
@@ -2670,10 +2670,43 @@ def test_random_weights_need_no_repository(folders, name, monkeypatch):
     cond, again = a.encode(PROMPTS), a.encode(PROMPTS[::-1])
     assert torch.equal(cond["text"][0], again["text"][1])
     assert not torch.equal(cond["text"][0], cond["text"][1])
+    assert torch.equal(*a.encode(["twice", "twice"])["text"])
     v = a.velocity(a.nets["generator"], latents(a), torch.tensor([.9, .5]), cond)
     assert v.shape == (2, *a.latent_shape) and v.isfinite().all() and v.std() > .01
     assert a.decode(latents(a)).shape == (2, 3, 64, 64)
     assert a.text_key != backbone_of(folders, name, text_length=16).text_key
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_meta_device_counts_full_size_networks_without_memory(tmp_path, name):
+    config = R.Config(model=name, device="meta", resolution=512, random_weights=True, vae_checkpointing=True)
+    backbone = R.load_backbone(config)
+    assert type(backbone) is (R.Flux2Backbone if name.startswith("flux2") else R.SD3Backbone)
+    for module in (*backbone.nets.values(), backbone.vae):
+        rows = [*module.parameters(), *module.buffers()]
+        assert all(row.is_meta and row.dtype in (torch.bfloat16, torch.int64) for row in rows)
+    assert torch.get_default_dtype() == torch.float32
+    cond = backbone.encode(PROMPTS)
+    assert all(rows.device.type == "cpu" and rows.dtype == torch.bfloat16 for rows in cond.values())
+    cache = R.TextCache(backbone, tmp_path)
+    cache.prepare(PROMPTS)
+    cond = cache.batch(PROMPTS, "meta")
+    assert all(rows.is_meta and len(rows) == 2 for rows in cond.values())
+    x = torch.randn(2, *backbone.latent_shape, device="meta", requires_grad=True)
+    v = backbone.velocity(backbone.nets["score"], x, torch.rand(2, device="meta"), cond)
+    assert v.is_meta and v.shape == x.shape and v.dtype == torch.float32
+    images = backbone.decode(v)
+    assert images.is_meta and images.shape == (2, 3, 512, 512)
+    images.mean().backward()
+    assert x.grad.is_meta
+
+
+def test_load_backbone_knows_every_model(monkeypatch):
+    for name in ("TinyBackbone", "SD3Backbone", "Flux2Backbone"):
+        monkeypatch.setattr(R, name, lambda cfg, name=name: name)
+    found = {model: R.load_backbone(R.Config(model=model)) for model in ("tiny", *R.BACKBONES)}
+    assert found == {"tiny": "TinyBackbone", "sd3m": "SD3Backbone", "sd35m": "SD3Backbone",
+                     "flux2-4b": "Flux2Backbone", "flux2-9b": "Flux2Backbone"}
 
 
 # ---- Export ----
@@ -2828,12 +2861,28 @@ def test_text_cache(tmp_path, capsys):
     for cut in (slice(0, 0), slice(0, 20), slice(0, -1)):      # empty, within the header, one byte short
         path = cache.path("prompt 7")
         path.write_bytes(path.read_bytes()[cut])
+        cache = R.TextCache(backbone, tmp_path)                   # a new process: nothing in memory
         with pytest.raises(R.UsageError, match="cannot be read"):
             cache.batch(["prompt 7"], "cpu")
         cache.prepare(prompts)
         assert torch.equal(cache.batch(["prompt 7"], "cpu")["text"], backbone.encode(["prompt 7"])["text"])
     backbone.text_key = "letters 9"
     assert R.TextCache(backbone, tmp_path).folder != cache.folder
+
+
+def test_text_cache_keeps_rows_in_memory_up_to_its_budget(tmp_path):
+    backbone, prompts = Letters(), [f"prompt {i}" for i in range(5)]
+    cache, truth = R.TextCache(backbone, tmp_path), backbone.encode(prompts)
+    cache.prepare(prompts)
+    cache.room = 3 * (8 * 4 + 2) + 5            # three rows of 8 fp32 and one bf16, and not a fourth
+    for _ in range(2):
+        cond = cache.batch(prompts, "cpu")
+        assert all(torch.equal(cond[name], truth[name]) for name in truth)
+        assert list(cache.rows) == prompts[:3] and cache.room == 5
+    shutil.rmtree(cache.folder)
+    assert torch.equal(cache.batch(prompts[:3][::-1], "cpu")["text"], truth["text"][:3].flip(0))
+    with pytest.raises(R.UsageError, match="cannot be read"):
+        cache.batch(prompts, "cpu")
 
 
 def test_text_cache_refuses_a_full_disk_and_splits_over_ranks(tmp_path, monkeypatch):
@@ -2899,6 +2948,17 @@ def test_prompt_parquet(tmp_path):
     pandas.DataFrame({"url": ["u"]}).to_parquet(path)
     with pytest.raises(R.UsageError, match="no column or key"):
         R.read_prompts(str(path))
+    pandas.DataFrame({"Prompt ": ["a cat", "a dog"]}).rename(columns=str.strip).to_parquet(path)
+    assert R.read_prompts(str(path)) == ["a cat", "a dog"]
+    from pyarrow import parquet
+
+    def refuse(*args):
+        raise __import__("pyarrow").ArrowNotImplementedError("Support for codec 'x' not built")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parquet, "ParquetFile", refuse)
+        with pytest.raises(R.UsageError, match="not built"):
+            R.read_prompts(str(path))
     path.write_bytes(b"PAR1 no parquet")
     with pytest.raises(R.UsageError) as error:
         R.read_prompts(str(path))
@@ -2962,6 +3022,7 @@ def test_known_prompts(tmp_path, monkeypatch):
     assert R.read_prompts("drawbench") == ["A red colored car."]
     assert R.read_prompts("partiprompts") == ["bond"]
     assert R.read_prompts("hpdv2") == ["a", "b"]
+    assert R.read_prompts("tiny") == R.tiny_captions(False) and R.read_prompts("tiny-test") == R.tiny_captions(True)
 
 
 if __name__ == "__main__":
