@@ -1,60 +1,62 @@
-"""RTDMD in one file: a 50-step text-to-image flow model becomes a 4-step one, and is then pushed towards human preference.
+"""RTDMD in one file: a 50-step text-to-image flow model becomes a 4-step one, then is pushed towards human preference.
 
 Stage 1 distils (AC-DMD): the generator's noisy boundary states are matched to the teacher's, on every sub-interval.
 Stage 2 reinforces (hybrid policy gradient): SubGRPO on the stochastic steps, reward back-propagation through the last,
 deterministic one, distribution matching as the leash. After "Reinforcing Few-step Generators via Reward-Tilted
 Distribution Matching"; read it beside the paper, section by section. Not a framework: copy what you need.
 
-    laptop     bash train.sh                                                  # the tiny world: both stages, a table, a picture
-    1 GPU      python rtdmd.py --stage 1 --model sd3m --micro_batch 2
-    8 GPUs     torchrun --nproc_per_node 8 rtdmd.py --stage 1 --model sd3m    # then --stage 2, same --out
-    2 nodes    NNODES=2 NODE_RANK=0 MASTER_ADDR=... bash train.sh sd3m 8      # the same line on both, NODE_RANK=1 on the other
-    no weights python rtdmd.py --stage 1 --model sd3m --random_weights --dry_run 1       # will it fit, how long will it take
+    laptop      bash train.sh                                       # the tiny world: both stages, a table, a picture
+    1 GPU       python rtdmd.py --stage 1 --model sd3m --micro_batch 2
+    8 GPUs      torchrun --nproc_per_node 8 rtdmd.py --stage 1 --model sd3m                # then --stage 2, same --out
+    2 nodes     NNODES=2 NODE_RANK=0 MASTER_ADDR=host bash train.sh sd3m 8            # on the other node NODE_RANK=1
+    no weights  python rtdmd.py --stage 1 --model sd3m --random_weights --dry_run 1    # will it fit, how fast will it be
 
-Map       2.1 flow algebra            x0_from_velocity, eps_from_velocity, score_from_velocity
-          App. C sampler              timestep_schedule, cps_mean_std, rollout, CPSScheduler
-          3.1, B-F AC-DMD             renoise*, ambient_*, reverse_step, consistency_loss, boundary_mean, dmd_loss
-          3.2, G, H policy gradient   choose_steps, group_noise, gaussian_log_prob, group_advantages, subgrpo_loss, pathwise_loss
-          App. I Algorithm 1          stage1, stage2
+Map      2.1 flow algebra             x0_from_velocity, eps_from_velocity, score_from_velocity
+         App. C sampler               timestep_schedule, cps_mean_std, rollout, CPSScheduler
+         3.1, B, D, E, F AC-DMD       renoise*, ambient_*, reverse_step, consistency_loss, boundary_mean, dmd_loss
+         3.2, G, H policy gradient    choose_steps, group_noise, gaussian_log_prob, group_advantages, subgrpo_loss,
+                                      pathwise_loss
+         App. I Algorithm 1           stage1, stage2
 
-Symbols   theta generator | psi frozen teacher | phi fake score | K steps, k = 1..K | t_k noise level, t_0 = 1, t_K = 0
-          x_s boundary state at s = t_k | t in [s, 1] level it is re-noised to | a, kappa signal and noise factors of that
-          v = E[eps - x_0 | x_t] | h(x, t) = x - t v x-prediction | S chosen stochastic steps, |S| = M | N group size | A advantage
-          beta reward strength, Eq. 6: the target is p_psi exp(beta r) / Z, so that Eq. 7 = DM gradient - beta reward gradient
+Symbols  theta generator | psi frozen teacher | phi fake score | steps k = 1..K | t_k noise level, t_0 = 1, t_K = 0
+         x_s boundary state, s = t_k | t in [s, 1] the level it is re-noised to | a, kappa signal and noise of that
+         v = E[eps - x_0 | x_t] | h(x, t) = x - t v x-prediction | S chosen stochastic steps, |S| = M | N group size
+         A advantage | beta reward strength: the target is p_psi exp(beta r) / Z (Eq. 6), so the gradient is the
+         distribution matching (DM) term minus beta times the gradient of the expected reward (Eq. 7)
 
 DEPARTURES from the paper and from its released code. Each has a test that shows it in numbers.
- 1. Re-noising std is kappa = sqrt(t^2 - a^2 s^2). The paper's (t-s)/(1-s) (Eq. 8, App. B) adds standard deviations, which is
-    right only if the new noise is the old one: at s = .5, t = .7 its noise has variance .25 where the teacher expects .49.
-    --renoise paper has it. (The released code does as we do.)
- 2. So the self-consistency of App. E holds for noisy x_s too: h is a martingale iff kappa^2 = t^2 - a^2 s^2. (The display in
-    App. E conditions on x_t' where x_t'' is meant.)
- 3. The reverse kernel of Eqs. 11 and 22 is the Gaussian posterior: with the true score the loss vanishes like (t' - t'')^4.
-    With a fixed eta = .9 (released; --kernel cps) it does not vanish at all: it pulls the fake score away from the truth.
- 4. t' is the re-noising time and t'' lies within --delta below it and above s, "close" as 3.1 asks. App. F's t'' = t_{k+1}
-    (--consistency_times schedule) is outside [t_k, 1], where the fake score of step k is never trained.
- 5. The fake loss is in velocity form, divided by the variance of its target: Eq. 5 at s = 0, and of order one everywhere else,
-    at t = s and t = 1 too. The released min(1, 10 kappa^2) is not Eq. 5 at s = 0.
- 6. The generator's gradient is the difference of the boundary means E[x_s | x_t] under the two scores, over the mean distance
-    from x_s to the teacher's: Eq. 9 with a positive weight. The released code puts one noise sample into both means and
-    so into the normaliser, which mutes the early steps.
- 7. log pi is the exact Gaussian log-density, averaged over dimensions. The released code drops 1 / (2 std^2): its ratio is
-    not a likelihood ratio, and its steps are weighted by their variance (--log_prob unscaled).
- 8. The ratio is exactly 1 in the first update of a rollout: old and new log-probability come from one forward. A second
-    forward in bf16 differs by more than the clip of 1e-5.
+ 1. Re-noising std is kappa = sqrt(t^2 - a^2 s^2). The paper's (t-s)/(1-s) (Eq. 8, App. B) adds standard deviations,
+    which is right only if the new noise is the old one: at s = .5, t = .7 its noise has variance .25 where the teacher
+    expects .49. --renoise paper has it. (The released code does as we do.)
+ 2. So the self-consistency of App. E holds for noisy x_s too: h is a martingale iff kappa^2 = t^2 - a^2 s^2. (The
+    display in App. E conditions on x_t' where x_t'' is meant.)
+ 3. The reverse kernel of Eqs. 11 and 22 is the Gaussian posterior: with the true score the loss vanishes like
+    (t' - t'')^4. With a fixed eta = .9 (released; --kernel cps) it stays, and pulls the fake score off the truth.
+ 4. t' is the re-noising time and t'' lies within --delta below it and above s, "close" as 3.1 asks. App. F's
+    t'' = t_{k+1} (--consistency_times schedule) is outside [t_k, 1], where the fake score of step k never trains.
+ 5. The fake loss is in velocity form, divided by the variance of its target: Eq. 5 at s = 0, of order one everywhere
+    else, at t = s and t = 1 too. The released weight min(1, 10 kappa^2) is not Eq. 5 at s = 0.
+ 6. The generator's gradient is the difference of the boundary means E[x_s | x_t] under the two scores, over the mean
+    distance from x_s to the teacher's: Eq. 9 with a positive weight. The released code puts one noise sample into
+    both means and so into the normaliser, which mutes the early steps.
+ 7. log pi is the exact Gaussian log-density, averaged over dimensions. The released code drops 1 / (2 std^2): its
+    ratio is no likelihood ratio, and its steps are weighted by their variance (--log_prob unscaled).
+ 8. The ratio is exactly 1 in the first update of a rollout: old and new log-probability come from one forward. A
+    second forward in bf16 differs by more than the clip of 1e-5.
  9. (K-1)/M of Eq. 17 is kept; the released code has no such factor.
 10. S is drawn for every prompt, as Algorithm 1 says; the released code draws one per iteration.
-11. Eqs. 15 and 17 share units. Each reward is divided by the same std in both, and everything in Eq. 18 is a mean over
+11. Eqs. 15 and 17 share units. Each reward is divided by the same std in both, and all of Eq. 18 is a mean over
     dimensions. Otherwise the two reward terms change their balance with resolution and with each reward's unit.
-12. Unscaled advantages compare with the mean of the others (N/(N-1)), or the stochastic term would be short by (N-1)/N
-    against the pathwise one; scaled ones have a floor under the std, or a group without differences becomes noise.
-13. Distribution matching in stage 2 acts on all steps k in equal parts, at no extra generator forward, and the fake score
-    trains on all boundary states. The released code does both at the last step only (--dm_steps last).
-14. Adapters, gradients, Adam and EMA are fp32: a step of 1e-6 does not exist in bf16. Stage 2 goes on with stage 1's adapters
-    (averaged generator, raw fake score) instead of merging them and starting others.
-15. Three roles, one frozen base: generator and fake score are two adapters on it, the teacher is the base without any.
-16. k is stratified: each iteration trains every step on an equal share of its samples, for the fake score and for the generator.
-17. Levels are drawn inside (s, 1), not clamped into it. Clamping t at .98 (released) puts 62 % of FLUX.2's first-step
-    draws on that single level.
+12. Unscaled advantages compare with the mean of the others (N/(N-1)), or the stochastic term would be short by
+    (N-1)/N against the pathwise one; scaled ones have a floor under the std, or a group without differences is noise.
+13. Distribution matching in stage 2 acts on all steps in equal parts, at no extra generator forward, and the fake
+    score trains on all boundary states. The released code does both at the last step only (--dm_steps last).
+14. Adapters, gradients, Adam and EMA are fp32: a step of 1e-6 does not exist in bf16. Stage 2 goes on with stage 1's
+    adapters (averaged generator, raw fake score) instead of merging them and starting others.
+15. Three roles, one frozen base: generator and fake score are two adapters on it, the teacher is it without any.
+16. k is stratified: each iteration trains every step on an equal share of its samples.
+17. Levels are drawn inside (s, 1), not clamped into it. Clamping t at .98 (released) puts 62 % of FLUX.2's
+    first-step draws on that single level.
 """
 
 from __future__ import annotations
@@ -138,10 +140,10 @@ class Config:
     resolution: int = opt(512, "pixels, width and height (paper 4.1; its Table 1 uses 1024)")
     text_length: int = opt(0, "tokens of the long text encoder; 0: the stock pipeline's (SD3 256, FLUX.2 512)")
     guidance: float = opt(1.0, "classifier-free guidance weight of the teacher (released configurations)")
-    dtype: str = opt("", "bf16 or fp32 for the frozen network; default: bf16 on cuda, fp32 on cpu", ("", "bf16", "fp32"))
+    dtype: str = opt("", "of the frozen network; default: bf16 on cuda, fp32 on cpu", ("", "bf16", "fp32"))
     lora_rank: int = opt(64, "r (paper 4.1)")
     lora_alpha: int = opt(32, "alpha (paper 4.1): the update is scaled by alpha / r")
-    checkpointing: bool = opt(False, "recompute activations of the network in the backward pass: less memory, 1/3 slower")
+    checkpointing: bool = opt(False, "recompute the network's activations in the backward pass: less memory, slower")
     vae_checkpointing: bool = opt(True, "the same for the VAE decoder in the pathwise term, where it is cheap")
     compile: bool = opt(False, "torch.compile the network (worth it on a GPU, after some minutes of compilation)")
     # ---- Sampler (App. C)
@@ -149,8 +151,8 @@ class Config:
     eta: float = opt(0.9, "CPS randomness: 0 Euler ODE, 1 consistency sampler (paper 4.1, App. K)")
     # ---- AC-DMD (3.1)
     gamma: float = opt(0.01, "weight of the consistency term in Eq. 12 (paper 4.1); 0 is A-DMD")
-    kernel: str = opt("posterior", "reverse kernel of Eq. 11; cps is the released code's fixed eta", ("posterior", "cps"))
-    consistency_times: str = opt("local", "t'' within delta of t'; schedule is App. F's next t_k", ("local", "schedule"))
+    kernel: str = opt("posterior", "reverse kernel of Eq. 11; cps: fixed eta, as released", ("posterior", "cps"))
+    consistency_times: str = opt("local", "t'' within delta of t'; schedule: App. F's t_{k+1}", ("local", "schedule"))
     delta: float = opt(0.1, "largest t' - t'' of the consistency term, in noise level")
     renoise: str = opt("markov", "std of Eq. 8: sqrt(t^2 - a^2 s^2); paper prints (t-s)/(1-s); dmd2 re-noises "
                        "the x-prediction over [0, 1] (App. K)", ("markov", "paper", "dmd2"))
@@ -175,7 +177,7 @@ class Config:
     std_floor: float = opt(1e-4, "least std that a reward is divided by, in units of the reward")
     clip: float = opt(1e-5, "PPO clip on the ratio of mean-over-dimension likelihoods (App. J)")
     log_prob: str = opt("exact", "unscaled drops 1 / (2 std^2), as released", ("exact", "unscaled"))
-    dm_steps: str = opt("all", "steps that stage 2's matching term draws from; last is the released code's", ("all", "last"))
+    dm_steps: str = opt("all", "steps that stage 2's matching term draws from; last: as released", ("all", "last"))
     inner_epochs: int = opt(1, "generator updates per rollout; the ratio is exactly 1 in the first")
     # ---- Optimisation (App. J)
     lr: float = opt(0.0, "generator; 0: the stage's own (3e-5 or 1e-6, then 3e-6)")
@@ -199,8 +201,8 @@ class Config:
 STAGES = {1: dict(iterations=1500, lr=3e-5, lr_fake=3e-5, fake_updates=10),                      # paper 4.1, App. J
           2: dict(iterations=1000, lr=3e-6, lr_fake=3e-5, fake_updates=1)}                      # released: 10:1, 1:1
 MODELS = {
-    "tiny": {"prompts": "tiny", "resolution": 12, "guidance": 2.0, "micro_batch": 48, "rewards": "attributes=1", "watch": "heldout",
-             "lora_rank": 32, "lora_alpha": 16, "ema": 0.97, "std_floor": 0.05,
+    "tiny": {"prompts": "tiny", "resolution": 12, "guidance": 1.25, "micro_batch": 48, "rewards": "attributes=1",
+             "watch": "heldout", "lora_rank": 32, "lora_alpha": 16, "ema": 0.97, "std_floor": 0.05,
              1: dict(iterations=150, lr=1e-3, lr_fake=1e-3, fake_updates=3, batch=48),
              # The DM gradient is divided by its own size, so its weight against the reward is a matter of taste
              # (a GPU budget in the paper). On 432 dimensions det_weight 1 would leave 150 updates without effect.
@@ -217,7 +219,8 @@ RECIPES = {
     # The released code's constants (facts: its configuration files), in our units. Its bf16 adapters and its second
     # initialisation of A with std 1 are not offered: see DEPARTURE 14.
     "official": {"lora_rank": 32, "lora_alpha": 64, "kernel": "cps", "delta": 0.2, "ema": 0.904,
-                 2: dict(advantage_std="global", log_prob="unscaled", dm_steps="last", weight_decay=1e-4, dm_weight=1e-3, ema=0.81)},
+                 2: dict(advantage_std="global", log_prob="unscaled", dm_steps="last", weight_decay=1e-4, dm_weight=1e-3,
+                         ema=0.81)},
 }
 
 
@@ -238,9 +241,9 @@ def resolve(flags):
 
 def check(cfg):
     """Contradictions and values out of range, before anything is loaded. Raises UsageError."""
-    least = dict(iterations=1, batch=1, groups=1, micro_batch=1, steps=2, lora_rank=1, lora_alpha=1, keep=1, save_every=1,
-                 sample_every=1, fake_updates=1, inner_epochs=1, max_bad_steps=1, max_prompts=1, group_size=2, tiny_steps=1,
-                 resolution=8, dry_run=0, seed=0, gamma=0, beta=0, policy_weight=0, det_weight=0, dm_weight=0,
+    least = dict(iterations=1, batch=1, groups=1, micro_batch=1, steps=2, lora_rank=1, lora_alpha=1, keep=1,
+                 save_every=1, sample_every=1, fake_updates=1, inner_epochs=1, max_bad_steps=1, max_prompts=1,
+                 group_size=2, tiny_steps=1, resolution=8, dry_run=0, seed=0, gamma=0, beta=0, policy_weight=0, det_weight=0, dm_weight=0,
                  guidance=0, weight_decay=0, text_length=0, std_floor=0)
     for field in dataclasses.fields(cfg):
         value, choices = getattr(cfg, field.name), field.metadata["choices"]
@@ -259,7 +262,7 @@ def check(cfg):
     if not 1 <= cfg.subset_size <= cfg.steps - 1:
         raise UsageError(f"--subset_size must lie in 1..{cfg.steps - 1} (the stochastic steps), not {cfg.subset_size}.")
     if cfg.stage == 1 and cfg.batch % cfg.steps:
-        raise UsageError(f"--batch {cfg.batch} must be a multiple of --steps {cfg.steps}: every step k gets an equal share.")
+        raise UsageError(f"--batch {cfg.batch} must be a multiple of --steps {cfg.steps}: every k gets an equal share.")
     if cfg.stage == 2 and cfg.eta == 0 and not cfg.no_policy:
         raise UsageError("--eta 0 leaves no stochastic step to reinforce: give --eta above 0 or --no_policy.")
     if cfg.stage == 2 and cfg.no_policy and cfg.no_det and cfg.no_dmd:
@@ -267,7 +270,7 @@ def check(cfg):
     if cfg.device not in ("cpu", "meta") and not cfg.device.startswith("cuda"):
         raise UsageError(f"--device {cfg.device} is unknown: take cuda, cpu or meta.")
     if cfg.device.startswith("cuda") and not torch.cuda.is_available():
-        raise UsageError("--device cuda was asked for, but PyTorch sees no GPU here: take --device cpu or repair the driver.")
+        raise UsageError("--device cuda: PyTorch sees no GPU here; take --device cpu, or repair the driver.")
     if cfg.device == "meta" and not (cfg.dry_run and cfg.random_weights):
         raise UsageError("--device meta only counts: add --dry_run 1 --random_weights.")
 
@@ -405,7 +408,7 @@ class CPSScheduler(FlowMatchEulerDiscreteScheduler):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 4. AC-DMD (3.1, App. B, D, E, F). s is the level t_k of a boundary state x_s, t in [s, 1] the level it is re-noised to.
+# 4. AC-DMD (3.1, App. B, D, E, F). s: level t_k of a boundary state x_s; t in [s, 1]: level it is re-noised to.
 # ----------------------------------------------------------------------------------------------------------------------
 
 def renoise_coefficients(s, t, std="markov"):
@@ -439,7 +442,7 @@ def ambient_scale(s, t, std="markov"):
 
 
 def ambient_velocity_target(x_s, noise, s, t, std="markov"):
-    """The regression target v* of the fake score on x_t = a x_s + kappa n. x_s, noise (B, ...). Eq. 5's n - x_0 at s = 0."""
+    """Regression target v* of the fake score on x_t = a x_s + kappa n; Eq. 5's n - x_0 at s = 0. x_s, noise (B, ...)."""
     x_s, noise, s = fp32(x_s, noise, s)
     return -x_s / (1 - s) + ambient_scale(s, t, std) * noise
 
@@ -447,8 +450,8 @@ def ambient_velocity_target(x_s, noise, s, t, std="markov"):
 def ambient_dsm_loss(v_fake, x_s, noise, s, t, std="markov"):
     """Eq. 10 -> scalar. v_fake = v_phi(x_t, t), x_s, noise (B, ...).
 
-    omega_k is one over the variance of v* given x_0, c^2 + s^2 / (1-s)^2: the loss is of order one at every (s, t), exactly
-    Eq. 5 at s = 0, and without singularity as t -> s, where v* itself grows like 1 / kappa.
+    omega_k is one over the variance of v* given x_0, c^2 + s^2 / (1-s)^2: the loss is of order one at every (s, t),
+    exactly Eq. 5 at s = 0, and without singularity as t -> s, where v* itself grows like 1 / kappa.
     """
     v_fake, x_s, noise, s = fp32(v_fake, x_s, noise, s)
     c, b = ambient_scale(s, t, std), s / (1 - s)
@@ -459,7 +462,7 @@ def ambient_dsm_loss(v_fake, x_s, noise, s, t, std="markov"):
 def reverse_step(x, v, t, t_next, noise, kernel="posterior", eta=None):
     """x'' ~ p_phi(x_t'' | x_t'), the reverse kernel of Eq. 11. x, v, noise (B, ...); t' = t >= t_next = t''.
 
-    "posterior": the Gaussian bridge q(x'' | x', x_0) at the x-prediction. It is Eq. 20 with cos = t''(1-t') / (t'(1-t'')).
+    "posterior": the Gaussian bridge q(x'' | x', x_0) at the x-prediction: Eq. 20 with cos = t''(1-t') / (t'(1-t'')).
     "cps": Eq. 20 at a fixed eta, as released; the true score is then no fixed point of Eq. 11 (DEPARTURE 3).
     """
     x, v, t, t_next, noise = fp32(x, v, t, t_next, noise)
@@ -510,10 +513,12 @@ def dmd_loss(x_s, x_t, v_teacher, v_fake, s, t):
     teacher; N = mean abs(x_s - m_psi) per sample is DMD's normaliser. We know the gradient but no function that has
     it: (x_s - stop(x_s - g))^2 / 2 does. Its value, mean g^2 / 2, is the relative gap between the two scores.
     """
-    x_s, x_t, v_teacher, v_fake, s, t = (torch.as_tensor(a, dtype=torch.float32) for a in (x_s, x_t, v_teacher, v_fake, s, t))
+    x_s, x_t, v_teacher, v_fake, s, t = (torch.as_tensor(value, dtype=torch.float32)
+                                         for value in (x_s, x_t, v_teacher, v_fake, s, t))
     a = (1 - t) / (1 - s)
     with torch.no_grad():                                                  # boundary_mean, twice
-        m_fake, m_teacher = ((1 - s) * (x_t - t * v) + (a * s * s / t) * (x_t + (1 - t) * v) for v in (v_fake, v_teacher))
+        m_fake, m_teacher = ((1 - s) * (x_t - t * v) + (a * s * s / t) * (x_t + (1 - t) * v)
+                             for v in (v_fake, v_teacher))
         size = (x_s - m_teacher).abs().mean(dim=tuple(range(1, x_s.dim())), keepdim=True)
         g = (m_fake - m_teacher) / size.clamp_min(1e-3)                     # a student on top of its target: no blow-up
     return 0.5 * (x_s - (x_s - g).detach()).square().mean()
@@ -529,7 +534,7 @@ def choose_steps(steps, subset_size, generator):
 
 
 def group_noise(shape, selected, group_size, steps, generator):
-    """Eq. 16: the noise of one group, (K-1, N, *shape). Independent at the steps in `selected`, shared at all others."""
+    """Eq. 16: the noise of one group, (K-1, N, *shape), independent at the steps in `selected`, shared at all others."""
     noise = torch.randn(steps - 1, group_size, *shape, generator=generator)
     for k in range(1, steps):
         if k not in selected:
@@ -570,7 +575,7 @@ def group_advantages(rewards, std="group", floor=1e-4):
 
 
 def subgrpo_loss(log_prob, old_log_prob, advantages, steps, clip):
-    """Loss whose gradient is minus Eq. 17, -> scalar. log_prob, old_log_prob (B, M): steps of S in columns; advantages (B,).
+    """Loss whose gradient is minus Eq. 17, -> scalar. log_prob, old_log_prob (B, M), a column per step of S; advantages (B,).
 
     (K-1)/M makes the sum over S an unbiased stand-in for the sum over all K-1 steps, Eq. 31, of naive GRPO (M = K-1).
     The clip is PPO's: it acts only once the ratio has left 1, i.e. from the second update of a rollout on.
@@ -581,7 +586,7 @@ def subgrpo_loss(log_prob, old_log_prob, advantages, steps, clip):
 
 
 def pathwise_loss(reward, scale=1.0, dims=1):
-    """Loss whose gradient is minus Eq. 15, -> scalar. reward (B,) = r(G(x_{t_{K-1}})), differentiable in G's parameters only.
+    """Loss whose gradient is minus Eq. 15, -> scalar. reward (B,) = r(G(x_{t_{K-1}})), a function of G's parameters only.
 
     x_{t_{K-1}} must enter detached: its dependence on theta is the policy term's business (App. G.2, counted twice
     otherwise). scale (B,): the std that the advantage was divided by; dims: the log-probabilities and the DM loss are
@@ -2161,7 +2166,7 @@ def tiny_captions(held_out=False):
 
 def parse_caption(caption):
     """(word ids (6,), attributes (5,)): layout 0 single, 1 stacked, 2 side by side; colour, shape of the upper or left
-    object; colour, shape of the other one (-1 if there is none). "a below b" and "b above a" are one picture. Raises UsageError."""
+    object, then of the other one (-1: there is none). "a below b" and "b above a" are one picture. Raises UsageError."""
     text = caption.strip()
     if not text:
         return torch.zeros(TINY_TOKENS, dtype=torch.long), None            # the null condition
@@ -2169,7 +2174,7 @@ def parse_caption(caption):
     parts = text.split(f" {relation} ") if relation else [text]
     words = [p.split() for p in parts]
     if len(parts) > 2 or any(len(w) != 3 or w[0] != "a" or w[1] not in COLOURS or w[2] not in SHAPES for w in words):
-        raise UsageError(f"The tiny world does not know {caption!r}: write 'a red circle' or 'a red circle above a blue square'.")
+        raise UsageError(f"The tiny world cannot draw {caption!r}: write 'a red circle', or 'a red circle above a blue square'.")
     objects = [(list(COLOURS).index(w[1]), SHAPES.index(w[2])) for w in words]
     tokens = [*words[0][1:], *([relation, *words[1][1:]] if relation else [])]
     layout, swap = RELATIONS[relation] if relation else (0, 0)
@@ -2179,26 +2184,27 @@ def parse_caption(caption):
 
 
 def render(captions, generator):
-    """Pictures (B, 3, 12, 12) in [-1, 1] of the captions: random place, size, shade and background, so that no two agree."""
+    """Pictures (B, 3, 12, 12) in [-1, 1] of captions: random place, size, shade and background, so that no two agree."""
     B, facts = len(captions), torch.stack([parse_caption(c)[1] for c in captions])
     rand = lambda *shape: torch.rand(B, *shape, generator=generator) * 2 - 1                    # U[-1, 1]
     axis = (torch.arange(TINY_SIDE) + 0.5) * 16 / TINY_SIDE
     y, x = axis.view(1, -1, 1), axis.view(1, 1, -1)
     tilt = rand(2, 1, 1) * 0.15
-    shade = 0.5 + 0.15 * rand(1, 1, 1) + (tilt[:, :1] * (x - 8) / 8 + tilt[:, 1:] * (y - 8) / 8).view(B, 1, TINY_SIDE, TINY_SIDE)
-    image = shade + 0.04 * rand(3, 1, 1)
+    slope = (tilt[:, :1] * (x - 8) / 8 + tilt[:, 1:] * (y - 8) / 8).view(B, 1, TINY_SIDE, TINY_SIDE)
+    image = 0.5 + 0.15 * rand(1, 1, 1) + slope + 0.04 * rand(3, 1, 1)
     palette = torch.tensor(list(COLOURS.values()))
     for which, (colour, shape) in enumerate(((1, 2), (3, 4))):
         present, single = facts[:, colour] >= 0, facts[:, 0] == 0
-        shift = torch.where(single, 0.0, 3.8 * (2 * which - 1))                    # from the centre, along the layout's axis
-        jitter, along = rand(2), facts[:, :1] == torch.tensor([2, 1])              # along: is this axis (x, y) the layout's
+        shift = torch.where(single, 0.0, 3.8 * (2 * which - 1))             # from the centre, along the layout's axis
+        jitter, along = rand(2), facts[:, :1] == torch.tensor([2, 1])       # along: is this axis, x or y, the layout's
         centre = 8 + torch.where(along, shift[:, None] + 0.5 * jitter, 1.2 * jitter)
         radius = torch.where(single, 4.2 + 0.6 * rand(), 3.3 + 0.4 * rand()).view(B, 1, 1)
         dx, dy = x - centre[:, 0].view(B, 1, 1), y - centre[:, 1].view(B, 1, 1)
-        distance = torch.stack([((dx**2 + dy**2).sqrt() - 0.75 * radius).abs() - 0.35 * radius, torch.maximum(dx.abs(), dy.abs()) - 1.0 * radius,
+        distance = torch.stack([((dx**2 + dy**2).sqrt() - 0.75 * radius).abs() - 0.35 * radius,      # a circle is a ring:
+                                torch.maximum(dx.abs(), dy.abs()) - radius,     # a disc is a square on so few pixels
                                 torch.maximum(0.87 * dx.abs() - 0.5 * dy, dy) - 0.62 * radius], 1)
         distance = distance[torch.arange(B), facts[:, shape].clamp_min(0)]
-        cover = (0.5 - distance / 0.9).clamp(0, 1) * present.view(B, 1, 1)          # soft edge, about one pixel
+        cover = (0.5 - distance / 0.9).clamp(0, 1) * present.view(B, 1, 1)  # soft edge, about one pixel
         paint = palette[facts[:, colour].clamp_min(0)] + 0.07 * rand(3)
         image = torch.lerp(image, paint.view(B, 3, 1, 1), cover[:, None])
     return image.clamp(0, 1) * 2 - 1
@@ -2209,7 +2215,8 @@ class TinyText(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.words, self.places = nn.Embedding(len(WORDS), TINY_WIDTH), nn.Parameter(torch.randn(TINY_TOKENS, TINY_WIDTH))
+        self.words = nn.Embedding(len(WORDS), TINY_WIDTH)
+        self.places = nn.Parameter(torch.randn(TINY_TOKENS, TINY_WIDTH))    # as loud as the words, or order is not heard
         self.pool = nn.Linear(TINY_TOKENS * TINY_WIDTH, TINY_WIDTH)
 
     def forward(self, ids):
@@ -2218,28 +2225,29 @@ class TinyText(nn.Module):
 
 
 class TinyJudge(nn.Module):
-    """Reads layout, colours and shapes off a picture. images (B, 3, 12, 12) in [-1, 1] -> five lists of logits, and features."""
+    """Reads layout, colours and shapes off a picture. images (B, 3, 12, 12) in [-1, 1] -> logits (B, n) of five heads."""
 
     HEADS = (3, 4, 3, 4, 3)
 
     def __init__(self, width, act):
         super().__init__()
         conv = lambda i, o, stride: nn.Sequential(nn.Conv2d(i, o, 3, stride, 1), nn.BatchNorm2d(o), act())
-        self.body = nn.Sequential(conv(5, width, 1), conv(width, 2 * width, 2), conv(2 * width, 2 * width, 2), nn.Flatten(),
-                                  nn.Linear(2 * width * 9, 64), act())
+        self.body = nn.Sequential(conv(5, width, 1), conv(width, 2 * width, 2), conv(2 * width, 2 * width, 2),
+                                  nn.Flatten(), nn.Linear(2 * width * 9, 64), act())
         self.heads = nn.ModuleList(nn.Linear(64, n) for n in self.HEADS)
 
     def forward(self, images):
         axis = torch.linspace(-1, 1, TINY_SIDE, device=images.device)
         grid = torch.stack(torch.meshgrid(axis, axis, indexing="ij")).expand(len(images), -1, -1, -1)
         features = self.body(torch.cat([images, grid], 1))
-        return [head(features) for head in self.heads], features
+        return [head(features) for head in self.heads]
 
 
 def judge_scores(judge, images, captions):
-    """Mean log-probability of the caption's attributes, each clamped at -4, and whether all are right. images in [0, 1] -> (B,), (B,)."""
+    """Mean log-probability of the caption's attributes, each at least -4, and whether all are right (0 or 1): (B,), (B,).
+    images (B, 3, 12, 12) in [0, 1]."""
     facts = torch.stack([parse_caption(c)[1] for c in captions]).to(images.device)
-    logits, _ = judge(images.float() * 2 - 1)
+    logits = judge(images.float() * 2 - 1)
     mask = facts >= 0
     log_p = torch.stack([l.log_softmax(1).gather(1, f.clamp_min(0)[:, None])[:, 0] for l, f in zip(logits, facts.T)], 1)
     right = torch.stack([l.argmax(1) == f for l, f in zip(logits, facts.T)], 1) | ~mask
@@ -2251,9 +2259,11 @@ def tiny_transformer():
     from diffusers import SD3Transformer2DModel
     net = SD3Transformer2DModel(sample_size=TINY_SIDE, patch_size=2, in_channels=3, out_channels=3, num_layers=3,
                                 attention_head_dim=16, num_attention_heads=4, joint_attention_dim=TINY_WIDTH,
-                                caption_projection_dim=TINY_WIDTH, pooled_projection_dim=TINY_WIDTH, pos_embed_max_size=6)
+                                caption_projection_dim=TINY_WIDTH, pooled_projection_dim=TINY_WIDTH,
+                                pos_embed_max_size=6)
+    gates = ("norm1.linear", "norm1_context.linear", "norm_out.linear", "proj_out")
     for name, module in net.named_modules():
-        if isinstance(module, nn.Linear) and name.endswith(("norm1.linear", "norm1_context.linear", "norm_out.linear", "proj_out")):
+        if isinstance(module, nn.Linear) and name.endswith(gates):
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
     return net
@@ -2272,7 +2282,7 @@ def train_tiny_judge(judge, label, steps, seed):
         optimizer.param_groups[0]["lr"] = 3e-3 * 0.5 * (1 + math.cos(math.pi * step / steps))
         batch = pick_captions(captions, 192, generator)
         facts, images = torch.stack([parse_caption(c)[1] for c in batch]), render(batch, generator)
-        logits, _ = judge(images + 0.15 * torch.randn(images.shape, generator=generator))
+        logits = judge(images + 0.15 * torch.randn(images.shape, generator=generator))
         loss = sum(F.cross_entropy(l, f, ignore_index=-1) for l, f in zip(logits, facts.T))
         optimizer.zero_grad()
         loss.backward()
@@ -2282,13 +2292,12 @@ def train_tiny_judge(judge, label, steps, seed):
 
 def pick_captions(captions, n, generator):
     """n captions, 30 % of them of a single object (those are the first 12 of the list)."""
-    single = torch.rand(n, generator=generator) < 0.3
-    pick = torch.where(single, torch.randint(12, (n,), generator=generator), torch.randint(12, len(captions), (n,), generator=generator))
-    return [captions[i] for i in pick]
+    one, two = torch.randint(12, (n,), generator=generator), torch.randint(12, len(captions), (n,), generator=generator)
+    return [captions[i] for i in torch.where(torch.rand(n, generator=generator) < 0.3, one, two)]
 
 
 def train_tiny_teacher(net, text, steps, seed):
-    """Flow matching, Eq. 3, with 10 % empty captions for classifier-free guidance; returns the averaged weights in place."""
+    """Flow matching, Eq. 3, with 10 % empty captions for classifier-free guidance; leaves averaged weights in net and text."""
     generator, captions = torch.Generator().manual_seed(seed), tiny_captions()
     params = [*net.parameters(), *text.parameters()]
     optimizer, mean = torch.optim.AdamW(params, 3e-3, betas=(.9, .99)), [p.detach().clone() for p in params]
@@ -2361,7 +2370,7 @@ class TinyBackbone:
 
 
 class TinyReward:
-    """Judge as reward: `attributes` (differentiable), `strict` (0/1: not differentiable), `heldout` (B's opinion, never trained on)."""
+    """A judge as reward: `attributes` (differentiable), `strict` (0 or 1, not differentiable), `heldout` (never trained on)."""
 
     def __init__(self, name, judge, output):
         self.name, self.judge, self.output, self.differentiable = name, judge, output, output == 0
