@@ -201,12 +201,12 @@ class Config:
 STAGES = {1: dict(iterations=1500, lr=3e-5, lr_fake=3e-5, fake_updates=10),                      # paper 4.1, App. J
           2: dict(iterations=1000, lr=3e-6, lr_fake=3e-5, fake_updates=1)}                      # released: 10:1, 1:1
 MODELS = {
-    "tiny": {"prompts": "tiny", "resolution": 12, "guidance": 1.25, "micro_batch": 48, "rewards": "attributes=1",
+    "tiny": {"prompts": "tiny", "resolution": 12, "guidance": 1.5, "micro_batch": 48, "rewards": "attributes=1",
              "watch": "heldout", "lora_rank": 32, "lora_alpha": 16, "ema": 0.97, "std_floor": 0.05,
              1: dict(iterations=150, lr=1e-3, lr_fake=1e-3, fake_updates=3, batch=48),
              # The DM gradient is divided by its own size, so its weight against the reward is a matter of taste
              # (a GPU budget in the paper). On 432 dimensions det_weight 1 would leave 150 updates without effect.
-             2: dict(iterations=80, lr=1e-3, lr_fake=1e-3, fake_updates=2, groups=4, group_size=12, det_weight=10.0)},
+             2: dict(iterations=50, lr=1e-3, lr_fake=1e-3, fake_updates=2, groups=4, group_size=12, det_weight=10.0)},
     "sd3m": {"guidance": 7.0},
     "sd35m": {"guidance": 4.5, "rewards": "hpsv2=1,clipscore=1,pickscore=1"},                              # paper 4.3
     "flux2-4b": {"guidance": 4.0, "rewards": "hpsv2=1,clipscore=1,pickscore=1,geneval=1",
