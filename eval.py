@@ -1017,7 +1017,8 @@ def parse(argv):
         cfg.prompts = "tiny-test"
     flags.per_prompt = flags.per_prompt or (8 if tiny else 1)
     flags.batch = 128 if tiny and "batch" not in given else flags.batch
-    flags.metrics = flags.metrics or DEFAULT_METRICS.get(cfg.model, "clipscore,aesthetic,pickscore,hpsv2,imagereward")
+    own = DEFAULT_METRICS.get(cfg.model if not flags.images else "", "clipscore,aesthetic,pickscore,hpsv2,imagereward")
+    flags.metrics = flags.metrics or own
     flags.out = flags.out or flags.run or "runs/eval"
     if min(flags.nfe, flags.per_prompt, flags.batch, flags.max_prompts) < 1 or not 0 <= flags.eta <= 1:
         raise UsageError("--nfe, --per_prompt, --batch and --max_prompts must be at least 1, and --eta must lie in [0, 1].")
@@ -1267,8 +1268,8 @@ def read_folder(folder):
 
 def score_folder(flags, cfg):
     """--images: scores pictures of any origin."""
-    check_metrics(flags.metrics.split(","), ())
     files, prompts = read_folder(flags.images)
+    check_metrics(flags.metrics.split(","), ())
     missing = [str(f) for f in files if not f.exists()]
     if missing:
         raise UsageError(f"metadata.jsonl names {missing[0]}, which does not exist.")

@@ -3025,5 +3025,117 @@ def test_known_prompts(tmp_path, monkeypatch):
     assert R.read_prompts("tiny") == R.tiny_captions(False) and R.read_prompts("tiny-test") == R.tiny_captions(True)
 
 
+# ------------------------------------------------------------------------------------------------------------
+# 5. The tiny world and eval.py
+# ------------------------------------------------------------------------------------------------------------
+
+def test_tiny_captions_are_disjoint_and_parse():
+    """66 captions are kept from all training; "a below b" is the picture of "b above a"."""
+    train, held_out = rtdmd.tiny_captions(), rtdmd.tiny_captions(held_out=True)
+    assert (len(train), len(held_out), len(set(train) & set(held_out))) == (474, 66, 0)
+    below, above = (rtdmd.parse_caption(c) for c in ("a red circle below a blue square", "a blue square above a red circle"))
+    assert torch.equal(below[1], above[1]) and not torch.equal(below[0], above[0])
+    assert rtdmd.parse_caption("a red circle")[1].tolist() == [0, 0, 0, -1, -1]
+    for bad in ("a pink circle", "a red circle above", "a red circle above a blue square above a red circle", "circle"):
+        with pytest.raises(rtdmd.UsageError, match="cannot draw"):
+            rtdmd.parse_caption(bad)
+
+
+def test_tiny_judge_learns_and_scores():
+    """100 updates teach a judge its layouts and colours; its reward is differentiable, its strict verdict is not."""
+    torch.manual_seed(0)
+    judge = rtdmd.train_tiny_judge(rtdmd.TinyJudge(16, torch.nn.ReLU), "judge", 100, seed=0)
+    captions = rtdmd.tiny_captions()[12:212]
+    images = (rtdmd.render(captions, torch.Generator().manual_seed(1)) / 2 + 0.5).requires_grad_()
+    soft, strict = rtdmd.judge_scores(judge, images, captions)
+    wrong = rtdmd.judge_scores(judge, images, captions[1:] + captions[:1])[0]
+    assert soft.mean() > wrong.mean() + 0.5 and set(strict.unique().tolist()) <= {0.0, 1.0} and strict.mean() > 0.2
+    assert (soft <= 0).all() and (soft >= -4).all()
+    assert torch.autograd.grad(soft.sum(), images)[0].abs().sum() > 0
+    assert rtdmd.TinyReward("strict", judge, 1).differentiable is False
+
+
+def test_frechet_and_spread_against_known_values():
+    """Two Gaussians whose distance is |m|^2 + sum (s_a - s_b)^2; points whose mean distance is known."""
+    g = rng(0)
+    a, b = torch.randn(200_000, 3, generator=g), torch.randn(200_000, 3, generator=g) * 2 + 1
+    assert abs(ev.frechet(a, b) - 6) < 0.1 and abs(ev.frechet(a, a)) < 1e-6
+    assert ev.spread(torch.tensor([[0.0], [3.0], [10.0], [10.0]]), 2) == 1.5
+
+
+def test_mean_and_error_counts_prompts_not_pictures():
+    """Two prompts of two pictures each: the error is over the two means; nan pictures are left out."""
+    mean, error = ev.mean_and_error([1.0, 3.0, 5.0, 7.0], 2)
+    assert (mean, error) == (4.0, pytest.approx(2.0))
+    assert ev.mean_and_error([1.0, math.nan, 5.0, 7.0], 2)[0] == 3.5
+    assert math.isnan(ev.mean_and_error([math.nan], 1)[0])
+
+
+@pytest.fixture(scope="module")
+def tiny_report(tmp_path_factory):
+    """eval.py on a tiny world with a teacher of ten updates and no training: its folder, and the flags that made it."""
+    folder = tmp_path_factory.mktemp("eval")
+    flags = ["--run", str(folder / "run"), "--cache", str(folder / "cache"), "--tiny_steps", "10", "--max_prompts", "4",
+             "--per_prompt", "2"]
+    ev.main(flags)
+    return folder, flags
+
+
+def test_report_has_the_contracts_rows(tiny_report):
+    """report.json: rows by name, numbers by metric, a score per picture; one grid with the same prompts in every row."""
+    folder, _ = tiny_report
+    report = json.loads((folder / "run/report.json").read_text())
+    assert list(report["rows"]) == ["teacher", "teacher_cfg", "student_init"]
+    for row in report["rows"].values():
+        assert set(row) == {"attributes", "strict", "heldout", "distance", "diversity", "seconds_per_image"}
+        assert all(math.isfinite(value) for value in row.values())
+    assert len(report["scores"]["teacher"]["attributes"]) == 8 and len(report["prompts"]) == 4
+    assert Image.open(folder / "run/grid.png").size == (4 * 62, 3 * 62)
+
+
+def test_untrained_student_is_the_teacher_without_steps(tiny_report):
+    """A generator with B = 0 is the teacher, and pictures depend on their key only: not on batch, order or other rows."""
+    folder, flags = tiny_report
+    parsed, cfg = ev.parse(flags)
+    rows = ev.plan(parsed, cfg)
+    sampler = ev.Sampler(cfg, rows, ["a red circle", "a blue square"])
+    teacher = dict(rows["teacher"], nfe=4)
+    together = sampler.batch(teacher, ["a red circle", "a blue square"], [1, 2])
+    alone = sampler.batch(dict(teacher, role="generator"), ["a blue square"], [2])
+    close(together[1:], alone, 1e-5)
+
+
+def test_compare_and_images_read_what_eval_writes(tiny_report, capsys):
+    """--save_images, then --images on that folder; --compare of a report with itself is 0 +- 0."""
+    folder, flags = tiny_report
+    ev.main([*flags, "--save_images"])
+    files, prompts = ev.read_folder(folder / "run/images/student_init")
+    assert len(files) == 8 and prompts[0] == prompts[1] != prompts[2]
+    report = str(folder / "run/report.json")
+    capsys.readouterr()
+    ev.main(["--compare", f"{report},{report}"])
+    assert "0.000+-0.000" in capsys.readouterr().out
+
+
+def test_eval_prompt_makes_one_picture(tiny_report):
+    folder, flags = tiny_report
+    ev.main(["--prompt", "a red circle", *flags[2:6], "--out", str(folder / "one")])
+    assert Image.open(folder / "one/prompt.png").size == (62, 62)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--lora", "nowhere"], "no checkpoint"), ([], "what to evaluate"), (["--teacher", "--nfe", "0"], "--nfe"),
+    (["--teacher", "--metrics", "beauty"], "beauty"), (["--images", "nowhere"], "not a folder"), (["--compare", "a"], "two files"),
+    (["--compare", "a,b"], "a,b"), (["--teacher", "--model", "sd4"], "sd4"), (["--colour", "red"], "--colour"),
+    (["--teacher", "--prompts", "nowhere.txt"], "nowhere.txt")])
+def test_eval_refuses_in_one_sentence(flags, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        ev.main(flags)
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and words in error and "Traceback" not in error and len(error.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
 if __name__ == "__main__":
     lab()
