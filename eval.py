@@ -17,6 +17,7 @@ import random
 import re
 import sys
 import time
+import weakref
 from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +26,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 import rtdmd
 from rtdmd import REWARDS, UsageError, find_weights, from_hub, load_reward, normalise, resize, score, square_crop
@@ -1063,6 +1067,7 @@ class Sampler:
             if info["model"] != cfg.model:
                 raise UsageError(f"The adapter is one of {info['model']}: evaluate it with --model {info['model']}.")
             cfg.lora_rank, cfg.lora_alpha = info["rank"], info["alpha"]
+            cfg.text_length = cfg.text_length or info.get("text_length", 0)         # padding is part of the condition
         cfg.device = rtdmd.start_processes(cfg.device)
         self.cfg, self.adapters, self.backbone = cfg, adapters, rtdmd.load_backbone(cfg)
         self.roles = rtdmd.Roles(self.backbone, cfg)
@@ -1313,6 +1318,241 @@ def one_picture(flags, cfg):
     image = sampler.batch(row[1], [flags.prompt], [rtdmd.key("eval", cfg.seed, flags.prompt, 0)])
     rtdmd.save_grid(Path(flags.out) / "prompt.png", image, columns=1)
     print(f"{flags.out}/prompt.png: {flags.prompt}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What training costs (rtdmd.py --dry_run)
+# ----------------------------------------------------------------------------------------------------------------------
+
+class CostMeter(TorchDispatchMode):
+    """What happens inside a block of a training iteration, added to run.costs[name].
+
+    Of the first iteration: forwards by role; FLOPs of the transformers ("network"), of the VAE's decoder and of each
+    reward, by torch's formulas (a product of (n, m) and (m, k) is 2 n m k, all else nothing); and the peak of bytes
+    beside the weights: what an operation makes lives until its last reference is gone, as in the allocator of a GPU.
+    Of the others, or of the first if it is alone: seconds. On `meta` nothing is computed, so that full-size networks can
+    be counted on a laptop. What a fused attention kernel recomputes in its backward pass is not counted.
+    """
+
+    def __init__(self, run, name):
+        super().__init__()
+        if not hasattr(run, "costs"):
+            start_counting(run)
+        self.run, self.counts, self.kind = run, run.done == 0, torch.device(run.device).type
+        self.cost = run.costs.setdefault(name, dict(seconds=0.0, tflop={}, peak_bytes=0, forwards={}))
+
+    def __enter__(self):
+        if self.counts:
+            super().__enter__()
+            self.run.live["peak"] = self.run.live["now"]
+            if self.kind == "meta":
+                F.scaled_dot_product_attention = fused_attention
+        if self.kind == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        self.before, self.start = dict(self.run.forwards), time.perf_counter()
+        return self
+
+    def __exit__(self, *error):
+        if self.kind == "cuda":
+            torch.cuda.synchronize()
+            self.run.live["peak"] = torch.cuda.max_memory_allocated() - self.run.standing_bytes
+        if self.run.done == 1:                                               # the first iteration was for counting
+            self.cost["seconds"] = 0.0
+        self.cost["seconds"] += time.perf_counter() - self.start
+        self.cost["peak_bytes"] = max(self.cost["peak_bytes"], self.run.live["peak"])
+        if self.counts:
+            F.scaled_dot_product_attention = PLAIN_ATTENTION
+            super().__exit__(*error)
+            grown = {n: c - self.before.get(n, 0) for n, c in self.run.forwards.items()}
+            self.cost["forwards"] = {n: c for n, c in grown.items() if c}
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        kwargs, live = kwargs or {}, self.run.live
+        result = (shapes_only if self.kind == "meta" else call)(operation, args, kwargs)
+        if operation.overloadpacket in flop_registry:
+            flop = flop_registry[operation.overloadpacket](*args, **kwargs, out_val=result)
+            if re.search("attention.*backward", str(operation)):             # 1 of its 5 products is a recomputation
+                flop = flop * 4 / 5
+            self.cost["tflop"][self.run.part] = self.cost["tflop"].get(self.run.part, 0.0) + flop / 1e12
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == self.kind:
+                storage = tensor.untyped_storage()
+                if storage._cdata not in live["held"]:
+                    live["held"].add(storage._cdata)
+                    live["now"] += storage.nbytes()
+                    live["peak"] = max(live["peak"], live["now"])
+                    weakref.finalize(storage, released, live, storage._cdata, storage.nbytes())
+        return result
+
+
+def released(live, name, size):
+    """A storage is gone."""
+    live["held"].discard(name)
+    live["now"] -= size
+
+
+def call(operation, args, kwargs):
+    """An operation where it is computed."""
+    return operation(*args, **kwargs)
+
+
+KNOWN_SHAPES = {}
+
+
+def shapes_only(operation, args, kwargs):
+    """An operation on `meta`. torch takes .2 ms to tell the shape of a result, so it is asked once for each kind of
+    input; always where the result may share memory with an input (views, in-place operations)."""
+    schema = operation._schema
+    if any(a.alias_info for a in [*schema.arguments, *schema.returns]):
+        return operation(*args, **kwargs)
+    leaves = ((a.shape, a.stride(), a.dtype, a.device) if isinstance(a, torch.Tensor) else a
+              for a in tree_leaves((args, kwargs)))
+    kind = (operation, len(args), *kwargs, *leaves)
+    if kind not in KNOWN_SHAPES:
+        result = operation(*args, **kwargs)
+        parts = result if isinstance(result, (tuple, list)) else (result,)
+        if not all(isinstance(p, torch.Tensor) and p.device.type == "meta" for p in parts):
+            return result
+        KNOWN_SHAPES[kind] = type(result), [(p.shape, p.stride(), p.dtype) for p in parts]
+        return result
+    form, parts = KNOWN_SHAPES[kind]
+    made = [torch.empty_strided(shape, stride, dtype=dtype, device="meta") for shape, stride, dtype in parts]
+    return form(made) if form in (tuple, list) else made[0]
+
+
+PLAIN_ATTENTION = F.scaled_dot_product_attention
+
+
+def fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **options):
+    """Attention on `meta` as a GPU computes it, by a kernel that keeps no matrix of attention weights."""
+    if attn_mask is not None:
+        return PLAIN_ATTENTION(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **options)
+    fused = torch.ops.aten._scaled_dot_product_flash_attention
+    return fused(query, key, value, dropout_p, is_causal, scale=scale)[0]
+
+
+def networks(run):
+    """{"network": [...], "decoder": [...], name of a reward: [...]}: the modules that stand in memory."""
+    parts = {"network": list(dict.fromkeys(run.roles.nets.values()))}
+    if hasattr(run.backbone, "vae"):
+        parts["decoder"] = [run.backbone.vae]
+    for name, (reward, _) in run.rewards.items():
+        parts[name] = [m for m in getattr(reward, "__dict__", {}).values() if isinstance(m, nn.Module)]
+    return parts
+
+
+def start_counting(run):
+    """Prepares the run: Adam's moments exist from the start, as from the second iteration on, and hooks tell which part
+    is at work: the last one whose layer was entered, in a forward or a backward pass."""
+    run.costs, run.forwards, run.part, run.live = {}, {}, "network", dict(now=0, peak=0, held=set())
+    for role, optimizer in run.optimizers.items():
+        for p in run.roles.parameters(role):
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def watch(module, part, counted):
+        def enter(module, args, kwargs):
+            run.part = part
+            if counted:
+                name = run.roles.active if part == "network" else part
+                name += " with gradient" if torch.is_grad_enabled() else ""
+                first = args[0] if args else kwargs["hidden_states"]
+                run.forwards[name] = run.forwards.get(name, 0) + len(first)
+
+        module.register_forward_pre_hook(enter, with_kwargs=True)
+        module.register_full_backward_pre_hook(lambda *_: setattr(run, "part", part))
+
+    for part, nets in networks(run).items():
+        if part == "network":
+            layers = nets
+        elif part == "decoder":
+            layers = [nets[0].decoder]
+        else:                                                                # the first convolution sees the images
+            layers = [m for net in nets for m in net.modules() if any(True for _ in m.parameters(recurse=False))]
+            layers = sorted(layers, key=lambda m: not isinstance(m, nn.Conv2d))
+        for i, layer in enumerate(layers):
+            watch(layer, part, counted=part == "network" or i == 0)
+        tensors = [t for net in nets for t in [*net.parameters(), *net.buffers()]]
+        run.live["held"].update(t.untyped_storage()._cdata for t in tensors)
+    run.standing_bytes = torch.cuda.memory_allocated() if "cuda" in run.device else 0
+
+
+CLIP_SIZES = {"hpsv2": "ViT-H-14", "clipscore": "ViT-L-14", "pickscore": "ViT-H-14"}
+
+
+def random_reward(name, cfg):
+    """A CLIP reward of full size with random weights (--random_weights): its cost without its download."""
+    import open_clip
+    with torch.device(cfg.device):
+        net = open_clip.create_model(CLIP_SIZES[name], device=cfg.device)
+    tokenise = open_clip.get_tokenizer(CLIP_SIZES[name])
+    embed_text = lambda prompts: net.encode_text(tokenise(prompts).to(cfg.device))
+    return rtdmd.ClipReward(name, REWARDS[name], (net, net.encode_image, embed_text))
+
+
+def matrix_rate(device, n=8192, repeats=20):
+    """TFLOP/s of bf16 products of two n x n matrices: what the chip can do at best."""
+    a = torch.randn(n, n, device=device, dtype=torch.bfloat16)
+    for i in range(repeats + 3):
+        if i == 3:                                                           # warm
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+        a @ a
+    torch.cuda.synchronize()
+    return 2 * n**3 * repeats / (time.perf_counter() - start) / 1e12
+
+
+def standing_weights(run):
+    """Bytes that stay in memory, by what they are."""
+    lora = sum(p.nbytes for role in run.optimizers for p in run.roles.parameters(role))
+    sizes = {}
+    for part, nets in networks(run).items():
+        tensors = [t for net in nets for t in [*net.parameters(), *net.buffers()]]
+        sizes[part] = sum({t.untyped_storage()._cdata: t.nbytes for t in tensors}.values())
+    sizes["network"] -= lora
+    return dict(sizes, adapters=lora, adam=2 * lora, ema=lora // 2)
+
+
+def report_costs(run):
+    """The table of --dry_run, and OUT/stageN/dry_run.json."""
+    cfg, timed = run.cfg, max(1, run.cfg.dry_run - 1)
+    samples = (cfg.batch if cfg.stage == 1 else cfg.groups * cfg.group_size) / rtdmd.dist_info()[2]
+    phases = {name: dict(seconds=c["seconds"] / timed, tflop_per_sample=sum(c["tflop"].values()) / samples,
+                         tflop_by_part={n: f / samples for n, f in c["tflop"].items()}, peak_bytes=c["peak_bytes"],
+                         forwards={n: f / samples for n, f in c["forwards"].items()}) for name, c in run.costs.items()}
+    total = {n: sum(p[n] for p in phases.values()) for n in ("seconds", "tflop_per_sample")}
+    for field in ("tflop_by_part", "forwards"):
+        names = dict.fromkeys(n for p in phases.values() for n in p[field])
+        total[field] = {n: sum(p[field].get(n, 0) for p in phases.values()) for n in names}
+    weights, live = standing_weights(run), max(p["peak_bytes"] for p in phases.values())
+    total.update(peak_bytes=sum(weights.values()) + live, weight_bytes=sum(weights.values()))
+    rtdmd.log("\n".join(cost_lines(run, phases, total, weights, samples)))
+    result = dict(total, bytes=weights, phases=phases, samples=samples, config=dataclasses.asdict(cfg))
+    if rtdmd.dist_info()[0] == 0:
+        rtdmd.write_atomic(run.folder / "dry_run.json", json.dumps(result, indent=1))
+
+
+def cost_lines(run, phases, total, weights, samples):
+    """The table as lines of text. Where nothing was computed there are no seconds."""
+    words = lambda numbers: ", ".join(f"{value:.3g} {name}" for name, value in numbers.items())
+    yield f"{'phase':10} {'TFLOP':>7} {'peak GB':>8} {'seconds':>8} {'share':>6} {'TFLOP/s':>8}   TFLOP a sample, of"
+    live = max(p["peak_bytes"] for p in phases.values())
+    for name, p in [*phases.items(), ("all", dict(total, peak_bytes=live))]:
+        rate = p["tflop_per_sample"] * samples / max(p["seconds"], 1e-9)
+        times = f"{p['seconds']:8.3g} {p['seconds'] / total['seconds']:6.0%} {rate:8.3g}" if run.device != "meta" else 24 * " "
+        yield f"{name:10} {p['tflop_per_sample']:7.4g} {p['peak_bytes'] / 1e9:8.3g} {times}   {words(p['tflop_by_part'])}"
+    for name, p in phases.items():
+        yield f"Forwards a sample, {name}: {words(p['forwards'])}."
+    if run.device != "meta":
+        hours = total["seconds"] * run.cfg.iterations / 3600
+        yield (f"One iteration, {samples:g} samples a process: {total['seconds']:.3g} s, "
+               f"{samples / total['seconds']:.3g} samples/s; {run.cfg.iterations} iterations: {hours:.3g} h.")
+    if "cuda" in run.device:
+        yield f"Products of large bf16 matrices in the same process: {matrix_rate(run.device):.3g} TFLOP/s."
+    yield (f"Weights GB: {words({n: size / 1e9 for n, size in weights.items()})}; with the highest peak "
+           f"{total['peak_bytes'] / 1e9:.3g} GB ({'allocator' if 'cuda' in run.device else 'counted, not measured'}).")
 
 
 def main(argv=None):

@@ -82,7 +82,6 @@ import signal
 import subprocess
 import sys
 import time
-import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -233,8 +232,10 @@ def resolve(flags):
     values = dict(STAGES[stage])
     for row in (MODELS[model], RECIPES[recipe]):
         values.update({n: v for n, v in row.items() if isinstance(n, str)}, **row.get(stage, {}))
-    cfg = Config(**{**values, "out": f"runs/{model}", **flags})
+    given = {n: v for n, v in flags.items() if v != 0 or n not in STAGES[stage]}         # there 0 means the stage's own
+    cfg = Config(**{**values, "out": f"runs/{model}", **given})
     cfg.device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    cfg.dtype = cfg.dtype or ("fp32" if cfg.device == "cpu" else "bf16")
     check(cfg)
     return cfg
 
@@ -248,7 +249,7 @@ def check(cfg):
     for field in dataclasses.fields(cfg):
         value, choices = getattr(cfg, field.name), field.metadata["choices"]
         if choices and value not in choices:
-            raise UsageError(f"--{field.name} {value!r}: take one of {', '.join(repr(c) for c in choices)}.")
+            raise UsageError(f"--{field.name} {value!r}: take one of {', '.join(repr(c) for c in choices if c != '')}.")
         if isinstance(value, float) and not math.isfinite(value):
             raise UsageError(f"--{field.name} must be a finite number, not {value}.")
         if field.name in least and value < least[field.name]:
@@ -269,8 +270,9 @@ def check(cfg):
         raise UsageError("--no_policy --no_det --no_dmd together leave nothing to train: drop one of them.")
     if cfg.device not in ("cpu", "meta") and not cfg.device.startswith("cuda"):
         raise UsageError(f"--device {cfg.device} is unknown: take cuda, cpu or meta.")
-    if cfg.device.startswith("cuda") and not torch.cuda.is_available():
-        raise UsageError("--device cuda: PyTorch sees no GPU here; take --device cpu, or repair the driver.")
+    if cfg.device.startswith("cuda") and torch.cuda.device_count() <= dist_info()[1]:
+        raise UsageError(f"--device cuda needs a GPU for each process, and PyTorch sees {torch.cuda.device_count()} here: "
+                         "start fewer processes, or take --device cpu.")
     if cfg.device == "meta" and not (cfg.dry_run and cfg.random_weights):
         raise UsageError("--device meta only counts: add --dry_run 1 --random_weights.")
 
@@ -471,14 +473,15 @@ def reverse_step(x, v, t, t_next, noise, kernel="posterior", eta=None):
     return (1 - t_next) * (x - t * v) + t_next * (cos * (x + (1 - t) * v) + sin * noise)
 
 
-def consistency_loss(fake, x, v, t, t_next, noise_1, noise_2, kernel="posterior", eta=None, one_sided=True):
+def consistency_loss(fake, x, v, t, t_next, noise_1, noise_2, kernel="posterior", eta=None, one_sided=True, early=None):
     """Eq. 22 -> scalar: |h(x', t') - E h(x'', t'')|^2 with h = x - t v the x-prediction, over two draws x'' (App. F).
 
     fake(x, t) -> v_phi;  x, v (B, ...) at level t, v = fake(x, t) with its graph: the DSM forward is used again;
     noise_1, noise_2 (B, ...) independent. The product of two draws is unbiased for the squared norm of the mean; the
     square of one draw would add the variance of h(x''). It may be negative. The draws are constants: a gradient into
     x'' would teach the kernel, not the prediction. The two factors are exchangeable, so twice the gradient through one
-    of them has the expectation of the gradient through both (one_sided) and saves a backward pass.
+    of them has the expectation of the gradient through both (one_sided) and saves a backward pass. early(loss) is given
+    the part that acts through v, before the graph at x'' exists: backward there, and only one graph at a time is kept.
     """
     x, v, t, t_next, noise_1, noise_2 = (torch.as_tensor(a, dtype=torch.float32)
                                          for a in (x, v, t, t_next, noise_1, noise_2))
@@ -488,9 +491,12 @@ def consistency_loss(fake, x, v, t, t_next, noise_1, noise_2, kernel="posterior"
     sin = torch.as_tensor(1 - cos * cos).clamp_min(0).sqrt()
     mean = ((1 - t_next) * h + t_next * cos * (x + (1 - t) * v)).detach()
     x_1, x_2 = mean + t_next * sin * noise_1, mean + t_next * sin * noise_2
-    d_1 = x_1 - t_next * fake(x_1, t_next).float() - h
     with torch.set_grad_enabled(torch.is_grad_enabled() and not one_sided):
-        d_2 = x_2 - t_next * fake(x_2, t_next).float() - h
+        d_1 = x_1 - t_next * fake(x_1, t_next).float() - h
+    if early:
+        early(-2 * (d_1 * h).mean())
+        h = h.detach()
+    d_2 = x_2 - t_next * fake(x_2, t_next).float() - h
     product = (d_1 * d_2).mean()
     return 2 * product - product.detach() if one_sided else product
 
@@ -1141,7 +1147,10 @@ def read_prompts(name_or_path, seed=None):
                 raise ValueError(f"a prompt is text without NUL, up to {LONGEST_PROMPT:,} characters: {row!r:.30}")
             row.encode()            # JSON can hold half a surrogate pair: an error here, and not in the tokenizer
             texts.append(row.strip())
-    except (OSError, ValueError, RuntimeError, csv.Error) as error:      # pyarrow's are subclasses of the first three
+    except OSError as error:
+        raise UsageError(f"--prompts {name_or_path} cannot be read ({error.strerror or error}): give a file, or one of "
+                         f"{', '.join(KNOWN_PROMPTS)}.") from error
+    except (ValueError, RuntimeError, csv.Error) as error:                  # pyarrow's are subclasses of the first two
         line = len(texts) + (2 if name_or_path.lower().endswith((".csv", ".tsv")) else 1)        # they have a header
         reason = " ".join(str(getattr(error, "msg", error)).split())[:150]
         raise UsageError(f"--prompts {name_or_path}, line {line}: {reason}; mend it, or give one of "
@@ -1197,8 +1206,8 @@ def load_lora(folder):
         with safe_open(path, "pt") as file:
             state_dict = {name.removeprefix("transformer."): file.get_tensor(name) for name in file.keys()}
             return state_dict, json.loads((file.metadata() or {})["rtdmd"])
-    except (OSError, KeyError, SafetensorError) as error:
-        raise UsageError(f"{path} is missing or damaged, or tells no rank, alpha, sampler: take another.") from error
+    except (OSError, KeyError, ValueError, SafetensorError) as error:
+        raise UsageError(f"{path} is missing or damaged, or does not tell rank, alpha and sampler: take another.") from error
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1217,7 +1226,10 @@ def start_processes(device):
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        store, rank, world = next(dist.rendezvous("env://"))
+        # torchrun keeps one store over restarts, where a restarted gloo would find the addresses of the dead.
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", store=store, rank=rank, world_size=world)
     return device
 
 
@@ -1257,13 +1269,14 @@ def key(*parts):
 
 
 def draw(keys, uniforms, normals, shape, device):
-    """One generator per sample -> U[0,1) (uniforms, B), N(0,1) (normals, B, *shape). On the CPU: equal on all devices."""
+    """One generator per sample -> U[0,1) (uniforms, B) on the CPU, N(0,1) (normals, B, *shape) on `device`.
+    Drawn on the CPU: equal on all devices."""
     u, n = torch.empty(uniforms, len(keys)), torch.empty(normals, len(keys), *shape)
     for i, seed in enumerate(keys):
         generator = torch.Generator().manual_seed(seed)
         u[:, i] = torch.rand(uniforms, generator=generator)
         n[:, i] = torch.randn(normals, *shape, generator=generator)
-    return u.to(device), n.to(device)
+    return u, n.to(device)
 
 
 def chunks(total, size):
@@ -1277,15 +1290,22 @@ def level(values, like):
 
 
 def write_atomic(path, data):
-    """Writes bytes or text beside the target, flushes to disk, renames: a reader sees all of it or the old file."""
+    """Writes bytes or text beside the target, flushes to disk, renames: a reader sees all of it or the old file. Raises
+    UsageError."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with open(beside, "wb") as file:
-        file.write(data.encode() if isinstance(data, str) else data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(beside, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            beside.unlink()                                                 # half a file would fill the disk further
+        raise UsageError(f"Cannot write {path} ({error.strerror}): make room, or choose another folder; what was saved before is whole, "
+                         "and the same command goes on from it.") from error
 
 
 class Roles:
@@ -1295,10 +1315,9 @@ class Roles:
     """
 
     def __init__(self, backbone, cfg):
-        from diffusers.training_utils import cast_training_params
         from peft import LoraConfig
         from peft.tuners.tuners_utils import BaseTunerLayer
-        self.backbone, self.guidance, self.active, self.forwards = backbone, cfg.guidance, None, {}
+        self.backbone, self.guidance, self.active = backbone, cfg.guidance, None
         score = backbone.nets["score"]
         self.nets = {"generator": backbone.nets["generator"], "fake": score, "teacher": score}
         unique = list(dict.fromkeys(self.nets.values()))
@@ -1308,11 +1327,18 @@ class Roles:
             torch.manual_seed(key(cfg.seed, "lora", role))                  # the same A on every process; B is 0
             self.nets[role].add_adapter(LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, init_lora_weights="gaussian",
                                                    target_modules=backbone.lora_targets), adapter_name=role)
-        cast_training_params(unique, torch.float32)
+        for net in unique:
+            net.to(next(net.parameters()).device)                           # PEFT leaves them on the CPU for `meta`
+            for name, p in net.named_parameters():
+                if ".lora_" in name:                                        # PEFT makes them in the base's bf16
+                    p.data = p.data.float()
         self.layers = [m for net in unique for m in net.modules() if isinstance(m, BaseTunerLayer)]
         self.named = {role: {n.replace(f".{role}.", "."): p.requires_grad_() for n, p in self.nets[role].named_parameters()
                              if f".lora_A.{role}." in n or f".lora_B.{role}." in n} for role in ("generator", "fake")}
-        self.bf16 = next(score.parameters()).dtype == torch.bfloat16
+        for layer in self.layers:                                           # computed in the base's dtype, as deployed
+            layer.cast_input_dtype_enabled = False
+            for matrix in [*layer.lora_A.values(), *layer.lora_B.values()]:
+                matrix.forward = functools.partial(lora_product, matrix)
         for net in unique:
             if cfg.checkpointing:
                 net.enable_gradient_checkpointing(self.checkpoint)
@@ -1353,10 +1379,7 @@ class Roles:
     def velocity(self, role, x, t, cond):
         """v_theta, v_phi or v_psi without guidance. x (B, ...) fp32, t (B,) or (B, 1, ..) -> (B, ...) fp32."""
         self.switch(role)
-        name = role + (" with gradient" if torch.is_grad_enabled() else "")
-        self.forwards[name] = self.forwards.get(name, 0) + len(x)
-        with torch.autocast("cuda" if x.is_cuda else "cpu", torch.bfloat16, enabled=self.bf16):
-            return self.backbone.velocity(self.nets[role], x, t.flatten(), cond).float()
+        return self.backbone.velocity(self.nets[role], x, t.flatten(), cond).float()
 
     def teacher(self, x, t, cond, null):
         """v_psi with classifier-free guidance, v_u + w (v_c - v_u), in one batch. null: the embedding of "", batch 1."""
@@ -1365,6 +1388,12 @@ class Roles:
         both = {n: torch.cat([null[n].expand_as(c), c]) for n, c in cond.items()}
         v_u, v_c = self.velocity("teacher", torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
         return v_u + self.guidance * (v_c - v_u)
+
+
+def lora_product(matrix, x):
+    """x A^T of an fp32 LoRA matrix, in the dtype of x: just what the deployed pipeline computes. PEFT would copy x to fp32
+    instead, once for each of q, k and v; autocast would compute every norm of the base in fp32, and keep it."""
+    return F.linear(x, matrix.weight.to(x.dtype))
 
 
 def optimizer_step(run, role):
@@ -1385,13 +1414,13 @@ def optimizer_step(run, role):
         optimizer.step()
         note(run, 1, **{f"grad_{role}": norm})
     optimizer.zero_grad(set_to_none=True)
-    run.bad, run.skipped = 0 if good else run.bad + 1, run.skipped + (not good)
+    run.bad[role], run.skipped = 0 if good else run.bad[role] + 1, run.skipped + (not good)
     if not good:
-        terms = collect(run)
+        terms = gather(run)                                                 # of all processes: one of them has the culprit
         source = [n for n, value in terms.items() if not math.isfinite(value)] or [f"backward pass of the {role}"]
         log(f"Iteration {run.done + 1}: the {role}'s gradient is not finite ({', '.join(source)}); this update is skipped.")
-        if run.bad >= run.cfg.max_bad_steps:
-            raise UsageError(f"{run.bad} updates in a row were not finite ({', '.join(source)}; all terms: {terms}). The last "
+        if run.bad[role] >= run.cfg.max_bad_steps:
+            raise UsageError(f"{run.bad[role]} updates of the {role} in a row were not finite ({', '.join(source)}; all terms: {terms}). The last "
                              "checkpoint is sound: look at what is named here, or resume with a lower --lr.", code=1)
     return good
 
@@ -1446,8 +1475,9 @@ def save_checkpoint(run):
         write_atomic(beside / "state/manifest.json", json.dumps(digests, indent=1))
         shutil.rmtree(target, ignore_errors=True)
         os.replace(beside, target)
-        for old in list_checkpoints(run.folder)[run.cfg.keep:]:
-            shutil.rmtree(old)
+        older = [p for p in list_checkpoints(run.folder) if p.name <= target.name]      # a damaged newer one counts for nothing
+        for old in older[run.cfg.keep:]:
+            shutil.rmtree(old, ignore_errors=True)                          # NFS refuses while somebody reads it
     barrier()
 
 
@@ -1456,12 +1486,12 @@ def sampling_facts(run):
     cfg = run.cfg
     return dict(model=cfg.model, base=run.backbone.base, stage=cfg.stage, iteration=run.done, steps=cfg.steps, eta=cfg.eta,
                 shift=run.backbone.shift, sigmas=run.times[:-1].tolist(), guidance=1.0, resolution=cfg.resolution,
-                text_length=cfg.text_length, recipe=cfg.recipe)
+                text_length=getattr(run.backbone, "text_length", 0), recipe=cfg.recipe)
 
 
 def list_checkpoints(folder):
-    """Checkpoint folders below, newest first."""
-    return sorted(Path(folder).glob("checkpoint-*"), key=lambda path: path.name, reverse=True)
+    """Checkpoint folders below, newest first. A copy called checkpoint-best is none of them."""
+    return sorted(Path(folder).glob("checkpoint-" + 6 * "[0-9]"), reverse=True)
 
 
 def file_hash(path):
@@ -1475,9 +1505,10 @@ def find_checkpoint(path):
     path = Path(path)
     for folder in [path] if path.name.startswith("checkpoint-") else list_checkpoints(path):
         try:
-            manifest = json.loads((folder / "state/manifest.json").read_text())
-            damage = [name for name, digest in manifest.items() if file_hash(folder / name) != digest]
-        except (OSError, ValueError) as error:
+            manifest = dict(json.loads((folder / "state/manifest.json").read_text()))
+            files = [LORA_FILE, "state/run.json", "state/state.safetensors"]
+            damage = [name for name in files if file_hash(folder / name) != manifest.get(name)]
+        except (OSError, TypeError, ValueError) as error:
             damage = [str(error)]
         if not damage:
             return folder
@@ -1496,11 +1527,29 @@ def load_adapter(run, role, tensors):
             p.copy_(tensors[name])
 
 
+def reads_checkpoint(function):
+    """What a whole checkpoint lacks, another version of this program left out: one sentence instead of a KeyError."""
+    @functools.wraps(function)
+    def guarded(run, folder):
+        try:
+            function(run, folder)
+        except (AttributeError, KeyError, TypeError, ValueError, SafetensorError) as error:
+            raise UsageError(f"{folder} is not of this version of rtdmd.py ({error!r}): take another --out or --init.") from error
+    return guarded
+
+
+@reads_checkpoint
+def check_init(run, folder):
+    """Refuses a stage-1 checkpoint whose matrices would mean something else here. Before a weight is loaded."""
+    info = load_lora(folder)[1]
+    for flag, then in (("model", info["model"]), ("lora_rank", info["rank"]), ("lora_alpha", info["alpha"])):
+        if then != getattr(run.cfg, flag):
+            raise UsageError(f"{folder} was made with --{flag} {then}, not {getattr(run.cfg, flag)}: take that, or another --init.")
+
+
+@reads_checkpoint
 def load_init(run, folder):
     """Stage 2 goes on from stage 1: its averaged generator (what was looked at) and its raw fake score."""
-    model = load_lora(folder)[1]["model"]
-    if model != run.cfg.model:
-        raise UsageError(f"{folder} is a checkpoint of {model}, not of --model {run.cfg.model}: give the right --init.")
     tensors = load_file(folder / "state/state.safetensors")
     pick = lambda kind: {n.removeprefix(kind): p for n, p in tensors.items() if n.startswith(kind)}
     load_adapter(run, "generator", pick("ema."))
@@ -1508,14 +1557,21 @@ def load_init(run, folder):
     log(f"Stage {run.cfg.stage} starts from {folder}.")
 
 
-def load_state(run, folder):
-    """Resumes a run where a checkpoint left it. Raises UsageError if a setting that changes the result has changed."""
+@reads_checkpoint
+def check_settings(run, folder):
+    """Refuses to resume with other settings than a checkpoint's, if they change the result. Before a weight is loaded."""
     saved = json.loads((folder / "state/run.json").read_text())
     now, then = (dict(c, prompts=p) for c, p in ((dataclasses.asdict(run.cfg), run.prompt_hash), (saved["config"], saved["prompts"])))
     changed = [f"{n} {then.get(n)!r} -> {v!r}" for n, v in now.items() if n not in FREE_SETTINGS and then.get(n) != v]
     if changed and not run.cfg.force_resume:
         raise UsageError(f"{folder} was made with other settings ({'; '.join(changed)}): take those, or another --out, "
                          "or --force_resume.")
+
+
+@reads_checkpoint
+def load_state(run, folder):
+    """Resumes a run where a checkpoint left it."""
+    saved = json.loads((folder / "state/run.json").read_text())
     tensors = load_file(folder / "state/state.safetensors")
     pick = lambda kind: {n.removeprefix(kind): p for n, p in tensors.items() if n.startswith(kind)}
     for role, optimizer in run.optimizers.items():
@@ -1530,16 +1586,33 @@ def load_state(run, folder):
     log(f"Resumed {folder}: both adapters, both optimisers, the average; {run.done} iterations are done.")
 
 
-def claim(run):
-    """Makes the run folder and locks it: two runs that write to one folder would destroy each other's checkpoints."""
+@contextlib.contextmanager
+def claim(cfg):
+    """Makes the run folder and locks it: two runs that write to one folder would destroy each other's checkpoints.
+
+    Sweeps up what a killed run left half-written. A start that is refused leaves no new folder behind.
+    """
+    if cfg.dry_run or dist_info()[0] > 0:
+        yield
+        return
+    folder = Path(cfg.out) / f"stage{cfg.stage}"
     try:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        run.lock = open(run.folder / ".lock", "w")
-        fcntl.flock(run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        made = next((p for p in [*reversed(folder.parents), folder] if not p.exists()), None)
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for rest in [*folder.rglob(".*.partial")]:
+            shutil.rmtree(rest) if rest.is_dir() else rest.unlink(missing_ok=True)
     except BlockingIOError:
-        raise UsageError(f"Another run is writing to {run.folder}: wait for it, or take another --out.") from None
+        raise UsageError(f"Another run is writing to {folder}: wait for it, or take another --out.") from None
     except OSError as error:
-        raise UsageError(f"Cannot write to {run.folder} ({error.strerror}): choose another --out.") from None
+        raise UsageError(f"Cannot write to {folder} ({error.strerror}): choose another --out.") from None
+    try:
+        yield
+    finally:
+        lock.close()
+        if made and [p.name for p in folder.iterdir()] == [".lock"]:
+            shutil.rmtree(made)
 
 
 def prepare(cfg):
@@ -1547,30 +1620,37 @@ def prepare(cfg):
     rank, _, world = dist_info()
     if cfg.stage == 2 and cfg.groups % world:
         raise UsageError(f"--groups {cfg.groups} does not split over {world} processes: take {-(-cfg.groups // world) * world}.")
-    run = SimpleNamespace(cfg=cfg, folder=Path(cfg.out) / f"stage{cfg.stage}", done=0, ema_updates=0, bad=0, skipped=0,
-                          terms={}, costs={}, stop=False)
-    start = Path(cfg.init or Path(cfg.out) / "stage1")
-    init = find_checkpoint(start) if cfg.stage == 2 and not cfg.dry_run else None
-    if cfg.stage == 2 and not init and not cfg.dry_run:
-        raise UsageError(f"No stage-1 checkpoint at {start}: run --stage 1 with the same --out first, or give --init.")
-    run.prompts = read_prompts(cfg.prompts, cfg.seed)[:cfg.max_prompts]
+    run = SimpleNamespace(cfg=cfg, folder=Path(cfg.out) / f"stage{cfg.stage}", done=0, ema_updates=0, skipped=0,
+                          bad=dict(generator=0, fake=0), terms={}, stop=False)
+    own = TINY_REWARDS if cfg.model == "tiny" else ()
+    rewards, watched = parse_rewards(cfg.rewards, own), parse_rewards(cfg.watch, own) if cfg.watch else []
+    few = min(cfg.max_prompts, 64) if cfg.dry_run else cfg.max_prompts      # embeddings of 25,000 take an hour
+    run.prompts = ([f"prompt {i}" for i in range(8)] if cfg.random_weights else read_prompts(cfg.prompts, cfg.seed)[:few])
     run.prompt_hash = f"{len(run.prompts)} prompts, {key(run.prompts):016x}"
-    if rank == 0 and not cfg.dry_run:
-        claim(run)
-    run.device = cfg.device = start_processes(cfg.device)
+    found, init = None if cfg.dry_run else find_checkpoint(run.folder), None
+    if found:
+        check_settings(run, found)
+    elif cfg.stage == 2 and not cfg.dry_run:
+        start = Path(cfg.init or Path(cfg.out) / "stage1")
+        if not (init := find_checkpoint(start)):
+            raise UsageError(f"No stage-1 checkpoint at {start}: run --stage 1 with the same --out first, or give --init.")
+        check_init(run, init)
+    device = start_processes(cfg.device)
+    agree(run, found or init)
+    run.device = cfg.device = device
     run.backbone = load_backbone(cfg)
     run.roles = Roles(run.backbone, cfg)
     run.times = timestep_schedule(cfg.steps, run.backbone.shift)
     run.text = TextCache(run.backbone, Path(cfg.cache) / "text")
     run.text.prepare(run.prompts)
-    find = lambda name: load_reward(name, cfg, run.backbone.rewards)
-    run.rewards = {n: (find(n), w) for n, w in parse_rewards(cfg.rewards, run.backbone.rewards)} if cfg.stage == 2 else {}
-    run.watched = {n: find(n) for n in cfg.watch.split(",") if n}
+    find = lambda name: (eval_module().random_reward(name, cfg) if cfg.random_weights and name in REWARDS else
+                         load_reward(name, cfg, getattr(run.backbone, "rewards", None)))
+    run.rewards = {name: (find(name), weight) for name, weight in rewards} if cfg.stage == 2 else {}
+    run.watched = {name: find(name) for name, _ in watched}
     rates = dict(generator=(cfg.lr, cfg.weight_decay), fake=(cfg.lr_fake, 0.0))
     run.optimizers = {role: torch.optim.AdamW(run.roles.parameters(role), lr, betas=(0.9, 0.999), weight_decay=decay)
                       for role, (lr, decay) in rates.items()}
-    found = None if cfg.dry_run else find_checkpoint(run.folder)
-    if init and not found:
+    if init:
         load_init(run, init)
     run.ema = [p.detach().clone() for p in run.roles.parameters("generator")]
     if found:
@@ -1580,6 +1660,17 @@ def prepare(cfg):
     return run
 
 
+def agree(run, start):
+    """Refuses processes with other flags, prompts or another checkpoint to start from: their gradients would be added up
+    all the same. (Several nodes need one --out that all of them see.)"""
+    if dist.is_initialized():
+        mine, all_of = (dataclasses.asdict(run.cfg), run.prompt_hash, start and start.name), [None] * dist.get_world_size()
+        dist.all_gather_object(all_of, mine)
+        if any(other != mine for other in all_of):
+            raise UsageError("The processes differ in flags, prompts or the newest checkpoint: start all of them with one command, and "
+                             "give an --out that all nodes see.")
+
+
 def open_log(run):
     """The run folder begins with what made it: settings, versions, and this very file. metrics.jsonl loses the lines that
     a resumed run will write again."""
@@ -1587,10 +1678,10 @@ def open_log(run):
     facts = dict(config=dataclasses.asdict(run.cfg), versions=versions, processes=dist_info()[2], prompts=run.prompt_hash,
                  git=git_state(), device=torch.cuda.get_device_name() if "cuda" in run.device else run.device)
     write_atomic(run.folder / "run.json", json.dumps(facts, indent=1))
-    shutil.copy(__file__, run.folder / "rtdmd.py")
+    write_atomic(run.folder / "rtdmd.py", Path(__file__).read_bytes())
     path = run.folder / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    write_atomic(path, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["iteration"] <= run.done))
+    lines = re.findall(r'({"iteration": (\d+), .*}\n)', path.read_text(errors="replace") if path.exists() else "")
+    write_atomic(path, "".join(line for line, iteration in lines if int(iteration) <= run.done))
 
 
 def git_state():
@@ -1609,20 +1700,15 @@ def note(run, n, **values):
         run.terms[name] = (total + n * (value.detach() if torch.is_tensor(value) else value), count + n)
 
 
-def collect(run):
-    """This iteration's terms as floats, averaged over samples; over processes too, if all of them ask."""
-    return {n: float(total) / count for n, (total, count) in sorted(run.terms.items())}
-
-
 def gather(run):
-    """collect, over all processes."""
+    """This iteration's terms as floats, averaged over the samples of all processes."""
     sums = {n: (float(total), count) for n, (total, count) in run.terms.items()}
     parts = [sums]
     if dist.is_initialized():
         parts = [None] * dist.get_world_size()
         dist.all_gather_object(parts, sums)
-    run.terms = {n: tuple(map(sum, zip(*(p[n] for p in parts if n in p)))) for n in set().union(*parts)}
-    return collect(run)
+    pairs = {n: [p[n] for p in parts if n in p] for n in sorted(set().union(*parts))}
+    return {n: sum(total for total, _ in pair) / sum(count for _, count in pair) for n, pair in pairs.items()}
 
 
 def iterations(run):
@@ -1658,10 +1744,13 @@ def agreed(run):
 
 
 def watch_signals(run):
-    """SIGTERM and SIGINT end the run after this iteration, with a checkpoint and exit 0; a second one ends it at once."""
+    """SIGTERM and SIGINT end the run after this iteration, with a checkpoint and exit 0; a second SIGINT ends it at once.
+
+    A second SIGTERM does not: a cluster sends it to every process, and torchrun sends it on to its own.
+    """
     def handler(number, _):
         run.stop = True
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, handler)
     signal.signal(signal.SIGINT, handler)
 
@@ -1706,92 +1795,9 @@ def save_grid(path, images, columns):
     write_atomic(path, buffer.getvalue())
 
 
-@contextlib.contextmanager
 def phase(run, name):
-    """Adds up what a block costs in run.costs: seconds and forwards by role; in a dry run also FLOPs and the peak of bytes."""
-    cost = run.costs.setdefault(name, dict(seconds=0.0, tflop=0.0, peak_bytes=0, forwards={}))
-    before, start = dict(run.roles.forwards), time.perf_counter()
-    with CostMeter(run.device) if run.cfg.dry_run else contextlib.nullcontext() as meter:
-        yield
-    cost["seconds"] += time.perf_counter() - start
-    for role, n in run.roles.forwards.items():
-        if n > before.get(role, 0):
-            cost["forwards"][role] = cost["forwards"].get(role, 0) + n - before.get(role, 0)
-    if run.cfg.dry_run:
-        cost["tflop"] += meter.tflop
-        cost["peak_bytes"] = max(cost["peak_bytes"], meter.peak)
-
-
-class CostMeter:
-    """FLOPs and the peak of bytes inside a block. On a GPU the peak is the allocator's; elsewhere, on `meta` too, it counts
-    the activations that autograd keeps, each storage once, without parameters: what a GPU would hold beside the weights."""
-
-    def __init__(self, device):
-        from torch.utils.flop_counter import FlopCounterMode
-        self.cuda, self.now, self.peak, self.held = "cuda" in device, 0, 0, {}
-        self.flops = FlopCounterMode(display=False)
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda kept: kept())
-
-    def pack(self, tensor):
-        base = tensor if tensor._base is None else tensor._base
-        name = tensor.untyped_storage()._cdata
-        if isinstance(base, nn.Parameter):
-            return lambda: tensor
-        self.held[name] = self.held.get(name, 0) + 1
-        size = tensor.untyped_storage().nbytes()
-        self.now += size if self.held[name] == 1 else 0
-        self.peak = max(self.peak, self.now)
-        kept = lambda: tensor
-        weakref.finalize(kept, self.release, name, size)                    # when autograd lets go of it
-        return kept
-
-    def release(self, name, size):
-        self.held[name] -= 1
-        self.now -= size if self.held[name] == 0 else 0
-
-    def __enter__(self):
-        if self.cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-        self.hooks.__enter__()
-        self.flops.__enter__()
-        return self
-
-    def __exit__(self, *error):
-        self.flops.__exit__(*error)
-        self.hooks.__exit__(*error)
-        self.tflop = self.flops.get_total_flops() / 1e12
-        if self.cuda:
-            torch.cuda.synchronize()
-            self.peak = torch.cuda.max_memory_allocated()
-
-
-def report_costs(run):
-    """The table of --dry_run, and OUT/stageN/dry_run.json."""
-    cfg, N = run.cfg, run.cfg.dry_run
-    samples = (cfg.batch if cfg.stage == 1 else cfg.groups * cfg.group_size) / dist_info()[2]
-    base = {p.untyped_storage()._cdata: p.nbytes for net in run.roles.nets.values() for p in [*net.parameters(), *net.buffers()]}
-    lora = sum(p.nbytes for role in run.optimizers for p in run.roles.parameters(role))
-    weights = dict(base=sum(base.values()) - lora, adapters=lora, gradients=lora // 2, adam=2 * lora, ema=lora // 2)
-    phases = {n: dict(seconds=c["seconds"] / N, tflop_per_sample=c["tflop"] / N / samples, peak_bytes=c["peak_bytes"],
-                      forwards={role: f / N / samples for role, f in c["forwards"].items()}) for n, c in run.costs.items()}
-    total = {n: sum(p[n] for p in phases.values()) for n in ("seconds", "tflop_per_sample")}
-    total["forwards"] = sum(sum(p["forwards"].values()) for p in phases.values())
-    peak = max(p["peak_bytes"] for p in phases.values()) + (0 if "cuda" in run.device else sum(weights.values()))
-    lines = [f"{'phase':10} {'seconds':>9} {'share':>6} {'TFLOP/sample':>13} {'TFLOP/s':>8} {'peak GB':>8}  forwards per sample"]
-    for name, p in phases.items():
-        rate = p["tflop_per_sample"] * samples / max(p["seconds"], 1e-9)
-        lines.append(f"{name:10} {p['seconds']:9.2f} {p['seconds'] / total['seconds']:6.0%} {p['tflop_per_sample']:13.2f} {rate:8.1f} "
-                     f"{p['peak_bytes'] / 1e9:8.2f}  " + ", ".join(f"{n:.2f} {role}" for role, n in p["forwards"].items()))
-    lines += [f"One iteration, {samples:g} samples a process: {total['seconds']:.1f} s, {samples / total['seconds']:.3g} samples/s, "
-              f"{total['tflop_per_sample']:.1f} TFLOP a sample; {cfg.iterations} iterations: {total['seconds'] * cfg.iterations / 3600:.1f} h.",
-              f"Weights GB: {', '.join(f'{n} {size / 1e9:.2f}' for n, size in weights.items())}. Peak {peak / 1e9:.2f} GB "
-              + ("(allocator)." if "cuda" in run.device else "(weights and kept activations, counted).")]
-    log("\n".join(lines))
-    result = dict(tflop_per_sample=total["tflop_per_sample"], forwards=total["forwards"], seconds=total["seconds"], peak_bytes=peak,
-                  weight_bytes=weights["base"], bytes=weights, phases=phases, samples=samples, config=dataclasses.asdict(cfg))
-    if dist_info()[0] == 0:
-        write_atomic(run.folder / "dry_run.json", json.dumps(result, indent=1))
+    """A named part of an iteration. It costs nothing, but in a dry run eval.py's meter counts what happens inside."""
+    return eval_module().CostMeter(run, name) if run.cfg.dry_run else contextlib.nullcontext()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1888,8 +1894,9 @@ def update_fake(run, it, u, x_s, s, k, prompts, ids, total):
             else:                                                           # App. F: t' = t_k, t'' = t_{k+1}
                 x_t, t, t_next = x, s_x.clamp_min(1e-6), level(run.times[(k[rows] + 1).clamp_max(cfg.steps)], x)
                 v = fake(x_t, t)
-            consistency = consistency_loss(fake, x_t, v, t, t_next, n_1, n_2, cfg.kernel, cfg.eta)
-            loss = loss + cfg.gamma * consistency                           # Eq. 12
+            early = lambda half, dsm=loss: ((dsm + cfg.gamma * half) * len(x) / total).backward()       # Eq. 12
+            consistency = consistency_loss(fake, x_t, v, t, t_next, n_1, n_2, cfg.kernel, cfg.eta, early=early)
+            loss = cfg.gamma * consistency
             note(run, len(x), consistency=consistency)
         (loss * len(x) / total).backward()
     optimizer_step(run, "fake")
@@ -1993,12 +2000,14 @@ def judge_groups(run, b):
     Every process sees all rewards: for the global std, and for one log.
     """
     cfg, (rank, _, world) = run.cfg, dist_info()
-    parts = chunks(len(b.ids), 4 * cfg.micro_batch)
-    images = [run.backbone.decode(b.states[-1][rows]) for rows in parts]
+    values = {name: [] for name in run.rewards}
+    for rows in chunks(len(b.ids), 4 * cfg.micro_batch):                    # all images at once would be gigabytes
+        images = run.backbone.decode(b.states[-1][rows])
+        for name, (reward, _) in run.rewards.items():
+            values[name].append(score(reward, images, b.prompts[rows]))
     b.advantages, b.scales, b.old = 0.0, {}, torch.zeros(len(b.ids), cfg.subset_size, device=run.device)
-    for name, (reward, weight) in run.rewards.items():
-        mine = torch.cat([score(reward, image, b.prompts[rows]) for image, rows in zip(images, parts)])
-        rewards = gather_groups(mine.view(-1, cfg.group_size))
+    for name, (_, weight) in run.rewards.items():
+        rewards = gather_groups(torch.cat(values[name]).view(-1, cfg.group_size))
         scale = reward_scale(rewards, cfg.advantage_std, cfg.std_floor).expand(rewards.shape)
         advantages = group_advantages(rewards, cfg.advantage_std, cfg.std_floor)
         b.scales[name] = scale[rank::world].flatten()
@@ -2130,14 +2139,19 @@ def parse_flags(argv):
 def main(argv=None):
     """One stage, from the command line."""
     try:
-        run = prepare(resolve(parse_flags(argv)))
-        watch_signals(run)
-        (stage1 if run.cfg.stage == 1 else stage2)(run)
-        if run.cfg.dry_run:
-            report_costs(run)
+        cfg = resolve(parse_flags(argv))
+        with claim(cfg):
+            run = prepare(cfg)
+            watch_signals(run)
+            (stage1 if cfg.stage == 1 else stage2)(run)
+            if cfg.dry_run:
+                eval_module().report_costs(run)
     except UsageError as error:
         print(f"rtdmd: {error}", file=sys.stderr)
         sys.exit(error.code)
+    except OSError as error:                                                # a disk is full, a folder vanished
+        print(f"rtdmd: {error}: mend that, and the same command goes on from the newest checkpoint.", file=sys.stderr)
+        sys.exit(2)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -2155,6 +2169,7 @@ SHAPES = ("circle", "square", "triangle")
 RELATIONS = {"above": (1, 0), "below": (1, 1), "left of": (2, 0), "right of": (2, 1)}      # layout, does order swap
 WORDS = ["<pad>", *COLOURS, *SHAPES, *RELATIONS]
 TINY_TOKENS, TINY_WIDTH, TINY_SIDE = 6, 64, 12
+TINY_REWARDS = ("attributes", "strict", "heldout")
 
 
 def tiny_captions(held_out=False):
@@ -2339,13 +2354,15 @@ class TinyBackbone:
             train_tiny_teacher(net, text, cfg.tiny_steps, seed=3)
             write_atomic(path, safetensors_bytes({n: p.contiguous() for n, p in parts.state_dict().items()}))
         barrier()
-        parts.load_state_dict(load_file(path))
+        try:
+            parts.load_state_dict(load_file(path))
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise UsageError(f"{path} is damaged ({type(error).__name__}): delete it, and the tiny world is made anew.") from error
         parts.to(cfg.device).eval().requires_grad_(False)
         self.nets, self.text, self.judges = {"generator": net, "score": net}, text, {"reward": A, "heldout": B}
         self.base = self.text_key = path.stem
         self.lora_targets = attention_linears(net)
-        self.rewards = {"attributes": TinyReward("attributes", A, 0), "strict": TinyReward("strict", A, 1),
-                        "heldout": TinyReward("heldout", B, 0)}
+        self.rewards = {n: TinyReward(n, judge, output) for n, judge, output in zip(TINY_REWARDS, (A, A, B), (0, 1, 0))}
 
     def encode(self, prompts):
         device = self.text.places.device
