@@ -991,8 +991,8 @@ class Flags:
     compare: str = rtdmd.opt("", "two report.json, A,B: differences B - A with paired standard errors")
     prompt: str = rtdmd.opt("", "only make one picture of this prompt")
     metrics: str = rtdmd.opt("", "names, comma separated; default: the model's own")
-    nfe: int = rtdmd.opt(4, "steps")
-    eta: float = rtdmd.opt(0.9, "CPS randomness of the student (paper 4.1)")
+    nfe: int = rtdmd.opt(0, "steps; default: the checkpoint's, else 4")
+    eta: float = rtdmd.opt(-1.0, "CPS randomness of the student; default: the checkpoint's, else 0.9 (paper 4.1)")
     cfg: float = rtdmd.opt(1.0, "guidance weight of --teacher")
     per_prompt: int = rtdmd.opt(0, "pictures per prompt; default 1, tiny 8")
     max_prompts: int = rtdmd.opt(1000, "prompts taken from the set")
@@ -1016,6 +1016,7 @@ def parse(argv):
     given = vars(parser.parse_args(argv))
     cfg = rtdmd.resolve({n: v for n, v in given.items() if n in MODEL_FLAGS})
     flags = Flags(**{n: v for n, v in given.items() if n not in MODEL_FLAGS})
+    flags.given = set(given)
     tiny = cfg.model == "tiny"
     if tiny and "prompts" not in given:
         cfg.prompts = "tiny-test"
@@ -1024,8 +1025,9 @@ def parse(argv):
     own = DEFAULT_METRICS.get(cfg.model if not flags.images else "", "clipscore,aesthetic,pickscore,hpsv2,imagereward")
     flags.metrics = flags.metrics or own
     flags.out = flags.out or flags.run or "runs/eval"
-    if min(flags.nfe, flags.per_prompt, flags.batch, flags.max_prompts) < 1 or not 0 <= flags.eta <= 1:
-        raise UsageError("--nfe, --per_prompt, --batch and --max_prompts must be at least 1, and --eta must lie in [0, 1].")
+    wrong = [n for n in ("nfe", "per_prompt", "batch", "max_prompts") if n in given and given[n] < 1]
+    if wrong or "eta" in given and not 0 <= flags.eta <= 1:
+        raise UsageError(f"--{wrong[0]} must be at least 1." if wrong else "--eta must lie in [0, 1].")
     if not any((flags.lora, flags.run, flags.teacher, flags.images, flags.compare, flags.prompt)):
         raise UsageError("Say what to evaluate: --lora DIR, --run DIR, --teacher, --images DIR, --compare A,B or --prompt TEXT.")
     return flags, cfg
@@ -1042,20 +1044,28 @@ def checkpoint_at(path):
 
 
 def plan(flags, cfg):
-    """The rows of the table: {name: dict(role, nfe, eta, guidance, lora)}. Student and teacher start from the same noise."""
-    student, teacher = dict(role="generator", nfe=flags.nfe, eta=flags.eta, guidance=1.0), dict(role="teacher", nfe=50, eta=0.0, lora=None)
+    """The rows of the table: {name: dict(role, nfe, eta, guidance, lora)}. Student and teacher start from the same noise; a
+    checkpoint is sampled as it was trained unless a flag says otherwise. Sets cfg.resolution likewise."""
+    def student(lora=None):
+        info = rtdmd.load_lora(lora)[1] if lora else {}
+        if "resolution" not in flags.given:
+            cfg.resolution = info.get("resolution", cfg.resolution)
+        return dict(role="generator", nfe=flags.nfe or info.get("steps", 4), guidance=1.0, lora=lora,
+                    eta=flags.eta if flags.eta >= 0 else info.get("eta", 0.9))
+
+    def teacher(nfe, guidance):
+        return dict(role="teacher", nfe=nfe, eta=0.0, guidance=guidance, lora=None)
     rows = {}
     if flags.run:
-        rows = {"teacher": dict(teacher, guidance=1.0), "teacher_cfg": dict(teacher, guidance=cfg.guidance),
-                "student_init": dict(student, lora=None)}
+        rows = {"teacher": teacher(50, 1.0), "teacher_cfg": teacher(50, cfg.guidance), "student_init": student()}
         for stage in ("stage1", "stage2"):
             if rtdmd.list_checkpoints(Path(flags.run) / stage):
-                rows[stage] = dict(student, lora=checkpoint_at(Path(flags.run) / stage))
+                rows[stage] = student(checkpoint_at(Path(flags.run) / stage))
     if flags.teacher:
-        rows["teacher"] = dict(teacher, nfe=flags.nfe, guidance=flags.cfg)
+        rows["teacher"] = teacher(flags.nfe or 50, flags.cfg)
     if flags.lora:
-        rows[Path(flags.lora).name] = dict(student, lora=checkpoint_at(flags.lora))
-    return rows or {"student_init": dict(student, lora=None)}
+        rows[Path(flags.lora).name] = student(checkpoint_at(flags.lora))
+    return rows or {"student_init": student()}
 
 
 class Sampler:

@@ -82,6 +82,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -1323,6 +1324,7 @@ class Roles:
         unique = list(dict.fromkeys(self.nets.values()))
         for net in unique:
             net.requires_grad_(False)
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two adapters are what we want
         for role in ("generator", "fake"):
             torch.manual_seed(key(cfg.seed, "lora", role))                  # the same A on every process; B is 0
             self.nets[role].add_adapter(LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, init_lora_weights="gaussian",
