@@ -1623,7 +1623,7 @@ def prepare(cfg):
     if cfg.stage == 2 and cfg.groups % world:
         raise UsageError(f"--groups {cfg.groups} does not split over {world} processes: take {-(-cfg.groups // world) * world}.")
     run = SimpleNamespace(cfg=cfg, folder=Path(cfg.out) / f"stage{cfg.stage}", done=0, ema_updates=0, skipped=0,
-                          bad=dict(generator=0, fake=0), terms={}, stop=False)
+                          bad=dict(generator=0, fake=0), terms={}, stop=False, board=None)
     own = TINY_REWARDS if cfg.model == "tiny" else ()
     rewards, watched = parse_rewards(cfg.rewards, own), parse_rewards(cfg.watch, own) if cfg.watch else []
     few = min(cfg.max_prompts, 64) if cfg.dry_run else cfg.max_prompts      # embeddings of 25,000 take an hour
@@ -1684,6 +1684,9 @@ def open_log(run):
     path = run.folder / "metrics.jsonl"
     lines = re.findall(r'({"iteration": (\d+), .*}\n)', path.read_text(errors="replace") if path.exists() else "")
     write_atomic(path, "".join(line for line, iteration in lines if int(iteration) <= run.done))
+    with contextlib.suppress(ImportError):                                  # the same numbers as curves, if it is installed
+        from torch.utils.tensorboard import SummaryWriter
+        run.board = SummaryWriter(run.folder / "tensorboard", purge_step=run.done + 1)
 
 
 def git_state():
@@ -1763,6 +1766,8 @@ def record(run, row):
     if dist_info()[0] == 0:
         with open(run.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
+        for name, value in row.items() if run.board else ():
+            run.board.add_scalar(name, value, row["iteration"])
     show = [n for n in row if n in ("dm", "dsm", "grad_generator") or n.startswith(("reward_", "watch_"))]
     return " ".join(f"{n} {row[n]:.3g}" for n in show)
 
