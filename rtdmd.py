@@ -1762,7 +1762,7 @@ def watch_signals(run):
 
 def record(run, row):
     """Appends one JSON object to metrics.jsonl; returns the few numbers that tell a healthy run from a sick one."""
-    row = {n: v if isinstance(v, int) else float(f"{v:.6g}") for n, v in row.items()}
+    row = {n: float(f"{v:.6g}") if isinstance(v, float) else v for n, v in row.items() if math.isfinite(v)}
     if dist_info()[0] == 0:
         with open(run.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")

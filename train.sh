@@ -26,6 +26,9 @@ if [ "$processes" -gt 1 ] || [ "${NNODES:-1}" -gt 1 ]; then
          --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-29500}")
 fi
 
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}    # seconds that a signalled stage has to save
+trap 'exit 143' TERM                                                            # a stage that was stopped exits with 0:
+trap 'exit 130' INT                                                             # do not go on with the next one
 timed() {
     local start=$SECONDS label=$1
     shift
