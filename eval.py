@@ -7,14 +7,17 @@ at small size; the classmethod `load(cfg)` takes the real ones from --weights_di
 """
 import argparse
 import ast
+import contextlib
 import dataclasses
 import gc
 import importlib.metadata
 import importlib.util
+import io
 import json
 import math
 import random
 import re
+import subprocess
 import sys
 import time
 import weakref
@@ -990,6 +993,9 @@ class Flags:
     images: str = rtdmd.opt("", "folder of pictures to score; metadata.jsonl (file_name, prompt) or the names give the prompts")
     compare: str = rtdmd.opt("", "two report.json, A,B: differences B - A with paired standard errors")
     prompt: str = rtdmd.opt("", "only make one picture of this prompt")
+    ablations: bool = rtdmd.opt(False, "the paper's questions on the tiny world; goes on where it was stopped")
+    seeds: int = rtdmd.opt(5, "seeds of --ablations")
+    only: str = rtdmd.opt("", "rows of --ablations whose name, such as 'stage 2: SubGRPO M=2', contains this")
     metrics: str = rtdmd.opt("", "names, comma separated; default: the model's own")
     nfe: int = rtdmd.opt(0, "steps; default: the checkpoint's, else 4")
     eta: float = rtdmd.opt(-1.0, "CPS randomness of the student; default: the checkpoint's, else 0.9 (paper 4.1)")
@@ -1014,12 +1020,12 @@ def parse(argv):
         kind = dict(action="store_true") if isinstance(field.default, bool) else dict(type=type(field.default), metavar="")
         parser.add_argument(f"--{field.name}", help=f"{field.metadata['help']} [{field.default}]".replace("%", "%%"), **kind)
     given = vars(parser.parse_args(argv))
-    cfg = rtdmd.resolve({n: v for n, v in given.items() if n in MODEL_FLAGS})
+    cfg = rtdmd.resolve({**settings_of(given.get("run", "")), **{n: v for n, v in given.items() if n in MODEL_FLAGS}})
     flags = Flags(**{n: v for n, v in given.items() if n not in MODEL_FLAGS})
     flags.given = set(given)
     tiny = cfg.model == "tiny"
-    if tiny and "prompts" not in given:
-        cfg.prompts = "tiny-test"
+    if "prompts" not in given:
+        cfg.prompts = "tiny-test" if tiny else "drawbench"
     flags.per_prompt = flags.per_prompt or (8 if tiny else 1)
     flags.batch = 128 if tiny and "batch" not in given else flags.batch
     own = DEFAULT_METRICS.get(cfg.model if not flags.images else "", "clipscore,aesthetic,pickscore,hpsv2,imagereward")
@@ -1028,9 +1034,16 @@ def parse(argv):
     wrong = [n for n in ("nfe", "per_prompt", "batch", "max_prompts") if n in given and given[n] < 1]
     if wrong or "eta" in given and not 0 <= flags.eta <= 1:
         raise UsageError(f"--{wrong[0]} must be at least 1." if wrong else "--eta must lie in [0, 1].")
-    if not any((flags.lora, flags.run, flags.teacher, flags.images, flags.compare, flags.prompt)):
+    if not any((flags.ablations, flags.lora, flags.run, flags.teacher, flags.images, flags.compare, flags.prompt)):
         raise UsageError("Say what to evaluate: --lora DIR, --run DIR, --teacher, --images DIR, --compare A,B or --prompt TEXT.")
     return flags, cfg
+
+
+def settings_of(run):
+    """What a run folder's own run.json says about its model: --run needs no second list of the training's flags."""
+    found = [path for path in (Path(run) / "stage1/run.json", Path(run) / "stage2/run.json") if run and path.exists()]
+    config = json.loads(found[0].read_text())["config"] if found else {}
+    return {n: v for n, v in config.items() if n in (*MODEL_FLAGS, "guidance") and n not in ("device", "prompts")}
 
 
 def checkpoint_at(path):
@@ -1565,10 +1578,95 @@ def cost_lines(run, phases, total, weights, samples):
            f"{total['peak_bytes'] / 1e9:.3g} GB ({'allocator' if 'cuda' in run.device else 'counted, not measured'}).")
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# The paper's questions, asked on the tiny world (bash train.sh ablations)
+# ----------------------------------------------------------------------------------------------------------------------
+
+# question: {row: flags}. Rows of stage 2 start from the stage-1 student BASE of their seed.
+BASE = "base (gamma .01)"
+STAGE1_ROWS = {
+    "Table 3: the consistency term": {BASE: "", "gamma 0 (A-DMD)": "--gamma 0", "gamma .1": "--gamma .1",
+                                      "gamma 1": "--gamma 1", "gamma 1, kernel cps": "--gamma 1 --kernel cps",
+                                      "gamma 1, App. F's times": "--gamma 1 --consistency_times schedule"},
+    "Figure 5: randomness of the sampler": {"eta 0": "--eta 0", "eta .5": "--eta .5", "eta .8": "--eta .8", "eta 1": "--eta 1",
+                                            "eta 1, DMD2's re-noising": "--eta 1 --renoise dmd2"},
+    "DEPARTURE 1: the re-noising std": {"the paper's (t-s)/(1-s)": "--renoise paper"},
+    "A fake score that lags (1 update at lr 3e-4)": {"gamma 0": "--fake_updates 1 --lr_fake 3e-4 --gamma 0",
+                                                     "gamma .01": "--fake_updates 1 --lr_fake 3e-4",
+                                                     "gamma 1": "--fake_updates 1 --lr_fake 3e-4 --gamma 1"},
+}
+STAGE2_ROWS = {
+    "Table 4: the hybrid policy gradient": {"DM only": "--no_policy --no_det", "naive GRPO": "--subset_size 3 --no_det",
+                                            "SubGRPO M=1": "--subset_size 1 --no_det", "SubGRPO M=2": "--no_det",
+                                            "pathwise only": "--no_policy", "base (SubGRPO M=2 + pathwise)": "",
+                                            "SubGRPO M=1 + pathwise": "--subset_size 1", "base without DM": "--no_dmd"},
+    "Table 5: a reward without gradient": {"strict, DM only": "--rewards strict=1 --no_policy",
+                                           "strict, naive GRPO": "--rewards strict=1 --subset_size 3",
+                                           "strict, SubGRPO M=2": "--rewards strict=1"},
+    "Departures 7, 12, 13": {"log-prob as released": "--log_prob unscaled --no_det", "std over all prompts": "--advantage_std global",
+                             "no std (leave one out)": "--advantage_std none", "shared x_{t_0}": "--share_initial",
+                             "independent noise outside S": "--independent_noise", "DM at the last step only": "--dm_steps last"},
+}
+
+
+def ablations(flags, cfg):
+    """Trains and evaluates every row above for every seed, and prints mean and standard error over seeds.
+
+    A row that is done is not done again: stop it whenever you like. OUT/NAME.json has one result, OUT/table.md all.
+    """
+    out = Path(flags.out if flags.out != "runs/eval" else "runs/ablations")
+    seeds = range(flags.seeds)
+    questions = [(1, *question) for question in STAGE1_ROWS.items()] + [(2, *question) for question in STAGE2_ROWS.items()]
+    jobs = [(stage, row, options, seed) for seed in seeds for stage, _, rows in questions for row, options in rows.items()]
+    jobs = [job for job in jobs if not flags.only or flags.only in f"stage {job[0]}: {job[1]}" or job[:2] == (1, BASE)]
+    for job in rtdmd.progress(jobs, len(jobs), "ablations"):
+        if not result_of(out, job[0], job[1], job[3]).exists():
+            ablation(out, cfg, *job)
+    tables = [f"### {name}\n\n{ablation_table(out, stage, rows, seeds)}" for stage, name, rows in questions]
+    rtdmd.write_atomic(out / "table.md", "\n\n".join(tables) + "\n")
+    print("\n\n".join(tables))
+
+
+def result_of(out, stage, row, seed):
+    """The file of one row's result; its folder has the same name without .json."""
+    return out / (re.sub(r"[^a-z0-9.]+", "_", f"stage{stage} {row} {seed}".lower()) + ".json")
+
+
+def ablation(out, cfg, stage, row, options, seed):
+    """One row for one seed: trains it, evaluates it, writes its result."""
+    target = result_of(out, stage, row, seed)
+    folder, world = target.with_suffix(""), ["--cache", cfg.cache, "--tiny_steps", str(cfg.tiny_steps), "--device", cfg.device]
+    command = [sys.executable, rtdmd.__file__, "--stage", str(stage), "--out", str(folder), "--seed", str(seed), "--keep", "1",
+               "--sample_every", "100000", *world, *options.split()]
+    if stage == 2:
+        command += ["--init", str(result_of(out, 1, BASE, seed).with_suffix("") / "stage1")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise UsageError(f"The ablation {row!r} failed: {done.stderr.strip().splitlines()[-1]}")
+    with contextlib.redirect_stdout(io.StringIO()):
+        main(["--lora", str(folder / f"stage{stage}"), "--out", str(folder), *world])
+    row, = json.loads((folder / "report.json").read_text())["rows"].values()
+    rtdmd.write_atomic(target, json.dumps(row))
+
+
+def ablation_table(out, stage, rows, seeds):
+    """Markdown: mean +- standard error over the seeds that are done."""
+    columns = DEFAULT_METRICS["tiny"].split(",")
+    lines = ["| | seeds | " + " | ".join(TINY_COLUMNS[m] for m in columns) + " |", "|---|" + "---|" * (len(columns) + 1)]
+    for row in rows:
+        files = [result_of(out, stage, row, seed) for seed in seeds]
+        results = [json.loads(file.read_text()) for file in files if file.exists()]
+        cells = [number(*mean_and_error([r[m] for r in results], 1)) if results else "" for m in columns]
+        lines.append(f"| {row} | {len(results)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main(argv=None):
     try:
         flags, cfg = parse(argv)
-        if flags.compare:
+        if flags.ablations:
+            ablations(flags, cfg)
+        elif flags.compare:
             compare(flags.compare)
         elif flags.images:
             score_folder(flags, cfg)

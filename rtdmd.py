@@ -18,11 +18,13 @@ Map      2.1 flow algebra             x0_from_velocity, eps_from_velocity, score
                                       pathwise_loss
          App. I Algorithm 1           stage1, stage2
 
-Symbols  theta generator | psi frozen teacher | phi fake score | steps k = 1..K | t_k noise level, t_0 = 1, t_K = 0
+Symbols  theta generator | psi frozen teacher, with guidance w | phi fake score | steps k = 1..K | t_k noise level
+         (t_0 = 1, t_K = 0)
          x_s boundary state, s = t_k | t in [s, 1] the level it is re-noised to | a, kappa signal and noise of that
          v = E[eps - x_0 | x_t] | h(x, t) = x - t v x-prediction | S chosen stochastic steps, |S| = M | N group size
          A advantage | beta reward strength: the target is p_psi exp(beta r) / Z (Eq. 6), so the gradient is the
-         distribution matching (DM) term minus beta times the gradient of the expected reward (Eq. 7)
+         distribution matching (DM) term minus beta times the gradient of the expected reward (Eq. 7). In practice DM
+         is divided by its own size and a reward by its std: beta is a relative weight, not that exponent
 
 DEPARTURES from the paper and from its released code. Each has a test that shows it in numbers.
  1. Re-noising std is kappa = sqrt(t^2 - a^2 s^2). The paper's (t-s)/(1-s) (Eq. 8, App. B) adds standard deviations,
@@ -33,7 +35,7 @@ DEPARTURES from the paper and from its released code. Each has a test that shows
  3. The reverse kernel of Eqs. 11 and 22 is the Gaussian posterior: with the true score the loss vanishes like
     (t' - t'')^4. With a fixed eta = .9 (released; --kernel cps) it stays, and pulls the fake score off the truth.
  4. t' is the re-noising time and t'' lies within --delta below it and above s, "close" as 3.1 asks. App. F's
-    t'' = t_{k+1} (--consistency_times schedule) is outside [t_k, 1], where the fake score of step k never trains.
+    t'' = t_{k+1} (--consistency_times schedule) is outside [t_k, 1], where states of step k never train it.
  5. The fake loss is in velocity form, divided by the variance of its target: Eq. 5 at s = 0, of order one everywhere
     else, at t = s and t = 1 too. The released weight min(1, 10 kappa^2) is not Eq. 5 at s = 0.
  6. The generator's gradient is the difference of the boundary means E[x_s | x_t] under the two scores, over the mean
@@ -47,8 +49,9 @@ DEPARTURES from the paper and from its released code. Each has a test that shows
 10. S is drawn for every prompt, as Algorithm 1 says; the released code draws one per iteration.
 11. Eqs. 15 and 17 share units. Each reward is divided by the same std in both, and all of Eq. 18 is a mean over
     dimensions. Otherwise the two reward terms change their balance with resolution and with each reward's unit.
-12. Unscaled advantages compare with the mean of the others (N/(N-1)), or the stochastic term would be short by
-    (N-1)/N against the pathwise one; scaled ones have a floor under the std, or a group without differences is noise.
+12. Unscaled advantages (--advantage_std none) compare with the mean of the others (N/(N-1)): a mean that contains r_i
+    makes the stochastic term short by (N-1)/N against the pathwise one. Scaled ones follow App. H, that flaw included,
+    and have a floor under the std, or a group without differences becomes noise.
 13. Distribution matching in stage 2 acts on all steps in equal parts, at no extra generator forward, and the fake
     score trains on all boundary states. The released code does both at the last step only (--dm_steps last).
 14. Adapters, gradients, Adam and EMA are fp32: a step of 1e-6 does not exist in bf16. Stage 2 goes on with stage 1's
@@ -57,6 +60,8 @@ DEPARTURES from the paper and from its released code. Each has a test that shows
 16. k is stratified: each iteration trains every step on an equal share of its samples.
 17. Levels are drawn inside (s, 1), not clamped into it. Clamping t at .98 (released) puts 62 % of FLUX.2's
     first-step draws on that single level.
+18. One fake score serves all k, here and in the released code: at t it learns the mixture of the step-k laws with
+    t_k < t, which is each p^(k) of Eq. 9 only where they agree. Conditioning it on k would remove this.
 """
 
 from __future__ import annotations
@@ -124,8 +129,8 @@ class Config:
     # ---- What to run
     stage: int = opt(1, "1 distils (AC-DMD), 2 reinforces (hybrid policy gradient)", (1, 2))
     model: str = opt("tiny", "backbone: tiny, sd3m, sd35m, flux2-4b, flux2-9b")
-    recipe: str = opt("paper", "named set of differences from these defaults, see RECIPES")
-    out: str = opt("runs/tiny", "run folder; stage 1 and stage 2 share it")
+    recipe: str = opt("paper", "named set of differences from these defaults: paper, official")
+    out: str = opt("runs/MODEL", "run folder; stage 1 and stage 2 share it")
     init: str = opt("", "stage 2: checkpoint of stage 1 to start from (default: the newest under --out)")
     iterations: int = opt(0, "generator updates; 0: the stage's own number (paper 4.1: 1500, then 1000)")
     seed: int = opt(0, "the only source of randomness")
@@ -139,12 +144,12 @@ class Config:
     weights_dir: str = opt("", "folder searched for reward checkpoints before the hub (offline clusters)")
     resolution: int = opt(512, "pixels, width and height (paper 4.1; its Table 1 uses 1024)")
     text_length: int = opt(0, "tokens of the long text encoder; 0: the stock pipeline's (SD3 256, FLUX.2 512)")
-    guidance: float = opt(1.0, "classifier-free guidance weight of the teacher (released configurations)")
+    guidance: float = opt(1.0, "w of the teacher; the model's own: 7, 4.5, 4 (released), tiny 1.5")
     dtype: str = opt("", "of the frozen network; default: bf16 on cuda, fp32 on cpu", ("", "bf16", "fp32"))
     lora_rank: int = opt(64, "r (paper 4.1)")
     lora_alpha: int = opt(32, "alpha (paper 4.1): the update is scaled by alpha / r")
     checkpointing: bool = opt(False, "recompute the network's activations in the backward pass: less memory, slower")
-    vae_checkpointing: bool = opt(True, "the same for the VAE decoder in the pathwise term, where it is cheap")
+    no_vae_checkpointing: bool = opt(False, "keep the VAE decoder's activations in the pathwise term: faster, gigabytes")
     compile: bool = opt(False, "torch.compile the network (worth it on a GPU, after some minutes of compilation)")
     # ---- Sampler (App. C)
     steps: int = opt(4, "K (paper 3.1)")
@@ -153,7 +158,7 @@ class Config:
     gamma: float = opt(0.01, "weight of the consistency term in Eq. 12 (paper 4.1); 0 is A-DMD")
     kernel: str = opt("posterior", "reverse kernel of Eq. 11; cps: fixed eta, as released", ("posterior", "cps"))
     consistency_times: str = opt("local", "t'' within delta of t'; schedule: App. F's t_{k+1}", ("local", "schedule"))
-    delta: float = opt(0.1, "largest t' - t'' of the consistency term, in noise level")
+    delta: float = opt(0.1, "largest t' - t'' of the consistency term, in noise level (ours; released: 0.2)")
     renoise: str = opt("markov", "std of Eq. 8: sqrt(t^2 - a^2 s^2); paper prints (t-s)/(1-s); dmd2 re-noises "
                        "the x-prediction over [0, 1] (App. K)", ("markov", "paper", "dmd2"))
     batch: int = opt(72, "boundary states per update, over all processes (released: 9 x 8 GPUs)")
@@ -174,17 +179,17 @@ class Config:
     no_dmd: bool = opt(False, "ablation: no distribution matching in stage 2")
     advantage_std: str = opt("group", "divide rewards by their std over the group, over all, or not at all",
                              ("group", "global", "none"))
-    std_floor: float = opt(1e-4, "least std that a reward is divided by, in units of the reward")
+    std_floor: float = opt(1e-4, "least std that a reward is divided by, in its own units (ours)")
     clip: float = opt(1e-5, "PPO clip on the ratio of mean-over-dimension likelihoods (App. J)")
     log_prob: str = opt("exact", "unscaled drops 1 / (2 std^2), as released", ("exact", "unscaled"))
-    dm_steps: str = opt("all", "steps that stage 2's matching term draws from; last: as released", ("all", "last"))
+    dm_steps: str = opt("all", "steps k of stage 2's matching term and fake score; last: as released", ("all", "last"))
     inner_epochs: int = opt(1, "generator updates per rollout; the ratio is exactly 1 in the first")
     # ---- Optimisation (App. J)
     lr: float = opt(0.0, "generator; 0: the stage's own (3e-5 or 1e-6, then 3e-6)")
     lr_fake: float = opt(0.0, "fake score; 0: the stage's own (3e-5; FLUX.2 1e-6)")
     weight_decay: float = opt(0.0, "AdamW's, generator (released stage 2: 1e-4)")
     grad_clip: float = opt(1.0, "gradient norm, per adapter (released)")
-    ema: float = opt(0.95, "decay per generator update of the exported weights")
+    ema: float = opt(0.95, "decay per generator update of the exported weights (ours; released: .904, then .81)")
     micro_batch: int = opt(1, "samples per pass with gradient, per process: the memory knob, changes nothing else")
     max_bad_steps: int = opt(5, "stop after so many non-finite updates in a row")
     # ---- Records
@@ -205,7 +210,7 @@ MODELS = {
              "watch": "heldout", "lora_rank": 32, "lora_alpha": 16, "ema": 0.97, "std_floor": 0.05,
              1: dict(iterations=150, lr=1e-3, lr_fake=1e-3, fake_updates=3, batch=48),
              # The DM gradient is divided by its own size, so its weight against the reward is a matter of taste
-             # (a GPU budget in the paper). On 432 dimensions det_weight 1 would leave 150 updates without effect.
+             # (a GPU budget in the paper). On 432 dimensions det_weight 1 would leave 50 updates without effect.
              2: dict(iterations=50, lr=1e-3, lr_fake=1e-3, fake_updates=2, groups=4, group_size=12, det_weight=10.0)},
     "sd3m": {"guidance": 7.0},
     "sd35m": {"guidance": 4.5, "rewards": "hpsv2=1,clipscore=1,pickscore=1"},                              # paper 4.3
@@ -216,11 +221,11 @@ MODELS = {
 }
 RECIPES = {
     "paper": {},
-    # The released code's constants (facts: its configuration files), in our units. Its bf16 adapters and its second
-    # initialisation of A with std 1 are not offered: see DEPARTURE 14.
+    # The constants of the released code that have a flag here. Not reproduced: its raw pathwise scale (1e-4 per unit of
+    # reward, so that PickScore counts four times), its fake weight min(1, 10 kappa^2), its clamps, bf16 adapters.
     "official": {"lora_rank": 32, "lora_alpha": 64, "kernel": "cps", "delta": 0.2, "ema": 0.904,
                  2: dict(advantage_std="global", log_prob="unscaled", dm_steps="last", weight_decay=1e-4, dm_weight=1e-3,
-                         ema=0.81)},
+                         policy_weight=2 / 3, ema=0.81)},
 }
 
 
@@ -245,7 +250,8 @@ def check(cfg):
     """Contradictions and values out of range, before anything is loaded. Raises UsageError."""
     least = dict(iterations=1, batch=1, groups=1, micro_batch=1, steps=2, lora_rank=1, lora_alpha=1, keep=1,
                  save_every=1, sample_every=1, fake_updates=1, inner_epochs=1, max_bad_steps=1, max_prompts=1,
-                 group_size=2, tiny_steps=1, resolution=8, dry_run=0, seed=0, gamma=0, beta=0, policy_weight=0, det_weight=0, dm_weight=0,
+                 group_size=2, tiny_steps=1, resolution=8, dry_run=0, seed=0, gamma=0, beta=0,
+                 policy_weight=0, det_weight=0, dm_weight=0,
                  guidance=0, weight_decay=0, text_length=0, std_floor=0)
     for field in dataclasses.fields(cfg):
         value, choices = getattr(cfg, field.name), field.metadata["choices"]
@@ -261,7 +267,9 @@ def check(cfg):
     for name, top in (("eta", 1.0), ("ema", 1.0), ("delta", 1.0)):
         if not 0 <= getattr(cfg, name) <= top:
             raise UsageError(f"--{name} must lie in [0, {top:g}], not {getattr(cfg, name)}.")
-    if not 1 <= cfg.subset_size <= cfg.steps - 1:
+    if cfg.renoise == "dmd2" and cfg.consistency_times == "schedule":
+        raise UsageError("--consistency_times schedule has no meaning with --renoise dmd2, whose level is 0: take local.")
+    if cfg.stage == 2 and not 1 <= cfg.subset_size <= cfg.steps - 1:
         raise UsageError(f"--subset_size must lie in 1..{cfg.steps - 1} (the stochastic steps), not {cfg.subset_size}.")
     if cfg.stage == 1 and cfg.batch % cfg.steps:
         raise UsageError(f"--batch {cfg.batch} must be a multiple of --steps {cfg.steps}: every k gets an equal share.")
@@ -453,8 +461,8 @@ def ambient_velocity_target(x_s, noise, s, t, std="markov"):
 def ambient_dsm_loss(v_fake, x_s, noise, s, t, std="markov"):
     """Eq. 10 -> scalar. v_fake = v_phi(x_t, t), x_s, noise (B, ...).
 
-    omega_k is one over the variance of v* given x_0, c^2 + s^2 / (1-s)^2: the loss is of order one at every (s, t),
-    exactly Eq. 5 at s = 0, and without singularity as t -> s, where v* itself grows like 1 / kappa.
+    |v_phi - v*|^2 is divided by the variance of v* given x_0, c^2 + s^2 / (1-s)^2 (omega_k is (t/(1-t))^2 over that): of
+    order one at every (s, t), exactly Eq. 5 at s = 0, and without singularity as t -> s, where v* grows like 1 / kappa.
     """
     v_fake, x_s, noise, s = fp32(v_fake, x_s, noise, s)
     c, b = ambient_scale(s, t, std), s / (1 - s)
@@ -466,10 +474,11 @@ def reverse_step(x, v, t, t_next, noise, kernel="posterior", eta=None):
     """x'' ~ p_phi(x_t'' | x_t'), the reverse kernel of Eq. 11. x, v, noise (B, ...); t' = t >= t_next = t''.
 
     "posterior": the Gaussian bridge q(x'' | x', x_0) at the x-prediction: Eq. 20 with cos = t''(1-t') / (t'(1-t'')).
+    (1e-9: at t' = t'' = 1, where bf16 levels may fall, it is 1 and not 0/0.)
     "cps": Eq. 20 at a fixed eta, as released; the true score is then no fixed point of Eq. 11 (DEPARTURE 3).
     """
     x, v, t, t_next, noise = fp32(x, v, t, t_next, noise)
-    cos = math.cos(eta * math.pi / 2) if kernel == "cps" else t_next * (1 - t) / (t * (1 - t_next))
+    cos = math.cos(eta * math.pi / 2) if kernel == "cps" else t_next * (1 - t + 1e-9) / (t * (1 - t_next + 1e-9))
     sin = torch.as_tensor(1 - cos * cos).clamp_min(0).sqrt()
     return (1 - t_next) * (x - t * v) + t_next * (cos * (x + (1 - t) * v) + sin * noise)
 
@@ -488,7 +497,7 @@ def consistency_loss(fake, x, v, t, t_next, noise_1, noise_2, kernel="posterior"
                                          for a in (x, v, t, t_next, noise_1, noise_2))
     h = x - t * v
     # reverse_step twice, written out so that this function can be copied alone.
-    cos = math.cos(eta * math.pi / 2) if kernel == "cps" else t_next * (1 - t) / (t * (1 - t_next))
+    cos = math.cos(eta * math.pi / 2) if kernel == "cps" else t_next * (1 - t + 1e-9) / (t * (1 - t_next + 1e-9))
     sin = torch.as_tensor(1 - cos * cos).clamp_min(0).sqrt()
     mean = ((1 - t_next) * h + t_next * cos * (x + (1 - t) * v)).detach()
     x_1, x_2 = mean + t_next * sin * noise_1, mean + t_next * sin * noise_2
@@ -518,7 +527,7 @@ def dmd_loss(x_s, x_t, v_teacher, v_fake, s, t):
     x_s (B, ...) with its graph; x_t = renoise(x_s); velocities at (x_t, t), treated as constants.
     g = (m_phi - m_psi) / N points from the teacher's boundary mean to the fake's, so descent moves x_s towards the
     teacher; N = mean abs(x_s - m_psi) per sample is DMD's normaliser. We know the gradient but no function that has
-    it: (x_s - stop(x_s - g))^2 / 2 does. Its value, mean g^2 / 2, is the relative gap between the two scores.
+    it: (x_s - stop(x_s - g))^2 / 2 does. Its value, mean g^2 / 2, is half the squared relative gap.
     """
     x_s, x_t, v_teacher, v_fake, s, t = (torch.as_tensor(value, dtype=torch.float32)
                                          for value in (x_s, x_t, v_teacher, v_fake, s, t))
@@ -582,7 +591,8 @@ def group_advantages(rewards, std="group", floor=1e-4):
 
 
 def subgrpo_loss(log_prob, old_log_prob, advantages, steps, clip):
-    """Loss whose gradient is minus Eq. 17, -> scalar. log_prob, old_log_prob (B, M), a column per step of S; advantages (B,).
+    """Loss whose gradient is minus Eq. 17 (per dimension), -> scalar. log_prob, old_log_prob (B, M): a column per step of S;
+    advantages (B,).
 
     (K-1)/M makes the sum over S an unbiased stand-in for the sum over all K-1 steps, Eq. 31, of naive GRPO (M = K-1).
     The clip is PPO's: it acts only once the ratio has left 1, i.e. from the second update of a rollout on.
@@ -675,7 +685,8 @@ def from_hub(loader, repo, cfg, needs="config.json", **options):
     try:
         return loader.from_pretrained(str(found.parent) if local else repo, **options)
     except OSError as error:
-        raise UsageError(f"{loader.__name__} of {repo}, of which {found} is there, is incomplete ({' '.join(str(error).split())[:200]}): "
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(f"{loader.__name__} of {repo}, of which {found} is there, is incomplete ({reason}): "
                          f"download the whole repository into WEIGHTS_DIR/{repo.split('/')[-1]}.") from error
 
 
@@ -761,7 +772,7 @@ def eval_module():
     return sys.modules["rtdmd_eval"]
 
 
-def parse_rewards(text, extra=()):
+def parse_rewards(text, extra=(), flag="--rewards"):
     """"hpsv2=1,ocr=.5,my_module:score=2" -> [(name, weight), ...]. extra: names that the backbone brings.
 
     No weight means 1, a negative one makes a penalty; 0 would load a network for nothing.
@@ -770,16 +781,16 @@ def parse_rewards(text, extra=()):
     for item in text.split(","):
         name, equals, weight = (part.strip() for part in item.partition("="))
         if not name or name in pairs:
-            raise UsageError(f"--rewards {text!r}: " + (f"{name} is named twice." if name else "write name=weight,name=weight."))
+            raise UsageError(f"{flag} {text!r}: {f'{name} is named twice: keep one' if name else 'write name=weight,name=weight'}.")
         try:
             pairs[name] = float(weight if equals else 1)
         except ValueError:
             pairs[name] = math.nan
         if pairs[name] == 0 or not math.isfinite(pairs[name]):
-            raise UsageError(f"--rewards {item.strip()}: the weight must be a finite number other than 0.")
+            raise UsageError(f"{flag} {item.strip()}: the weight must be a finite number other than 0.")
         if ":" not in name and name not in {*extra, *REWARDS} and name not in eval_module().METRICS:
             names = ", ".join(dict.fromkeys([*extra, *REWARDS, *eval_module().METRICS]))
-            raise UsageError(f"--rewards: no reward is called {name!r}; there are {names}, module:attribute.")
+            raise UsageError(f"{flag}: no reward is called {name!r}; there are {names}, module:attribute.")
     return list(pairs.items())
 
 
@@ -801,7 +812,8 @@ def user_reward(name):
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise UsageError(f"reward {name}: {error}; looked in {os.getcwd()} and among the packages.") from error
+        raise UsageError(f"reward {name}: {error}; looked in {os.getcwd()} and among the packages: put {module}.py there, or mend "
+                         "the name.") from error
     needs = [p for p in inspect.signature(found).parameters.values() if p.default is p.empty]
     reward = functools.partial(found() if isinstance(found, type) or not needs else found)
     reward.name, reward.differentiable = name, getattr(reward.func, "differentiable", False)
@@ -824,7 +836,8 @@ def score(reward, images, prompts):
             score(reward, images[i:i + 1], prompts[i:i + 1])
         raise UsageError(f"reward {name}, prompt {prompts[0]!r}: {type(error).__name__}: {error}") from error
     if values.shape != (len(prompts),):
-        raise UsageError(f"reward {name}, prompt {prompts[0]!r}: returned shape {tuple(values.shape)}, must be ({len(prompts)},).")
+        raise UsageError(f"reward {name}, prompt {prompts[0]!r}: returned shape {tuple(values.shape)}, must be "
+                         f"({len(prompts)},): mend the reward, or leave it out.")
     return values.float()
 
 
@@ -1018,7 +1031,7 @@ def build(cls, path, part, config, cfg):
     largest = 16 * net.config.get("pos_embed_max_size", 256)
     if cfg.resolution % 16 or not 0 < cfg.resolution <= largest:
         raise UsageError(f"--resolution {cfg.resolution} is not possible: take a multiple of 16 up to {largest}.")
-    if part == "vae" and cfg.vae_checkpointing:
+    if part == "vae" and not cfg.no_vae_checkpointing:
         net.enable_gradient_checkpointing()
     return net.to(cfg.device).eval().requires_grad_(False)
 
@@ -1305,8 +1318,8 @@ def write_atomic(path, data):
     except OSError as error:
         with contextlib.suppress(OSError):
             beside.unlink()                                                 # half a file would fill the disk further
-        raise UsageError(f"Cannot write {path} ({error.strerror}): make room, or choose another folder; what was saved before is whole, "
-                         "and the same command goes on from it.") from error
+        raise UsageError(f"Cannot write {path} ({error.strerror}): make room, or choose another folder; what was saved "
+                         "before is whole, and the same command goes on from it.") from error
 
 
 class Roles:
@@ -1422,8 +1435,8 @@ def optimizer_step(run, role):
         source = [n for n, value in terms.items() if not math.isfinite(value)] or [f"backward pass of the {role}"]
         log(f"Iteration {run.done + 1}: the {role}'s gradient is not finite ({', '.join(source)}); this update is skipped.")
         if run.bad[role] >= run.cfg.max_bad_steps:
-            raise UsageError(f"{run.bad[role]} updates of the {role} in a row were not finite ({', '.join(source)}; all terms: {terms}). The last "
-                             "checkpoint is sound: look at what is named here, or resume with a lower --lr.", code=1)
+            raise UsageError(f"{run.bad[role]} updates of the {role} in a row were not finite ({', '.join(source)}; all terms: "
+                             f"{terms}). The last checkpoint is sound: look at what is named here, or resume with a lower --lr.", code=1)
     return good
 
 
@@ -1447,8 +1460,9 @@ def ema_weights(run):
 
 
 # Settings that do not change what is computed (beyond the order of a sum): a run may be resumed with others.
-FREE_SETTINGS = {"out", "init", "iterations", "device", "cache", "weights_dir", "checkpointing", "vae_checkpointing",
-                 "compile", "micro_batch", "max_bad_steps", "save_every", "keep", "sample_every", "watch", "force_resume", "dry_run"}
+FREE_SETTINGS = {"out", "init", "iterations", "device", "cache", "weights_dir", "checkpointing", "no_vae_checkpointing",
+                 "compile", "micro_batch", "max_bad_steps", "save_every", "keep", "sample_every", "watch", "force_resume",
+                 "dry_run"}
 
 
 def save_checkpoint(run):
@@ -1563,7 +1577,8 @@ def load_init(run, folder):
 def check_settings(run, folder):
     """Refuses to resume with other settings than a checkpoint's, if they change the result. Before a weight is loaded."""
     saved = json.loads((folder / "state/run.json").read_text())
-    now, then = (dict(c, prompts=p) for c, p in ((dataclasses.asdict(run.cfg), run.prompt_hash), (saved["config"], saved["prompts"])))
+    now = dict(dataclasses.asdict(run.cfg), prompts=run.prompt_hash)
+    then = dict(saved["config"], prompts=saved["prompts"])
     changed = [f"{n} {then.get(n)!r} -> {v!r}" for n, v in now.items() if n not in FREE_SETTINGS and then.get(n) != v]
     if changed and not run.cfg.force_resume:
         raise UsageError(f"{folder} was made with other settings ({'; '.join(changed)}): take those, or another --out, "
@@ -1625,7 +1640,7 @@ def prepare(cfg):
     run = SimpleNamespace(cfg=cfg, folder=Path(cfg.out) / f"stage{cfg.stage}", done=0, ema_updates=0, skipped=0,
                           bad=dict(generator=0, fake=0), terms={}, stop=False, board=None)
     own = TINY_REWARDS if cfg.model == "tiny" else ()
-    rewards, watched = parse_rewards(cfg.rewards, own), parse_rewards(cfg.watch, own) if cfg.watch else []
+    rewards, watched = parse_rewards(cfg.rewards, own), parse_rewards(cfg.watch, own, "--watch") if cfg.watch else []
     few = min(cfg.max_prompts, 64) if cfg.dry_run else cfg.max_prompts      # embeddings of 25,000 take an hour
     run.prompts = ([f"prompt {i}" for i in range(8)] if cfg.random_weights else read_prompts(cfg.prompts, cfg.seed)[:few])
     run.prompt_hash = f"{len(run.prompts)} prompts, {key(run.prompts):016x}"
@@ -1669,8 +1684,8 @@ def agree(run, start):
         mine, all_of = (dataclasses.asdict(run.cfg), run.prompt_hash, start and start.name), [None] * dist.get_world_size()
         dist.all_gather_object(all_of, mine)
         if any(other != mine for other in all_of):
-            raise UsageError("The processes differ in flags, prompts or the newest checkpoint: start all of them with one command, and "
-                             "give an --out that all nodes see.")
+            raise UsageError("The processes differ in flags, prompts or the newest checkpoint: start all of them with one "
+                             "command, and give an --out that all nodes see.")
 
 
 def open_log(run):
@@ -1779,7 +1794,8 @@ def panel(run):
     _, normal = draw([key("panel", p) for p in prompts], 0, run.cfg.steps, run.backbone.latent_shape, run.device)
     with ema_weights(run), torch.no_grad():
         states, _ = roll_out(run, normal[0], normal[1:], prompts)
-        images = torch.cat([run.backbone.decode(states[-1][rows]).float() for rows in chunks(len(prompts), run.cfg.micro_batch)])
+        parts = chunks(len(prompts), run.cfg.micro_batch)
+        images = torch.cat([run.backbone.decode(states[-1][rows]).float() for rows in parts])
         watched = {f"watch_{n}": score(r, images, prompts).mean().item() for n, r in run.watched.items()}
     if dist_info()[0] == 0:
         save_grid(run.folder / "samples" / f"{run.done:06d}.png", images, columns=8)
@@ -1809,6 +1825,11 @@ def phase(run, name):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 9. The two stages: Algorithm 1 (App. I), line for line
+#
+# run: cfg, backbone, roles (theta, phi, psi), text (cached embeddings), times (K+1,), optimizers, ema. From section 8:
+# share(n) global indices of this process; draw(keys, u, m, ...) u uniforms and m normals a sample; chunks(n, size) slices;
+# level(t, x) broadcasts t; note(run, n, ...) logs means over n samples; phase(run, ...) counts cost in a dry run.
+# rollout is the mathematics, roll_out the same in chunks.
 # ----------------------------------------------------------------------------------------------------------------------
 
 def stage1(run):
@@ -1827,10 +1848,11 @@ def stage1(run):
             _, normal = draw([key(cfg.seed, 1, it, "rollout", i) for i in ids], 0, K, run.backbone.latent_shape, run.device)
             states, predictions = roll_out(run, normal[0], normal[1:], prompts)
         # Line 3: update phi on Eq. 12. Update u takes the k-th states of block u + k: every k in equal parts, and the
-        # K states of one trajectory in different updates.
+        # K states of one trajectory in different updates, if there are as many.
         with phase(run, "fake"):
             for u in range(cfg.fake_updates):
-                pick = [(row, k) for row, i in enumerate(ids) for k in range(1, K + 1) if (i // block - k - u) % cfg.fake_updates == 0]
+                pick = [(row, k) for row, i in enumerate(ids) for k in range(1, K + 1)
+                        if (u + k - i // block) % cfg.fake_updates == 0]
                 rows, k = [p[0] for p in pick], torch.tensor([p[1] for p in pick], dtype=torch.long)
                 x_s, s = boundary_states(run, states[:, rows], predictions[:, rows], k)
                 update_fake(run, it, u, x_s, s, k, [prompts[r] for r in rows], [ids[r] for r in rows], cfg.batch)
@@ -1877,7 +1899,7 @@ def boundary_states(run, states, predictions, k):
 
 
 def between(run, low, high, u):
-    """low + u (high - low), u ~ U[0, 1), as the network can be told it: t of Eqs. 8 and 10, and t'' of Eq. 11."""
+    """low + u (high - low), u ~ U[0, 1), rounded to what the network can be told: t of Eqs. 8 and 10, t'' of Eq. 11."""
     return run.backbone.quantise(low + u * (high - low)).clamp(low, torch.as_tensor(high, device=u.device))
 
 
@@ -1890,7 +1912,7 @@ def update_fake(run, it, u, x_s, s, k, prompts, ids, total):
         uniform, (n, n_1, n_2) = draw(keys, 2, 3, x_s.shape[1:], run.device)
         x, s_x, cond = x_s[rows], level(s[rows], x_s), run.text.batch(prompts[rows], run.device)
         fake = lambda x, t: run.roles.velocity("fake", x, t, cond)
-        t = between(run, s_x, 1.0, 0.01 + 0.98 * level(uniform[0], x))      # DEPARTURE 17: 1 % away from both ends
+        t = between(run, s_x, 1.0, 0.01 + 0.98 * level(uniform[0], x))      # DEPARTURE 17: 1 % off both ends, then rounded
         x_t = renoise(x, s_x, t, n, std)
         v = fake(x_t, t)
         loss = ambient_dsm_loss(v, x, n, s_x, t, std)
@@ -1951,7 +1973,8 @@ def walk(run, normal, k, cond):
     for j in range(1, int(k.max())):
         live = (k > j).nonzero()[:, 0].to(x.device)
         t, t_next = run.times[j - 1].float(), run.times[j].float()
-        v = run.roles.velocity("generator", x[live], t.expand(len(live)).to(x.device), {n: c[live] for n, c in cond.items()})
+        some = {n: c[live] for n, c in cond.items()}
+        v = run.roles.velocity("generator", x[live], t.expand(len(live)).to(x.device), some)
         x[live] = cps_step(x[live], v, t, t_next, normal[j][live], run.cfg.eta)
     return x
 
@@ -1976,7 +1999,7 @@ def stage2(run):
         # Line 12: update phi on Eq. 12, with the states of this very rollout, every k in equal parts.
         with phase(run, "fake"):
             for u in range(cfg.fake_updates):
-                k = torch.tensor([1 + (i + it + u) % K for i in b.ids])
+                k = torch.tensor([K if cfg.dm_steps == "last" else 1 + (i + it + u) % K for i in b.ids])
                 x_s, s = boundary_states(run, b.states, b.predictions, k)
                 update_fake(run, it, u, x_s, s, k, b.prompts, b.ids, cfg.groups * N)
         # Line 13: update theta on Eq. 18.
@@ -2064,7 +2087,8 @@ def matched_slots(cfg, u):
         return [-1] * len(u)
     if cfg.dm_steps == "last":
         return [cfg.subset_size] * len(u)
-    return [cfg.subset_size if x * cfg.steps < 1 else int((x * cfg.steps - 1) / (cfg.steps - 1) * cfg.subset_size) for x in u]
+    K, M = cfg.steps, cfg.subset_size
+    return [M if x * K < 1 else int((x * K - 1) / (K - 1) * M) for x in u]
 
 
 def reinforce_slot(run, b, slot, rows, here, u, noise, first, total):
@@ -2087,6 +2111,7 @@ def reinforce_slot(run, b, slot, rows, here, u, noise, first, total):
             log_prob = -(x_next - mean).square().flatten(1).mean(1)
         if first:
             b.old[rows, slot] = log_prob.detach()                           # the same forward: the ratio is 1, not nearly 1
+        # One column at a time: (K-1)/1 inside, /M here.
         policy = subgrpo_loss(log_prob[:, None], b.old[rows, slot][:, None], b.advantages[rows], K, cfg.clip) / M
         losses["policy"] = cfg.beta * cfg.policy_weight * policy * len(rows) / total
         note(run, len(rows), ratio_off=(log_prob.detach() - b.old[rows, slot]).expm1().abs().mean())
@@ -2104,7 +2129,8 @@ def reinforce_slot(run, b, slot, rows, here, u, noise, first, total):
     while losses:
         name, loss = losses.popitem()
         part, = torch.autograd.grad(loss, v, retain_graph=bool(losses))
-        note(run, len(rows), **{f"push_{name}": total / len(rows) * part.flatten(1).norm(dim=1).sum()})
+        n = len(here) if name == "dm" else len(rows)                        # samples that have this term
+        note(run, n, **{f"push_{name}": total / n * part.flatten(1).norm(dim=1).sum()})
         gradient += part
     output.backward(gradient)
 
@@ -2121,8 +2147,8 @@ def pathwise_terms(run, x_0, prompts, scales):
 # 10. Command line
 # ----------------------------------------------------------------------------------------------------------------------
 
-GROUPS = dict(stage="what to run", pretrained="network", steps="sampler (App. C)", gamma="AC-DMD (3.1)", rewards="hybrid policy gradient "
-              "(3.2)", lr="optimisation (App. J)", save_every="records")                  # first field of each group
+GROUPS = dict(stage="what to run", pretrained="network", steps="sampler (App. C)", gamma="AC-DMD (3.1)",
+              rewards="hybrid policy gradient (3.2)", lr="optimisation (App. J)", save_every="records")     # first fields
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -2139,7 +2165,9 @@ def parse_flags(argv):
     for field in dataclasses.fields(Config):
         group = parser.add_argument_group(GROUPS[field.name]) if field.name in GROUPS else group
         kind = dict(action="store_true") if isinstance(field.default, bool) else dict(type=type(field.default), metavar="")
-        group.add_argument(f"--{field.name}", help=f"{field.metadata['help']} [{field.default}]".replace("%", "%%"), **kind)
+        choices = f" ({' | '.join(map(str, field.metadata['choices']))})" if field.metadata["choices"] else ""
+        text = f"{field.metadata['help']}{choices} [{field.default}]"
+        group.add_argument(f"--{field.name}", help=text.replace("%", "%%"), **kind)
     return vars(parser.parse_args(argv))
 
 

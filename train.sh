@@ -3,6 +3,7 @@
 #   bash train.sh                          the tiny world on a laptop: about ten minutes on two cores
 #   bash train.sh sd3m 8                   model, processes (GPUs) on this node; further flags go to both stages
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=host MASTER_PORT=29500 bash train.sh sd3m 8      the same on every node, NODE_RANK apart
+#   bash train.sh ablations                the paper's questions on the tiny world, a night; --seeds 1 --only "stage 2" for less
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -17,6 +18,10 @@ if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
 fi
 python -c "import torch, diffusers, transformers, peft" 2>/dev/null || python -m pip install --quiet --requirement requirements.txt
 
+if [ "${1:-}" = ablations ]; then
+    shift
+    exec python eval.py --ablations "$@"
+fi
 model=${1:-tiny} processes=${2:-1}
 shift $(($# < 2 ? $# : 2))
 out=${OUT:-runs/$model}
