@@ -991,7 +991,7 @@ class Flags:
     run: str = rtdmd.opt("", "run folder: rows teacher, teacher_cfg, student_init, stage1, stage2; writes its report.json")
     teacher: bool = rtdmd.opt(False, "the teacher, Euler steps: --teacher --nfe 50 --cfg 7")
     images: str = rtdmd.opt("", "folder of pictures to score; metadata.jsonl (file_name, prompt) or the names give the prompts")
-    compare: str = rtdmd.opt("", "two report.json, A,B: differences B - A with paired standard errors")
+    compare: list = rtdmd.opt((), "two report.json, A B: differences B - A with paired standard errors")
     prompt: str = rtdmd.opt("", "only make one picture of this prompt")
     ablations: bool = rtdmd.opt(False, "the paper's questions on the tiny world; goes on where it was stopped")
     seeds: int = rtdmd.opt(5, "seeds of --ablations")
@@ -1018,6 +1018,7 @@ def parse(argv):
     known = [*dataclasses.fields(Flags), *(f for f in dataclasses.fields(rtdmd.Config) if f.name in MODEL_FLAGS)]
     for field in known:
         kind = dict(action="store_true") if isinstance(field.default, bool) else dict(type=type(field.default), metavar="")
+        kind = dict(nargs=2, metavar=("A", "B")) if field.name == "compare" else kind
         parser.add_argument(f"--{field.name}", help=f"{field.metadata['help']} [{field.default}]".replace("%", "%%"), **kind)
     given = vars(parser.parse_args(argv))
     cfg = rtdmd.resolve({**settings_of(given.get("run", "")), **{n: v for n, v in given.items() if n in MODEL_FLAGS}})
@@ -1035,7 +1036,7 @@ def parse(argv):
     if wrong or "eta" in given and not 0 <= flags.eta <= 1:
         raise UsageError(f"--{wrong[0]} must be at least 1." if wrong else "--eta must lie in [0, 1].")
     if not any((flags.ablations, flags.lora, flags.run, flags.teacher, flags.images, flags.compare, flags.prompt)):
-        raise UsageError("Say what to evaluate: --lora DIR, --run DIR, --teacher, --images DIR, --compare A,B or --prompt TEXT.")
+        raise UsageError("Say what to evaluate: --lora DIR, --run DIR, --teacher, --images DIR, --compare A B or --prompt TEXT.")
     return flags, cfg
 
 
@@ -1314,15 +1315,13 @@ def score_folder(flags, cfg):
 
 
 def compare(paths):
-    """--compare A,B: B - A for every row and metric that both have, with standard errors over the pictures they share."""
-    if paths.count(",") != 1:
-        raise UsageError("--compare takes two files with a comma between them: a/report.json,b/report.json.")
+    """--compare A B: B - A for every row and metric that both have, with standard errors over the pictures they share."""
     try:
-        a, b = (json.loads(Path(p).read_text()) for p in paths.split(","))
+        a, b = (json.loads(Path(path).read_text()) for path in paths)
     except (OSError, ValueError) as error:
-        raise UsageError(f"--compare {paths}: {error}.") from None
+        raise UsageError(f"--compare {' '.join(paths)}: {error}; give two report.json of eval.py.") from None
     if a["prompts"] != b["prompts"] or a["per_prompt"] != b["per_prompt"]:
-        raise UsageError(f"--compare {paths}: the reports are of different prompts, so their scores cannot be paired.")
+        raise UsageError(f"--compare {' '.join(paths)}: the reports are of different prompts, so their scores cannot be paired.")
     rows = [r for r in a["scores"] if r in b["scores"]] or [None]
     pairs = [(r, r) for r in rows] if rows != [None] else [(next(iter(a["scores"])), next(iter(b["scores"])))]
     results = {}

@@ -2184,6 +2184,10 @@ def main(argv=None):
     except UsageError as error:
         print(f"rtdmd: {error}", file=sys.stderr)
         sys.exit(error.code)
+    except torch.OutOfMemoryError:
+        print(f"rtdmd: out of GPU memory: lower --micro_batch (it was {cfg.micro_batch} and changes nothing else), then add "
+              "--checkpointing.", file=sys.stderr)
+        sys.exit(1)
     except OSError as error:                                                # a disk is full, a folder vanished
         print(f"rtdmd: {error}: mend that, and the same command goes on from the newest checkpoint.", file=sys.stderr)
         sys.exit(2)

@@ -4168,6 +4168,15 @@ def test_torture(tmp_path):
 # 5. The tiny world and eval.py
 # ------------------------------------------------------------------------------------------------------------
 
+def test_out_of_memory_names_the_knob(monkeypatch, capsys):
+    def full(cfg):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(rtdmd, "prepare", full)
+    with pytest.raises(SystemExit) as stop:
+        rtdmd.main(["--dry_run", "1", "--device", "cpu", "--micro_batch", "8"])
+    assert stop.value.code == 1 and "--micro_batch" in capsys.readouterr().err
+
+
 def test_tiny_captions_are_disjoint_and_parse():
     """66 captions are kept from all training; "a below b" is the picture of "b above a"."""
     train, held_out = rtdmd.tiny_captions(), rtdmd.tiny_captions(held_out=True)
@@ -4252,7 +4261,7 @@ def test_compare_and_images_read_what_eval_writes(tiny_report, capsys):
     assert len(files) == 8 and prompts[0] == prompts[1] != prompts[2]
     report = str(folder / "run/report.json")
     capsys.readouterr()
-    ev.main(["--compare", f"{report},{report}"])
+    ev.main(["--compare", report, report])
     assert "0.000+-0.000" in capsys.readouterr().out
 
 
@@ -4264,8 +4273,8 @@ def test_eval_prompt_makes_one_picture(tiny_report):
 
 @pytest.mark.parametrize("flags, words", [
     (["--lora", "nowhere"], "no checkpoint"), ([], "what to evaluate"), (["--teacher", "--nfe", "0"], "--nfe"),
-    (["--teacher", "--metrics", "beauty"], "beauty"), (["--images", "nowhere"], "not a folder"), (["--compare", "a"], "two files"),
-    (["--compare", "a,b"], "a,b"), (["--teacher", "--model", "sd4"], "sd4"), (["--colour", "red"], "--colour"),
+    (["--teacher", "--metrics", "beauty"], "beauty"), (["--images", "nowhere"], "not a folder"), (["--compare", "a"], "2 arguments"),
+    (["--compare", "a", "b"], "report.json"), (["--teacher", "--model", "sd4"], "sd4"), (["--colour", "red"], "--colour"),
     (["--teacher", "--prompts", "nowhere.txt"], "nowhere.txt")])
 def test_eval_refuses_in_one_sentence(flags, words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
