@@ -277,6 +277,9 @@ def check(cfg):
         raise UsageError("--eta 0 leaves no stochastic step to reinforce: give --eta above 0 or --no_policy.")
     if cfg.stage == 2 and cfg.no_policy and cfg.no_det and cfg.no_dmd:
         raise UsageError("--no_policy --no_det --no_dmd together leave nothing to train: drop one of them.")
+    if cfg.stage == 2 and "geneval" in cfg.rewards and not cfg.prompts.endswith(".jsonl") and not cfg.random_weights:
+        raise UsageError("--rewards geneval must know what a picture has to show: give --prompts FILE.jsonl of GenEval's metadata "
+                         "rows (README says how to make one), or other --rewards.")
     if cfg.device not in ("cpu", "meta") and not cfg.device.startswith("cuda"):
         raise UsageError(f"--device {cfg.device} is unknown: take cuda, cpu or meta.")
     if cfg.device.startswith("cuda") and torch.cuda.device_count() <= dist_info()[1]:
@@ -1641,6 +1644,9 @@ def prepare(cfg):
                           bad=dict(generator=0, fake=0), terms={}, stop=False, board=None)
     own = TINY_REWARDS if cfg.model == "tiny" else ()
     rewards, watched = parse_rewards(cfg.rewards, own), parse_rewards(cfg.watch, own, "--watch") if cfg.watch else []
+    if cfg.random_weights and any(name not in (*REWARDS, *own) and ":" not in name for name, _ in rewards):
+        rewards = [pair for pair in rewards if pair[0] in (*REWARDS, *own) or ":" in pair[0]]
+        log(f"--random_weights: only {', '.join(name for name, _ in rewards)} can be made without a download.")
     few = min(cfg.max_prompts, 64) if cfg.dry_run else cfg.max_prompts      # embeddings of 25,000 take an hour
     run.prompts = ([f"prompt {i}" for i in range(8)] if cfg.random_weights else read_prompts(cfg.prompts, cfg.seed)[:few])
     run.prompt_hash = f"{len(run.prompts)} prompts, {key(run.prompts):016x}"

@@ -4168,6 +4168,13 @@ def test_torture(tmp_path):
 # 5. The tiny world and eval.py
 # ------------------------------------------------------------------------------------------------------------
 
+def test_geneval_as_a_reward_asks_for_metadata_at_once():
+    """flux2-4b's own rewards name geneval: that is refused before 20 GB are loaded, but no hindrance to a dry run."""
+    with pytest.raises(rtdmd.UsageError, match="FILE.jsonl"):
+        rtdmd.resolve(dict(stage=2, model="flux2-4b", device="cpu"))
+    assert rtdmd.resolve(dict(stage=2, model="flux2-4b", device="meta", random_weights=True, dry_run=1)).groups == 64
+
+
 def test_out_of_memory_names_the_knob(monkeypatch, capsys):
     def full(cfg):
         raise torch.OutOfMemoryError("CUDA out of memory")
