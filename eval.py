@@ -988,7 +988,7 @@ class Flags:
     """What to sample and what to measure. Everything about the model itself is a flag of rtdmd.py, with the same name."""
 
     lora: str = rtdmd.opt("", "checkpoint, or a stage's folder (its newest): sampled with --nfe steps")
-    run: str = rtdmd.opt("", "run folder: rows teacher, teacher_cfg, student_init, stage1, stage2; writes its report.json")
+    run_folder: str = rtdmd.opt("", "run folder: rows teacher, teacher_cfg, student_init, stage1, stage2; writes its report.json")
     teacher: bool = rtdmd.opt(False, "the teacher, Euler steps: --teacher --nfe 50 --cfg 7")
     images: str = rtdmd.opt("", "folder of pictures to score; metadata.jsonl (file_name, prompt) or the names give the prompts")
     compare: list = rtdmd.opt((), "two report.json, A B: differences B - A with paired standard errors")
@@ -1003,7 +1003,7 @@ class Flags:
     per_prompt: int = rtdmd.opt(0, "pictures per prompt; default 1, tiny 8")
     max_prompts: int = rtdmd.opt(1000, "prompts taken from the set")
     batch: int = rtdmd.opt(8, "pictures per forward; tiny 128")
-    out: str = rtdmd.opt("", "folder of report.json, grid.png and images/; default runs/eval, or --run's folder")
+    out: str = rtdmd.opt("", "folder of report.json, grid.png and images/; default runs/eval, or the run folder")
     save_images: bool = rtdmd.opt(False, "also write every picture to OUT/images")
 
 
@@ -1021,7 +1021,7 @@ def parse(argv):
         kind = dict(nargs=2, metavar=("A", "B")) if field.name == "compare" else kind
         parser.add_argument(f"--{field.name}", help=f"{field.metadata['help']} [{field.default}]".replace("%", "%%"), **kind)
     given = vars(parser.parse_args(argv))
-    cfg = rtdmd.resolve({**settings_of(given.get("run", "")), **{n: v for n, v in given.items() if n in MODEL_FLAGS}})
+    cfg = rtdmd.resolve({**settings_of(given.get("run_folder", "")), **{n: v for n, v in given.items() if n in MODEL_FLAGS}})
     flags = Flags(**{n: v for n, v in given.items() if n not in MODEL_FLAGS})
     flags.given = set(given)
     tiny = cfg.model == "tiny"
@@ -1031,17 +1031,17 @@ def parse(argv):
     flags.batch = 128 if tiny and "batch" not in given else flags.batch
     own = DEFAULT_METRICS.get(cfg.model if not flags.images else "", "clipscore,aesthetic,pickscore,hpsv2,imagereward")
     flags.metrics = flags.metrics or own
-    flags.out = flags.out or flags.run or "runs/eval"
+    flags.out = flags.out or flags.run_folder or "runs/eval"
     wrong = [n for n in ("nfe", "per_prompt", "batch", "max_prompts") if n in given and given[n] < 1]
     if wrong or "eta" in given and not 0 <= flags.eta <= 1:
         raise UsageError(f"--{wrong[0]} must be at least 1." if wrong else "--eta must lie in [0, 1].")
-    if not any((flags.ablations, flags.lora, flags.run, flags.teacher, flags.images, flags.compare, flags.prompt)):
-        raise UsageError("Say what to evaluate: --lora DIR, --run DIR, --teacher, --images DIR, --compare A B or --prompt TEXT.")
+    if not any((flags.ablations, flags.lora, flags.run_folder, flags.teacher, flags.images, flags.compare, flags.prompt)):
+        raise UsageError("Say what to evaluate: --lora DIR, --run_folder DIR, --teacher, --images DIR, --compare A B or --prompt TEXT.")
     return flags, cfg
 
 
 def settings_of(run):
-    """What a run folder's own run.json says about its model: --run needs no second list of the training's flags."""
+    """What a run folder's own run.json says about its model: --run_folder needs no second list of the training's flags."""
     found = [path for path in (Path(run) / "stage1/run.json", Path(run) / "stage2/run.json") if run and path.exists()]
     config = json.loads(found[0].read_text())["config"] if found else {}
     return {n: v for n, v in config.items() if n in (*MODEL_FLAGS, "guidance") and n not in ("device", "prompts")}
@@ -1070,11 +1070,11 @@ def plan(flags, cfg):
     def teacher(nfe, guidance):
         return dict(role="teacher", nfe=nfe, eta=0.0, guidance=guidance, lora=None)
     rows = {}
-    if flags.run:
+    if flags.run_folder:
         rows = {"teacher": teacher(50, 1.0), "teacher_cfg": teacher(50, cfg.guidance), "student_init": student()}
         for stage in ("stage1", "stage2"):
-            if rtdmd.list_checkpoints(Path(flags.run) / stage):
-                rows[stage] = student(checkpoint_at(Path(flags.run) / stage))
+            if rtdmd.list_checkpoints(Path(flags.run_folder) / stage):
+                rows[stage] = student(checkpoint_at(Path(flags.run_folder) / stage))
     if flags.teacher:
         rows["teacher"] = teacher(flags.nfe or 50, flags.cfg)
     if flags.lora:

@@ -13,6 +13,7 @@ many standard errors the worst component is away from the truth. Below 4.5 is ag
 """
 import argparse
 import contextlib
+import dataclasses
 import functools
 import inspect
 import itertools
@@ -4175,6 +4176,15 @@ def test_geneval_as_a_reward_asks_for_metadata_at_once():
     assert rtdmd.resolve(dict(stage=2, model="flux2-4b", device="meta", random_weights=True, dry_run=1)).groups == 64
 
 
+@pytest.mark.parametrize("options", [rtdmd.Config, ev.Flags])
+def test_torchrun_does_not_swallow_a_flag(options):
+    """torchrun reads the script's flags too, and takes one for an abbreviation of its own if it can: --run was --run-path."""
+    from torch.distributed.run import get_args_parser
+    theirs = [name for action in get_args_parser()._actions for name in action.option_strings]
+    ours = [f"--{field.name}" for field in dataclasses.fields(options)]
+    assert not [(a, b) for a in ours for b in theirs if b.startswith(a)]
+
+
 def test_out_of_memory_names_the_knob(monkeypatch, capsys):
     def full(cfg):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -4230,7 +4240,7 @@ def test_mean_and_error_counts_prompts_not_pictures():
 def tiny_report(tmp_path_factory):
     """eval.py on a tiny world with a teacher of ten updates and no training: its folder, and the flags that made it."""
     folder = tmp_path_factory.mktemp("eval")
-    flags = ["--run", str(folder / "run"), "--cache", str(folder / "cache"), "--tiny_steps", "10", "--max_prompts", "4",
+    flags = ["--run_folder", str(folder / "run"), "--cache", str(folder / "cache"), "--tiny_steps", "10", "--max_prompts", "4",
              "--per_prompt", "2"]
     ev.main(flags)
     return folder, flags

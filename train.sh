@@ -42,5 +42,5 @@ timed() {
 }
 timed "stage 1" "${run[@]}" rtdmd.py --stage 1 --model "$model" --out "$out" "$@"
 timed "stage 2" "${run[@]}" rtdmd.py --stage 2 --model "$model" --out "$out" "$@"
-timed "evaluation" "${run[@]}" eval.py --model "$model" --run "$out"
+timed "evaluation" "${run[@]}" eval.py --model "$model" --run_folder "$out"
 echo "Everything is in $out: report.json, grid.png, stage1/, stage2/."
