@@ -1661,6 +1661,7 @@ def ablation_table(out, stage, rows, seeds):
 
 
 def main(argv=None):
+    """Samples, scores, compares or ablates, as the flags say."""
     try:
         flags, cfg = parse(argv)
         if flags.ablations:

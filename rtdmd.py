@@ -126,6 +126,8 @@ def opt(default, help, choices=None):
 
 @dataclasses.dataclass
 class Config:
+    """Every setting: type, default, unit and source. The command line is made from it, and nothing else has defaults."""
+
     # ---- What to run
     stage: int = opt(1, "1 distils (AC-DMD), 2 reinforces (hybrid policy gradient)", (1, 2))
     model: str = opt("tiny", "backbone: tiny, sd3m, sd35m, flux2-4b, flux2-9b")
