@@ -26,7 +26,8 @@ Symbols  theta generator | psi frozen teacher, with guidance w | phi fake score 
          distribution matching (DM) term minus beta times the gradient of the expected reward (Eq. 7). In practice DM
          is divided by its own size and a reward by its std: beta is a relative weight, not that exponent
 
-DEPARTURES from the paper and from its released code. Each has a test that shows it in numbers.
+DEPARTURES from the paper and from its released code. Those that are mathematics have a test that shows
+them in numbers.
  1. Re-noising std is kappa = sqrt(t^2 - a^2 s^2). The paper's (t-s)/(1-s) (Eq. 8, App. B) adds standard deviations,
     which is right only if the new noise is the old one: at s = .5, t = .7 its noise has variance .25 where the teacher
     expects .49. --renoise paper has it. (The released code does as we do.)
@@ -871,15 +872,15 @@ SD3_VAE = dict(down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpD
                block_out_channels=[128, 256, 512, 512], latent_channels=16, use_quant_conv=False,
                use_post_quant_conv=False, scaling_factor=1.5305, shift_factor=0.0609)
 
-# guidance: w of the teacher's classifier-free guidance (authors' configurations). SD3: Stability AI Community licence,
+# Hub repositories; guidance and learning rates stand in MODELS. SD3: Stability AI Community licence,
 # gated. FLUX.2: the 4B Apache-2.0, the 9B FLUX Non-Commercial licence, gated.
 SD3, KLEIN = "StableDiffusion3Pipeline", "Flux2KleinPipeline"
 SAI, BFL = "stabilityai/stable-diffusion", "black-forest-labs/FLUX.2-klein"
 BACKBONES = {
-    "sd3m": dict(pipeline=SD3, guidance=7, net=SD3_NET, teacher=f"{SAI}-3-medium-diffusers"),
-    "sd35m": dict(pipeline=SD3, guidance=4.5, net=SD35_NET, teacher=f"{SAI}-3.5-medium"),
-    "flux2-4b": dict(pipeline=KLEIN, guidance=4, net=K4_NET, teacher=f"{BFL}-base-4B", generator=f"{BFL}-4B"),
-    "flux2-9b": dict(pipeline=KLEIN, guidance=4, net=K9_NET, teacher=f"{BFL}-base-9B", generator=f"{BFL}-9B")}
+    "sd3m": dict(pipeline=SD3, net=SD3_NET, teacher=f"{SAI}-3-medium-diffusers"),
+    "sd35m": dict(pipeline=SD3, net=SD35_NET, teacher=f"{SAI}-3.5-medium"),
+    "flux2-4b": dict(pipeline=KLEIN, net=K4_NET, teacher=f"{BFL}-base-4B", generator=f"{BFL}-4B"),
+    "flux2-9b": dict(pipeline=KLEIN, net=K9_NET, teacher=f"{BFL}-base-9B", generator=f"{BFL}-9B")}
 
 KNOWN_PROMPTS = {        # name: (data set on the hub, its files)
     "pickapic": ("yuvalkirstain/pickapic_v1_no_images", "data/train-*.parquet"),       # 584k rows, 168 MB
@@ -1914,7 +1915,7 @@ def between(run, low, high, u):
 def update_fake(run, it, u, x_s, s, k, prompts, ids, total):
     """Lines 3 and 12: one AdamW step of phi on Eq. 12. x_s (B, ...) at levels s (B,), from step k (B,); `total` samples
     over all processes."""
-    cfg, std = run.cfg, "paper" if run.cfg.renoise == "paper" else "markov"
+    cfg, std = run.cfg, run.cfg.renoise                                     # dmd2 re-noises like markov, from s = 0
     for rows in chunks(len(x_s), cfg.micro_batch):
         keys = [key(cfg.seed, cfg.stage, it, "fake", u, i, j) for i, j in zip(ids[rows], k[rows].tolist())]
         uniform, (n, n_1, n_2) = draw(keys, 2, 3, x_s.shape[1:], run.device)
@@ -1943,7 +1944,7 @@ def matching_loss(run, x_s, s, cond, u, noise):
     """Eq. 9 at a fresh t in [s, 1] -> scalar. x_s (B, ...) with its graph, s (B, 1, ..), u (B, 1, ..) ~ U[0, 1)."""
     with torch.no_grad():
         t = between(run, s, 1.0, 0.01 + 0.98 * u)
-        x_t = renoise(x_s, s, t, noise, "paper" if run.cfg.renoise == "paper" else "markov")
+        x_t = renoise(x_s, s, t, noise, run.cfg.renoise)
         v_teacher = run.roles.teacher(x_t, t, cond, run.text.batch([""], run.device))
         v_fake = run.roles.velocity("fake", x_t, t, cond)
     return dmd_loss(x_s, x_t, v_teacher, v_fake, s, t)

@@ -2540,7 +2540,7 @@ def test_the_grid_by_resolution(folders, name, resolution, grid):
 
 @pytest.mark.parametrize("name, folder", [("sd3m", "sd3m"), ("sd35m", "sd35m"), ("flux2-4b", "base")])
 def test_teacher_guidance_equals_the_stock_pipeline(folders, name, folder):
-    backbone, pipe, w = backbone_of(folders, name), stock(folders[folder]), R.BACKBONES[name]["guidance"]
+    backbone, pipe, w = backbone_of(folders, name), stock(folders[folder]), R.MODELS[name]["guidance"]
     seen, step = [], pipe.scheduler.step
     pipe.scheduler.step = lambda v, t, x, **options: seen.append((v, t, x)) or step(v, t, x, **options)
     image_of(pipe, latents(backbone), guidance_scale=w)
