@@ -210,7 +210,7 @@ STAGES = {1: dict(iterations=1500, lr=3e-5, lr_fake=3e-5, fake_updates=10),     
           2: dict(iterations=1000, lr=3e-6, lr_fake=3e-5, fake_updates=1)}                      # released: 10:1, 1:1
 MODELS = {
     "tiny": {"prompts": "tiny", "resolution": 12, "guidance": 1.5, "micro_batch": 48, "rewards": "attributes=1",
-             "watch": "heldout", "lora_rank": 32, "lora_alpha": 16, "ema": 0.97, "std_floor": 0.05,
+             "watch": "heldout", "sample_every": 10, "lora_rank": 32, "lora_alpha": 16, "ema": 0.97, "std_floor": 0.05,
              1: dict(iterations=150, lr=1e-3, lr_fake=1e-3, fake_updates=3, batch=48),
              # The DM gradient is divided by its own size, so its weight against the reward is a matter of taste
              # (a GPU budget in the paper). On 432 dimensions det_weight 1 would leave 50 updates without effect.
@@ -489,15 +489,13 @@ def reverse_step(x, v, t, t_next, noise, kernel="posterior", eta=None):
     return (1 - t_next) * (x - t * v) + t_next * (cos * (x + (1 - t) * v) + sin * noise)
 
 
-def consistency_loss(fake, x, v, t, t_next, noise_1, noise_2, kernel="posterior", eta=None, one_sided=True, early=None):
+def consistency_loss(fake, x, v, t, t_next, noise_1, noise_2, kernel="posterior", eta=None):
     """Eq. 22 -> scalar: |h(x', t') - E h(x'', t'')|^2 with h = x - t v the x-prediction, over two draws x'' (App. F).
 
-    fake(x, t) -> v_phi;  x, v (B, ...) at level t, v = fake(x, t) with its graph: the DSM forward is used again;
-    noise_1, noise_2 (B, ...) independent. The product of two draws is unbiased for the squared norm of the mean; the
-    square of one draw would add the variance of h(x''). It may be negative. The draws are constants: a gradient into
-    x'' would teach the kernel, not the prediction. The two factors are exchangeable, so twice the gradient through one
-    of them has the expectation of the gradient through both (one_sided) and saves a backward pass. early(loss) is given
-    the part that acts through v, before the graph at x'' exists: backward there, and only one graph at a time is kept.
+    fake(x, t) -> v_phi;  x, v (B, ...) at level t' = t, v = fake(x, t) with its graph;  noise_1, noise_2 (B, ...)
+    independent. The product of two draws is unbiased for the squared norm of the mean; the square of one draw would add
+    the variance of h(x''). It may be negative. The draws are constants: a gradient into x'' would teach the kernel, not
+    the prediction. (update_fake writes the same out in two halves, to hold one graph of the network at a time.)
     """
     x, v, t, t_next, noise_1, noise_2 = (torch.as_tensor(a, dtype=torch.float32)
                                          for a in (x, v, t, t_next, noise_1, noise_2))
@@ -507,14 +505,8 @@ def consistency_loss(fake, x, v, t, t_next, noise_1, noise_2, kernel="posterior"
     sin = torch.as_tensor(1 - cos * cos).clamp_min(0).sqrt()
     mean = ((1 - t_next) * h + t_next * cos * (x + (1 - t) * v)).detach()
     x_1, x_2 = mean + t_next * sin * noise_1, mean + t_next * sin * noise_2
-    with torch.set_grad_enabled(torch.is_grad_enabled() and not one_sided):
-        d_1 = x_1 - t_next * fake(x_1, t_next).float() - h
-    if early:
-        early(-2 * (d_1 * h).mean())
-        h = h.detach()
-    d_2 = x_2 - t_next * fake(x_2, t_next).float() - h
-    product = (d_1 * d_2).mean()
-    return 2 * product - product.detach() if one_sided else product
+    d_1, d_2 = (x_next - t_next * fake(x_next, t_next).float() - h for x_next in (x_1, x_2))
+    return (d_1 * d_2).mean()
 
 
 def boundary_mean(x_t, v, s, t):
@@ -1856,8 +1848,9 @@ def stage1(run):
         with phase(run, "rollout"):
             _, normal = draw([key(cfg.seed, 1, it, "rollout", i) for i in ids], 0, K, run.backbone.latent_shape, run.device)
             states, predictions = roll_out(run, normal[0], normal[1:], prompts)
-        # Line 3: update phi on Eq. 12. Update u takes the k-th states of block u + k: every k in equal parts, and the
-        # K states of one trajectory in different updates, if there are as many.
+        # Line 3: update phi on Eq. 12. The trajectories form fake_updates blocks of batch / K. Update u takes the states
+        # after step k from block u + k (mod fake_updates): every k in equal parts, and no two states of one trajectory
+        # in one update, if there are at least K updates.
         with phase(run, "fake"):
             for u in range(cfg.fake_updates):
                 pick = [(row, k) for row, i in enumerate(ids) for k in range(1, K + 1)
@@ -1908,8 +1901,19 @@ def boundary_states(run, states, predictions, k):
 
 
 def between(run, low, high, u):
-    """low + u (high - low), u ~ U[0, 1), rounded to what the network can be told: t of Eqs. 8 and 10, t'' of Eq. 11."""
+    """low + u (high - low), u ~ U[0, 1), rounded to what the network can be told. All (B, 1, ..)."""
     return run.backbone.quantise(low + u * (high - low)).clamp(low, torch.as_tensor(high, device=u.device))
+
+
+def draw_level(run, s, u):
+    """t ~ U[s, 1] of Eqs. 8 and 10, 1 % off both ends (DEPARTURE 17): s, u (B, 1, ..), u ~ U[0, 1)."""
+    return between(run, s, 1.0, 0.01 + 0.98 * u)
+
+
+def draw_next_level(run, t, u):
+    """t'' of Eq. 11: within delta below t' = t, and above the next boundary level t_j (DEPARTURE 4). t, u (B, 1, ..)."""
+    boundary = torch.where(run.times.to(t) < t.view(-1, 1), run.times.to(t), 0.0).amax(1)
+    return between(run, torch.maximum(t - run.cfg.delta, level(boundary, t)), t, u)
 
 
 def update_fake(run, it, u, x_s, s, k, prompts, ids, total):
@@ -1921,29 +1925,37 @@ def update_fake(run, it, u, x_s, s, k, prompts, ids, total):
         uniform, (n, n_1, n_2) = draw(keys, 2, 3, x_s.shape[1:], run.device)
         x, s_x, cond = x_s[rows], level(s[rows], x_s), run.text.batch(prompts[rows], run.device)
         fake = lambda x, t: run.roles.velocity("fake", x, t, cond)
-        t = between(run, s_x, 1.0, 0.01 + 0.98 * level(uniform[0], x))      # DEPARTURE 17: 1 % off both ends, then rounded
+        t = draw_level(run, s_x, level(uniform[0], x))
         x_t = renoise(x, s_x, t, n, std)
         v = fake(x_t, t)
-        loss = ambient_dsm_loss(v, x, n, s_x, t, std)
+        loss, weight = ambient_dsm_loss(v, x, n, s_x, t, std), len(x) / total
         note(run, len(x), dsm=loss)
-        if cfg.gamma > 0:
-            if cfg.consistency_times == "local":                            # DEPARTURE 4: close, and inside [s, 1]
-                t_next = between(run, torch.maximum(s_x, t - cfg.delta), t, level(uniform[1], x))
-            else:                                                           # App. F: t' = t_k, t'' = t_{k+1}
-                x_t, t, t_next = x, s_x.clamp_min(1e-6), level(run.times[(k[rows] + 1).clamp_max(cfg.steps)], x)
-                v = fake(x_t, t)
-            early = lambda half, dsm=loss: ((dsm + cfg.gamma * half) * len(x) / total).backward()       # Eq. 12
-            consistency = consistency_loss(fake, x_t, v, t, t_next, n_1, n_2, cfg.kernel, cfg.eta, early=early)
-            loss = cfg.gamma * consistency
-            note(run, len(x), consistency=consistency)
-        (loss * len(x) / total).backward()
+        if cfg.gamma == 0:
+            (weight * loss).backward()
+            continue
+        if cfg.consistency_times == "local":
+            t_next = draw_next_level(run, t, level(uniform[1], x))
+        else:                                                               # App. F: t' = t_k, t'' = t_{k+1}
+            x_t, t, t_next = x, s_x.clamp_min(1e-6), level(run.times[(k[rows] + 1).clamp_max(cfg.steps)], x)
+            v = fake(x_t, t)
+        # Eq. 22 is E[d_1 d_2]. Both factors have the same expected gradient, so twice that through d_2 = h'' - h will do,
+        # and d_1 needs none. The part through h goes first: then there is only one graph of the network at a time.
+        h = x0_from_velocity(x_t, v, t)
+        x_1, x_2 = (reverse_step(x_t, v.detach(), t, t_next, noise, cfg.kernel, cfg.eta) for noise in (n_1, n_2))
+        with torch.no_grad():
+            d_1 = x0_from_velocity(x_1, fake(x_1, t_next), t_next) - h
+        (weight * (loss - 2 * cfg.gamma * (d_1 * h).mean())).backward()
+        d_2 = x0_from_velocity(x_2, fake(x_2, t_next), t_next) - h.detach()
+        consistency = (d_1 * d_2).mean()
+        (weight * 2 * cfg.gamma * consistency).backward()
+        note(run, len(x), consistency=consistency)
     optimizer_step(run, "fake")
 
 
 def matching_loss(run, x_s, s, cond, u, noise):
-    """Eq. 9 at a fresh t in [s, 1] -> scalar. x_s (B, ...) with its graph, s (B, 1, ..), u (B, 1, ..) ~ U[0, 1)."""
+    """Eq. 9 at one t ~ U[s, 1] (Eq. 8) -> scalar. x_s (B, ...) with its graph; s, u (B, 1, ..), u ~ U[0, 1)."""
     with torch.no_grad():
-        t = between(run, s, 1.0, 0.01 + 0.98 * u)
+        t = draw_level(run, s, u)
         x_t = renoise(x_s, s, t, noise, run.cfg.renoise)
         v_teacher = run.roles.teacher(x_t, t, cond, run.text.batch([""], run.device))
         v_fake = run.roles.velocity("fake", x_t, t, cond)
@@ -1951,12 +1963,13 @@ def matching_loss(run, x_s, s, cond, u, noise):
 
 
 def update_generator(run, it):
-    """Line 4: one AdamW step of theta on Eq. 9. Sample i trains step k = 1 + i mod K: k ~ U{1..K}, in exactly equal parts."""
+    """Line 4: one AdamW step of theta on Eq. 9. Sample i trains step k = 1 + floor(i K / batch): k ~ U{1..K} in exactly equal
+    parts, and on every process (k = 1 + i mod K would give the long walks of k = K to every K-th of them alone)."""
     cfg, K = run.cfg, run.cfg.steps
     ids, first = share(cfg.batch), (it + 1) * prompts_per_iteration(cfg) - cfg.batch
     for rows in chunks(len(ids), cfg.micro_batch):
         mine = ids[rows]
-        k = torch.tensor([1 + i % K for i in mine])
+        k = torch.tensor([1 + i * K // cfg.batch for i in mine])
         # normal[0] starts the rollout, normal[k] is eps_k of its step k < K, normal[K] re-noises the result.
         keys = [key(cfg.seed, 1, it, "generator", i) for i in mine]
         uniform, normal = draw(keys, 1, K + 1, run.backbone.latent_shape, run.device)
@@ -2013,6 +2026,7 @@ def stage2(run):
                 update_fake(run, it, u, x_s, s, k, b.prompts, b.ids, cfg.groups * N)
         # Line 13: update theta on Eq. 18.
         with phase(run, "generator"):
+            b.old = torch.zeros(len(b.ids), cfg.subset_size, device=run.device)     # log pi, set in the first epoch
             for epoch in range(cfg.inner_epochs):
                 reinforce(run, it, epoch, b)
 
@@ -2044,7 +2058,7 @@ def judge_groups(run, b):
         images = run.backbone.decode(b.states[-1][rows])
         for name, (reward, _) in run.rewards.items():
             values[name].append(score(reward, images, b.prompts[rows]))
-    b.advantages, b.scales, b.old = 0.0, {}, torch.zeros(len(b.ids), cfg.subset_size, device=run.device)
+    b.advantages, b.scales = 0.0, {}
     for name, (_, weight) in run.rewards.items():
         rewards = gather_groups(torch.cat(values[name]).view(-1, cfg.group_size))
         scale = reward_scale(rewards, cfg.advantage_std, cfg.std_floor).expand(rewards.shape)
@@ -2068,21 +2082,22 @@ def gather_groups(rewards):
 def reinforce(run, it, epoch, b):
     """Line 13: one AdamW step of theta on Eq. 18.
 
-    Each trajectory costs M + 1 forwards with gradient, slots 0 .. M-1 for its steps in S and slot M for step K. The policy
-    term lives on S, the pathwise term on K, the DM term on one of these M + 1, chosen so that every k is matched equally often.
+    Its reward part is Eq. 14. Each trajectory costs M + 1 forwards with gradient, called slots: slot j < M is the j-th step of
+    S, slot M is step K. The policy term lives on S, the pathwise term on K, the DM term on one slot of the M + 1, chosen so
+    that every k is matched equally often.
     """
     cfg, M = run.cfg, run.cfg.subset_size
-    total = cfg.groups * cfg.group_size
+    total, pathwise = cfg.groups * cfg.group_size, any(reward.differentiable for reward, _ in run.rewards.values())
     for part in chunks(len(b.ids), cfg.micro_batch):
         keys = [key(cfg.seed, 2, it, "generator", epoch, i) for i in b.ids[part]]
         uniform, (noise,) = draw(keys, 2, 1, run.backbone.latent_shape, run.device)
         matched = matched_slots(cfg, uniform[0].tolist())
         for slot in range(M + 1):
-            dropped = cfg.no_det if slot == M else cfg.no_policy
-            use = [i for i, m in enumerate(matched) if m == slot or not dropped]
+            needed = pathwise and not cfg.no_det if slot == M else not cfg.no_policy
+            use = [i for i, m in enumerate(matched) if m == slot or needed]
             if use:
                 rows, here = [part.start + i for i in use], [j for j, i in enumerate(use) if matched[i] == slot]
-                reinforce_slot(run, b, slot, rows, here, uniform[1][use], noise[use], epoch == 0, total)
+                reinforce_slot(run, b, slot, needed, rows, here, uniform[1][use], noise[use], epoch == 0, total)
     if optimizer_step(run, "generator"):
         update_ema(run)
 
@@ -2100,7 +2115,7 @@ def matched_slots(cfg, u):
     return [M if x * K < 1 else int((x * K - 1) / (K - 1) * M) for x in u]
 
 
-def reinforce_slot(run, b, slot, rows, here, u, noise, first, total):
+def reinforce_slot(run, b, slot, reward_term, rows, here, u, noise, first, total):
     """Gradient of Eq. 18 through one step of each trajectory in rows; `here` picks those whose DM term falls on it.
 
     All losses are taken down to the velocity first, and then through the network once: so the share of each term in the
@@ -2113,43 +2128,43 @@ def reinforce_slot(run, b, slot, rows, here, u, noise, first, total):
     output = run.roles.velocity("generator", x, t, cond)
     v = output.detach().requires_grad_()
     mean, std = cps_mean_std(x, v, t, t_next, cfg.eta)
-    losses = {}
-    if slot < M and not cfg.no_policy:                                      # Eq. 17
+    gradient = torch.zeros_like(v)
+
+    def push(name, loss, n):
+        """Adds the gradient at v of a loss that is a mean over n of the `total` samples. The pathwise term comes last, so that
+        the decoder's activations are freed on the way back; the others leave the graph of `mean` to those that follow."""
+        part, = torch.autograd.grad(loss * n / total, v, retain_graph=name != "det")
+        note(run, n, **{f"push_{name}": total / n * part.flatten(1).norm(dim=1).sum()})
+        gradient.add_(part)
+
+    if slot < M and reward_term:                                            # Eq. 17
         log_prob = gaussian_log_prob(x_next, mean, std)
         if cfg.log_prob == "unscaled":                                      # released: no 1 / (2 std^2)
             log_prob = -(x_next - mean).square().flatten(1).mean(1)
         if first:
             b.old[rows, slot] = log_prob.detach()                           # the same forward: the ratio is 1, not nearly 1
-        # One column at a time: (K-1)/1 inside, /M here.
+        # One column of S at a time: the function's (K-1)/M is (K-1)/1 here, hence the / M.
         policy = subgrpo_loss(log_prob[:, None], b.old[rows, slot][:, None], b.advantages[rows], K, cfg.clip) / M
-        losses["policy"] = cfg.beta * cfg.policy_weight * policy * len(rows) / total
+        push("policy", cfg.beta * cfg.policy_weight * policy, len(rows))
         note(run, len(rows), ratio_off=(log_prob.detach() - b.old[rows, slot]).expm1().abs().mean())
-    if slot == M and not cfg.no_det:                                        # Eq. 15; mean is x_0 here
-        det = pathwise_terms(run, mean, prompts, {n: scale[rows] for n, scale in b.scales.items()})
-        losses["det"] = cfg.beta * cfg.det_weight * det * len(rows) / total
     if here:                                                                # Eq. 9
-        x_s, s = (x_next + mean - mean.detach())[here], t_next[here]        # the rollout's state, with the gradient of its mean
-        if cfg.renoise == "dmd2":
+        x_s, s = (x_next + mean - mean.detach())[here], t_next[here]        # the rollout's state, with the gradient of its mean:
+        if cfg.renoise == "dmd2":                                           # its noise does not depend on theta
             x_s, s = x0_from_velocity(x, v, t)[here], torch.zeros_like(s)
         dm = matching_loss(run, x_s, s, {n: c[here] for n, c in cond.items()}, level(u[here], x), noise[here])
-        losses["dm"] = cfg.dm_weight * dm * len(here) / total
+        push("dm", cfg.dm_weight * dm, len(here))
         note(run, len(here), dm=dm)
-    gradient = torch.zeros_like(v)
-    while losses:
-        name, loss = losses.popitem()
-        part, = torch.autograd.grad(loss, v, retain_graph=bool(losses))
-        n = len(here) if name == "dm" else len(rows)                        # samples that have this term
-        note(run, n, **{f"push_{name}": total / n * part.flatten(1).norm(dim=1).sum()})
-        gradient += part
+    if slot == M and reward_term:                                           # Eq. 15; mean is x_0 here
+        scales = {name: scale[rows] for name, scale in b.scales.items()}
+        push("det", cfg.beta * cfg.det_weight * pathwise_terms(run, mean, prompts, scales), len(rows))
     output.backward(gradient)
 
 
 def pathwise_terms(run, x_0, prompts, scales):
     """Eq. 15 for each differentiable reward, divided by the std of its own advantage, weighted and added up."""
     images = run.backbone.decode(x_0)
-    terms = [weight * pathwise_loss(score(reward, images, prompts), scales[name], x_0[0].numel())
-             for name, (reward, weight) in run.rewards.items() if reward.differentiable]
-    return sum(terms, start=0.0 * x_0.sum())
+    return sum(weight * pathwise_loss(score(reward, images, prompts), scales[name], x_0[0].numel())
+               for name, (reward, weight) in run.rewards.items() if reward.differentiable)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2217,7 +2232,7 @@ SHAPES = ("circle", "square", "triangle")
 RELATIONS = {"above": (1, 0), "below": (1, 1), "left of": (2, 0), "right of": (2, 1)}      # layout, does order swap
 WORDS = ["<pad>", *COLOURS, *SHAPES, *RELATIONS]
 TINY_TOKENS, TINY_WIDTH, TINY_SIDE = 6, 64, 12
-TINY_REWARDS = ("attributes", "strict", "heldout")
+TINY_REWARDS = ("attributes", "strict", "heldout", "heldout_strict")
 
 
 def tiny_captions(held_out=False):
@@ -2410,7 +2425,7 @@ class TinyBackbone:
         self.nets, self.text, self.judges = {"generator": net, "score": net}, text, {"reward": A, "heldout": B}
         self.base = self.text_key = path.stem
         self.lora_targets = attention_linears(net)
-        self.rewards = {n: TinyReward(n, judge, output) for n, judge, output in zip(TINY_REWARDS, (A, A, B), (0, 1, 0))}
+        self.rewards = {n: TinyReward(n, judge, output) for n, judge, output in zip(TINY_REWARDS, (A, A, B, B), (0, 1, 0, 1))}
 
     def encode(self, prompts):
         device = self.text.places.device
@@ -2435,7 +2450,8 @@ class TinyBackbone:
 
 
 class TinyReward:
-    """A judge as reward: `attributes` (differentiable), `strict` (0 or 1, not differentiable), `heldout` (never trained on)."""
+    """A judge as reward: `attributes` (differentiable), `strict` (0 or 1, not differentiable); `heldout`, `heldout_strict`: the
+    same of the other judge, never trained on."""
 
     def __init__(self, name, judge, output):
         self.name, self.judge, self.output, self.differentiable = name, judge, output, output == 0
