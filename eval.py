@@ -7,6 +7,7 @@ at small size; the classmethod `load(cfg)` takes the real ones from --weights_di
 """
 import argparse
 import ast
+import concurrent.futures
 import contextlib
 import dataclasses
 import gc
@@ -15,9 +16,10 @@ import importlib.util
 import io
 import json
 import math
+import multiprocessing
+import os
 import random
 import re
-import subprocess
 import sys
 import time
 import weakref
@@ -995,6 +997,8 @@ class Flags:
     prompt: str = rtdmd.opt("", "only make one picture of this prompt")
     ablations: bool = rtdmd.opt(False, "the paper's questions on the tiny world; goes on where it was stopped")
     seeds: int = rtdmd.opt(5, "seeds of --ablations")
+    quick: bool = rtdmd.opt(False, "--ablations: Tables 3 and 4 only, with two seeds, in half an hour")
+    jobs: int = rtdmd.opt(2, "rows of --ablations that are trained at a time, on the cores divided by it")
     only: str = rtdmd.opt("", "rows of --ablations whose name, such as 'stage 2: SubGRPO M=2', contains this")
     metrics: str = rtdmd.opt("", "names, comma separated; default: the model's own")
     nfe: int = rtdmd.opt(0, "steps; default: the checkpoint's, else 4")
@@ -1032,7 +1036,7 @@ def parse(argv):
     own = DEFAULT_METRICS.get(cfg.model if not flags.images else "", "clipscore,aesthetic,pickscore,hpsv2,imagereward")
     flags.metrics = flags.metrics or own
     flags.out = flags.out or flags.run_folder or "runs/eval"
-    wrong = [n for n in ("nfe", "per_prompt", "batch", "max_prompts") if n in given and given[n] < 1]
+    wrong = [n for n in ("nfe", "per_prompt", "batch", "max_prompts", "seeds", "jobs") if n in given and given[n] < 1]
     if wrong or "eta" in given and not 0 <= flags.eta <= 1:
         raise UsageError(f"--{wrong[0]} must be at least 1." if wrong else "--eta must lie in [0, 1].")
     if not any((flags.ablations, flags.lora, flags.run_folder, flags.teacher, flags.images, flags.compare, flags.prompt)):
@@ -1257,6 +1261,8 @@ def evaluate(flags, cfg):
         results[name]["seconds_per_image"] = (seconds[name], math.nan)
     if rtdmd.dist_info()[0] == 0:
         rtdmd.save_grid(Path(flags.out) / "grid.png", torch.stack(panels).float() / 255, columns=len(shown))
+        if flags.run_folder:
+            draw_run_curves(Path(flags.run_folder), Path(flags.out) / "curves.png")
         if flags.save_images:
             save_pictures(Path(flags.out) / "images", pictures, prompts, flags.per_prompt)
         facts = dict(model=cfg.model, prompts=prompts, per_prompt=flags.per_prompt, prompt_hash=f"{rtdmd.key(prompts):016x}", seed=cfg.seed,
@@ -1579,85 +1585,324 @@ def cost_lines(run, phases, total, weights, samples):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The paper's questions, asked on the tiny world (bash train.sh ablations)
+#
+# A question is a dict {row: words}: flags of rtdmd.py, and @names of VARIANTS, which are none of its flags: experiments
+# beyond the paper, small functions that stand in for one of rtdmd's. Rows of stage 2 start from the stage-1 student of
+# the row BASE of their seed. Held-out judges decide, not the trained reward.
 # ----------------------------------------------------------------------------------------------------------------------
 
-# question: {row: flags}. Rows of stage 2 start from the stage-1 student BASE of their seed.
 BASE = "base (gamma .01)"
+LAG = "--fake_updates 1 --lr_fake 3e-4"
+BEHIND = "--iterations 75 @fake_from_zero"
 STAGE1_ROWS = {
-    "Table 3: the consistency term": {BASE: "", "gamma 0 (A-DMD)": "--gamma 0", "gamma .1": "--gamma .1",
-                                      "gamma 1": "--gamma 1", "gamma 1, kernel cps": "--gamma 1 --kernel cps",
-                                      "gamma 1, App. F's times": "--gamma 1 --consistency_times schedule"},
-    "Figure 5: randomness of the sampler": {"eta 0": "--eta 0", "eta .5": "--eta .5", "eta .8": "--eta .8", "eta 1": "--eta 1",
-                                            "eta 1, DMD2's re-noising": "--eta 1 --renoise dmd2"},
+    "Table 3: the consistency term": {
+        BASE: "", "gamma 0 (A-DMD)": "--gamma 0", "gamma .001": "--gamma .001", "gamma .005": "--gamma .005",
+        "gamma .1": "--gamma .1", "gamma 1": "--gamma 1", "gamma 1, kernel cps": "--gamma 1 --kernel cps",
+        "gamma 1, App. F's times": "--gamma 1 --consistency_times schedule"},
+    "Figure 5: randomness of the sampler": {
+        "eta 0": "--eta 0", "eta .5": "--eta .5", "eta .8": "--eta .8", "eta 1": "--eta 1",
+        "eta 1, DMD2's re-noising": "--eta 1 --renoise dmd2"},
     "DEPARTURE 1: the re-noising std": {"the paper's (t-s)/(1-s)": "--renoise paper"},
-    "A fake score that lags (1 update at lr 3e-4)": {"gamma 0": "--fake_updates 1 --lr_fake 3e-4 --gamma 0",
-                                                     "gamma .01": "--fake_updates 1 --lr_fake 3e-4",
-                                                     "gamma 1": "--fake_updates 1 --lr_fake 3e-4 --gamma 1"},
+    "A fake score that lags (1 update at lr 3e-4)": {
+        "lag, gamma 0": f"{LAG} --gamma 0", "lag, gamma .01": LAG, "lag, gamma 1": f"{LAG} --gamma 1"},
+    "A fake score that starts from zero behind a trained student (75 iterations)": {
+        "behind, gamma 0": f"{BEHIND} --gamma 0", "behind, gamma .01": BEHIND, "behind, gamma 1": f"{BEHIND} --gamma 1"},
+    "Beyond the paper, stage 1": {"a fake score that knows k": "@fake_knows_k"},
 }
 STAGE2_ROWS = {
-    "Table 4: the hybrid policy gradient": {"DM only": "--no_policy --no_det", "naive GRPO": "--subset_size 3 --no_det",
-                                            "SubGRPO M=1": "--subset_size 1 --no_det", "SubGRPO M=2": "--no_det",
-                                            "pathwise only": "--no_policy", "base (SubGRPO M=2 + pathwise)": "",
-                                            "SubGRPO M=1 + pathwise": "--subset_size 1", "base without DM": "--no_dmd"},
-    "Table 5: a reward without gradient": {"strict, DM only": "--rewards strict=1 --no_policy",
-                                           "strict, naive GRPO": "--rewards strict=1 --subset_size 3",
-                                           "strict, SubGRPO M=2": "--rewards strict=1"},
-    "Departures 7, 12, 13": {"log-prob as released": "--log_prob unscaled --no_det", "std over all prompts": "--advantage_std global",
-                             "no std (leave one out)": "--advantage_std none", "shared x_{t_0}": "--share_initial",
-                             "independent noise outside S": "--independent_noise", "DM at the last step only": "--dm_steps last"},
+    "Table 4: the hybrid policy gradient": {
+        "DM only": "--no_policy --no_det", "naive GRPO": "--subset_size 3 --no_det", "SubGRPO M=1": "--subset_size 1 --no_det",
+        "SubGRPO M=2": "--no_det", "pathwise only": "--no_policy", "base (SubGRPO M=2 + pathwise)": "",
+        "SubGRPO M=1 + pathwise": "--subset_size 1", "naive GRPO + pathwise": "--subset_size 3",
+        "base without DM": "--no_dmd"},
+    "Table 5: a reward without gradient": {
+        "strict, DM only": "--rewards strict=1 --no_policy", "strict, naive GRPO": "--rewards strict=1 --subset_size 3",
+        "strict, SubGRPO M=2": "--rewards strict=1", "strict, SubGRPO M=1": "--rewards strict=1 --subset_size 1"},
+    "Departures 7, 12, 13": {
+        "log-prob as released": "--log_prob unscaled --no_det", "std over all prompts": "--advantage_std global",
+        "no std (leave one out)": "--advantage_std none --beta 8", "shared x_{t_0}": "--share_initial",
+        "independent noise outside S": "--independent_noise", "DM at the last step only": "--dm_steps last"},
+    "Beyond the paper: pathwise through more steps": {
+        "pathwise, last 2 steps": "--no_policy @pathwise_2", "pathwise, last 3 steps": "--no_policy @pathwise_3",
+        "pathwise, all 4 steps": "--no_policy @pathwise_4"},
+    "Beyond the paper: noise and std": {
+        "antithetic, SubGRPO M=2": "--no_det @antithetic", "antithetic, naive GRPO": "--subset_size 3 --no_det @antithetic",
+        "std floor .0001, SubGRPO M=2": "--no_det --std_floor 1e-4", "std floor .2, SubGRPO M=2": "--no_det --std_floor .2"},
+    "Beyond the paper: when to stop": {
+        "150 iterations": "--iterations 150 --save_every 25 --keep 6",
+        "150 iterations, stopped by the held-out judge": "--iterations 150 --save_every 25 --keep 6 @held_out_stop"},
 }
+QUICK = {1: ["Table 3: the consistency term"], 2: ["Table 4: the hybrid policy gradient"]}       # with two seeds: half an hour
 
 
 def ablations(flags, cfg):
-    """Trains and evaluates every row above for every seed, and prints mean and standard error over seeds.
+    """Trains and evaluates every row for every seed, --jobs at a time; prints mean and standard error over the seeds.
 
-    A row that is done is not done again: stop it whenever you like. OUT/NAME.json has one result, OUT/table.md all.
+    A row that is done is not done again: stop it whenever you like. OUT/NAME.json has one result, OUT/results.json and
+    OUT/table.md all of them, OUT/curves.png reward and held-out judge of Table 4 while they train.
     """
-    out = Path(flags.out if flags.out != "runs/eval" else "runs/ablations")
-    seeds = range(flags.seeds)
-    questions = [(1, *question) for question in STAGE1_ROWS.items()] + [(2, *question) for question in STAGE2_ROWS.items()]
-    jobs = [(stage, row, options, seed) for seed in seeds for stage, _, rows in questions for row, options in rows.items()]
-    jobs = [job for job in jobs if not flags.only or flags.only in f"stage {job[0]}: {job[1]}" or job[:2] == (1, BASE)]
-    for job in rtdmd.progress(jobs, len(jobs), "ablations"):
-        if not result_of(out, job[0], job[1], job[3]).exists():
-            ablation(out, cfg, *job)
-    tables = [f"### {name}\n\n{ablation_table(out, stage, rows, seeds)}" for stage, name, rows in questions]
+    out = Path(flags.out if "out" in flags.given else "runs/ablations")
+    seeds = range(flags.seeds if "seeds" in flags.given or not flags.quick else 2)
+    questions = [(stage, name, rows) for stage, table in ((1, STAGE1_ROWS), (2, STAGE2_ROWS)) for name, rows in table.items()
+                 if not flags.quick or name in QUICK[stage]]
+    jobs = [(stage, row, words, seed) for seed in seeds for stage, _, rows in questions for row, words in rows.items()
+            if flags.only in f"stage {stage}: {row}" and (stage, row) != (1, BASE)]
+    base = STAGE1_ROWS["Table 3: the consistency term"][BASE]
+    rtdmd.load_backbone(rtdmd.resolve(dict(cache=cfg.cache, tiny_steps=cfg.tiny_steps)))     # one process makes the world
+    threads = max(1, (os.cpu_count() or 1) // flags.jobs)
+    with concurrent.futures.ProcessPoolExecutor(flags.jobs, multiprocessing.get_context("spawn"), torch.set_num_threads,
+                                                (threads,)) as pool:
+        for stage in ([(1, BASE, base, seed) for seed in seeds], jobs):                      # all others start from these
+            waiting = [pool.submit(ablation, out, cfg, *job) for job in stage if not result_of(out, job[1], job[3]).exists()]
+            try:
+                for done in rtdmd.progress(concurrent.futures.as_completed(waiting), len(waiting), "ablations"):
+                    done.result()
+            except BaseException as error:
+                pool.shutdown(cancel_futures=True)                          # those at work stop after their iteration
+                if isinstance(error, KeyboardInterrupt):
+                    raise UsageError("Stopped: the same command goes on from here.", code=130) from None
+                raise
+    results = {f"stage {stage}: {row}": [json.loads(result_of(out, row, seed).read_text()) for seed in seeds
+                                         if result_of(out, row, seed).exists()] for stage, _, rows in questions for row in rows}
+    tables = [f"### {name}\n\n{ablation_table(stage, rows, results)}" for stage, name, rows in questions]
+    rtdmd.write_atomic(out / "results.json", json.dumps(results, indent=1))
     rtdmd.write_atomic(out / "table.md", "\n\n".join(tables) + "\n")
+    draw_ablation_curves(out, seeds)
     print("\n\n".join(tables))
 
 
-def result_of(out, stage, row, seed):
+def result_of(out, row, seed):
     """The file of one row's result; its folder has the same name without .json."""
-    return out / (re.sub(r"[^a-z0-9.]+", "_", f"stage{stage} {row} {seed}".lower()) + ".json")
+    return out / (re.sub(r"[^a-z0-9.]+", "_", f"{row} {seed}".lower()) + ".json")
 
 
-def ablation(out, cfg, stage, row, options, seed):
-    """One row for one seed: trains it, evaluates it, writes its result."""
-    target = result_of(out, stage, row, seed)
+def ablation(out, cfg, stage, row, words, seed):
+    """One row for one seed, in a process of its own: trains it, evaluates it, writes its result."""
+    target = result_of(out, row, seed)
     folder, world = target.with_suffix(""), ["--cache", cfg.cache, "--tiny_steps", str(cfg.tiny_steps), "--device", cfg.device]
-    command = [sys.executable, rtdmd.__file__, "--stage", str(stage), "--out", str(folder), "--seed", str(seed), "--keep", "1",
-               "--sample_every", "100000", *world, *options.split()]
-    if stage == 2:
-        command += ["--init", str(result_of(out, 1, BASE, seed).with_suffix("") / "stage1")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise UsageError(f"The ablation {row!r} failed: {done.stderr.strip().splitlines()[-1]}")
-    with contextlib.redirect_stdout(io.StringIO()):
-        main(["--lora", str(folder / f"stage{stage}"), "--out", str(folder), *world])
-    row, = json.loads((folder / "report.json").read_text())["rows"].values()
-    rtdmd.write_atomic(target, json.dumps(row))
+    start = result_of(out, BASE, seed).with_suffix("") / "stage1"
+    options = ["--stage", str(stage), "--out", str(folder), "--seed", str(seed), "--keep", "1", "--sample_every", "10", *world,
+               *[word for word in words.split() if word[0] != "@"], *(["--init", str(start)] if stage == 2 else [])]
+    names = [word[1:] for word in words.split() if word[0] == "@"]
+    last = rtdmd.resolve(rtdmd.parse_flags(options)).iterations
+    quiet = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet), replaced(names, start):
+            rtdmd.main(options)
+        found = rtdmd.find_checkpoint(folder / f"stage{stage}")
+        if found is None or found.name != f"checkpoint-{last:06d}":
+            raise UsageError(f"The ablation {row!r} was stopped: the same command goes on from there.")
+        found = best_checkpoint(folder / f"stage{stage}") if "held_out_stop" in names else found
+        with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+            main(["--lora", str(found), "--out", str(folder), *world])
+    except SystemExit:
+        raise UsageError(f"The ablation {row!r} failed: {quiet.getvalue().strip().splitlines()[-1]}") from None
+    scores, = json.loads((folder / "report.json").read_text())["rows"].values()
+    log = read_log(folder / f"stage{stage}")
+    scores |= {name: float(np.mean([line[name] for line in log[-20:] if name in line])) for name in ("dm", "dsm", "consistency")
+               if any(name in line for line in log[-20:])}
+    rtdmd.write_atomic(target, json.dumps(scores | dict(seed=seed, words=words, iterations=int(found.name[-6:]))))
 
 
-def ablation_table(out, stage, rows, seeds):
-    """Markdown: mean +- standard error over the seeds that are done."""
-    columns = DEFAULT_METRICS["tiny"].split(",")
-    lines = ["| | seeds | " + " | ".join(TINY_COLUMNS[m] for m in columns) + " |", "|---|" + "---|" * (len(columns) + 1)]
+def read_log(folder):
+    """The lines of a stage's metrics.jsonl."""
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def best_checkpoint(folder):
+    """The checkpoint where the held-out judge's score of the fixed-seed panel, averaged with its two neighbours, is highest."""
+    curve = {line["iteration"]: line["watch_heldout"] for line in read_log(folder) if "watch_heldout" in line}
+    near = lambda it: np.mean([score for other, score in curve.items() if abs(other - it) <= 10])
+    return max(rtdmd.list_checkpoints(folder), key=lambda path: near(int(path.name[-6:])))
+
+
+def ablation_table(stage, rows, results):
+    """Markdown: mean +- standard error over the seeds that are done. dm: of the last 20 iterations."""
+    columns = [*DEFAULT_METRICS["tiny"].split(","), "dm"]
+    lines = ["| | seeds | " + " | ".join(TINY_COLUMNS.get(m, m) for m in columns) + " |", "|---|" + "---|" * (len(columns) + 1)]
     for row in rows:
-        files = [result_of(out, stage, row, seed) for seed in seeds]
-        results = [json.loads(file.read_text()) for file in files if file.exists()]
-        cells = [number(*mean_and_error([r[m] for r in results], 1)) if results else "" for m in columns]
-        lines.append(f"| {row} | {len(results)} | " + " | ".join(cells) + " |")
+        scores = results[f"stage {stage}: {row}"]
+        known = [[r[m] for r in scores if m in r] for m in columns]
+        lines.append(f"| {row} | {len(scores)} | " + " | ".join(number(*mean_and_error(v, 1)) if v else "" for v in known) + " |")
     return "\n".join(lines)
+
+
+# ---- Experiments beyond the paper: each replaces functions of rtdmd by others that call them
+
+@contextlib.contextmanager
+def replaced(names, start):
+    """rtdmd with the functions of these variants; start: the stage-1 student of the same seed."""
+    before = {}
+    for name in names:
+        for target, function in VARIANTS[name](start).items():
+            owner = rtdmd if "." not in target else getattr(rtdmd, target.split(".")[0])
+            before[owner, target.split(".")[-1]] = getattr(owner, target.split(".")[-1])
+            setattr(owner, target.split(".")[-1], function)
+    try:
+        yield
+    finally:
+        for (owner, target), function in before.items():
+            setattr(owner, target, function)
+
+
+def antithetic(start):
+    """Half of a group has minus the noise of the other half, wherever Eq. 16 draws it anew. x_{t_0} too."""
+    original = rtdmd.group_draws
+
+    def group_draws(run, it, groups):
+        first, noise, subsets = original(run, it, groups)
+        half = run.cfg.group_size // 2
+        for g in range(0, len(first), 2 * half):
+            one, two = slice(g, g + half), slice(g + half, g + 2 * half)
+            first[two] = -first[one]
+            for k in subsets[g].tolist():
+                noise[k - 1, two] = -noise[k - 1, one]
+        return first, noise, subsets
+    return dict(group_draws=group_draws)
+
+
+def pathwise(steps):
+    """Eq. 15 through the last `steps` steps with the noise held fixed (as DRaFT-K does), where the paper has 1. Exact for
+    all that these steps do, so no policy term may act on them: use with --no_policy."""
+    def variant(start):
+        original = rtdmd.reinforce_slot
+
+        def reinforce_slot(run, b, slot, rows, here, u, noise, first, total):
+            cfg, K = run.cfg, run.cfg.steps
+            if slot < cfg.subset_size:
+                return original(run, b, slot, rows, here, u, noise, first, total)
+            x, prompts = b.states[K - steps, rows], [b.prompts[r] for r in rows]
+            cond = run.text.batch(prompts, run.device)
+            for k in range(K - steps + 1, K + 1):                           # the rollout's states, with their gradient
+                t, t_next = rtdmd.level(run.times[[k - 1]], x), rtdmd.level(run.times[[k]], x)
+                v = run.roles.velocity("generator", x, t.expand(len(x), *t.shape[1:]), cond)
+                mean, _ = rtdmd.cps_mean_std(x, v, t, t_next, cfg.eta)
+                x = b.states[k, rows] + mean - mean.detach()
+            det = rtdmd.pathwise_terms(run, x, prompts, {n: scale[rows] for n, scale in b.scales.items()})
+            (cfg.beta * cfg.det_weight * det * len(rows) / total).backward()
+            if here:
+                pick = [rows[i] for i in here]
+                without = SimpleNamespace(**{**vars(run), "cfg": dataclasses.replace(cfg, no_det=True)})
+                original(without, b, slot, pick, list(range(len(here))), u[here], noise[here], first, total)
+        return dict(reinforce_slot=reinforce_slot)
+    return variant
+
+
+def fake_knows_k(start):
+    """DEPARTURE 18 undone: a learned vector per step k joins the fake score's pooled text embedding, zero at first."""
+    velocity, teacher, roles = rtdmd.Roles.velocity, rtdmd.Roles.teacher, rtdmd.Roles.__init__
+    batch, fake, matching = rtdmd.TextCache.batch, rtdmd.update_fake, rtdmd.matching_loss
+
+    def __init__(self, backbone, cfg):
+        roles(self, backbone, cfg)
+        self.named["fake"]["steps"] = nn.Parameter(torch.zeros(cfg.steps + 1, rtdmd.TINY_WIDTH))
+
+    def batch_with_k(self, prompts, device):
+        cond = batch(self, [p.split("\0")[0] for p in prompts], device)
+        return cond | dict(k=torch.tensor([int(p.split("\0")[1]) for p in prompts])) if "\0" in prompts[0] else cond
+
+    def velocity_with_k(self, role, x, t, cond):
+        cond = dict(cond)
+        k = cond.pop("k", None)
+        if role == "fake":
+            cond["pooled_projections"] = cond["pooled_projections"] + self.named["fake"]["steps"][k]
+        return velocity(self, role, x, t, cond)
+
+    def update_fake(run, it, u, x_s, s, k, prompts, ids, total):
+        fake(run, it, u, x_s, s, k, [f"{p}\0{i}" for p, i in zip(prompts, k.tolist())], ids, total)
+
+    def matching_loss(run, x_s, s, cond, u, noise):
+        k = (run.times.float() - s.flatten()[:, None]).abs().argmin(1)
+        return matching(run, x_s, s, cond | dict(k=k), u, noise)
+
+    without = lambda self, x, t, cond, null: teacher(self, x, t, {n: c for n, c in cond.items() if n != "k"}, null)
+    return {"Roles.__init__": __init__, "Roles.velocity": velocity_with_k, "Roles.teacher": without,
+            "TextCache.batch": batch_with_k, "update_fake": update_fake, "matching_loss": matching_loss}
+
+
+def fake_from_zero(start):
+    """Stage 1 begins with the generator of `start` and a fake score that is still the teacher: as far behind as can be."""
+    original = rtdmd.prepare
+
+    def prepare(cfg):
+        run = original(cfg)
+        if run.done == 0:
+            rtdmd.load_init(run, rtdmd.find_checkpoint(start))
+            run.ema = [p.detach().clone() for p in run.roles.parameters("generator")]
+            for name, p in run.roles.named["fake"].items():
+                if ".lora_B" in name:
+                    p.data.zero_()
+        return run
+    return dict(prepare=prepare)
+
+
+VARIANTS = dict(antithetic=antithetic, fake_knows_k=fake_knows_k, fake_from_zero=fake_from_zero, held_out_stop=lambda start: {},
+                pathwise_2=pathwise(2), pathwise_3=pathwise(3), pathwise_4=pathwise(4))
+
+
+# ---- Curves
+
+LINE_COLOURS = [(31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189), (255, 127, 14), (90, 90, 90), (23, 190, 207)]
+
+
+def draw_ablation_curves(out, seeds):
+    """OUT/curves.png: training reward and held-out judge of Table 4's rows, mean over seeds."""
+    panels = {"reward (trained on)": {}, "held-out judge": {}}
+    for row in STAGE2_ROWS["Table 4: the hybrid policy gradient"]:
+        logs = [read_log(result_of(out, row, s).with_suffix("") / "stage2") for s in seeds if result_of(out, row, s).exists()]
+        for panel, name in zip(panels.values(), ("reward_attributes", "watch_heldout")):
+            if logs:
+                panel[row] = mean_curve(logs, name)
+    if any(panels.values()):
+        draw_curves(out / "curves.png", panels)
+
+
+def draw_run_curves(run, path):
+    """README's healthy run as a picture: the gap between fake score and teacher of both stages, the rewards of stage 2."""
+    logs = {stage: read_log(run / f"stage{stage}") for stage in (1, 2) if (run / f"stage{stage}/metrics.jsonl").exists()}
+    panels = {f"stage {stage}: dm, the gap between fake score and teacher": {"dm": mean_curve([log], "dm")}
+              for stage, log in logs.items() if "dm" in log[-1]}
+    names = [name for name in logs[2][-1] if name.startswith(("reward_", "watch_"))] if 2 in logs else []
+    if names:
+        panels["stage 2: rewards; watch_ is never trained on"] = {name: mean_curve([logs[2]], name) for name in names}
+    if panels:
+        draw_curves(path, panels)
+
+
+def mean_curve(logs, name, width=5):
+    """[(iteration, value)]: mean over logs, then over a window of `width` lines that have it."""
+    lines = [[(line["iteration"], line[name]) for line in log if name in line] for log in logs]
+    mean = [(pairs[0][0], float(np.mean([value for _, value in pairs]))) for pairs in zip(*lines)]
+    width = 1 if len(mean) < 4 * width else width
+    return [(mean[i][0], float(np.mean([v for _, v in mean[max(0, i - width + 1):i + 1]]))) for i in range(len(mean))]
+
+
+def draw_curves(path, panels, width=560, height=330):
+    """One PNG, a panel beside the other, each with its legend below. panels {title: {label: [(x, y), ...]}}."""
+    from PIL import Image, ImageDraw, ImageFont
+    font, rows = ImageFont.load_default(13), max(-(-len(curves) // 2) for curves in panels.values())
+    image = Image.new("RGB", (width * len(panels), height + 18 * rows + 8), "white")
+    pen = ImageDraw.Draw(image)
+    for i, (title, curves) in enumerate(panels.items()):
+        points = np.array([point for curve in curves.values() for point in curve])
+        low, high = points.min(0), points.max(0)
+        high = np.where(high > low, high, low + 1)
+        left, top, right, bottom = i * width + 62, 30, (i + 1) * width - 14, height - 30
+        place = lambda x, y: (left + (x - low[0]) / (high[0] - low[0]) * (right - left),
+                              bottom - (y - low[1]) / (high[1] - low[1]) * (bottom - top))
+        pen.text(((left + right) / 2, 8), title, "black", font, anchor="ma")
+        for x, y in np.linspace(low, high, 5):                              # grid lines and their numbers
+            pen.line([place(low[0], y), place(high[0], y)], (225, 225, 225))
+            pen.text((left - 6, place(x, y)[1]), f"{y:.3g}", "black", font, anchor="rm")
+            pen.text((place(x, y)[0], bottom + 6), f"{x:.0f}", "black", font, anchor="ma")
+        for j, (label, curve) in enumerate(curves.items()):
+            colour, x, y = LINE_COLOURS[j % len(LINE_COLOURS)], left + j % 2 * (right - left) // 2, height + 18 * (j // 2)
+            pen.line([place(*point) for point in curve], colour, 2)
+            pen.line([(x, y + 8), (x + 22, y + 8)], colour, 3)
+            pen.text((x + 28, y), label, "black", font)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    rtdmd.write_atomic(path, buffer.getvalue())
 
 
 def main(argv=None):

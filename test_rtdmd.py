@@ -4342,6 +4342,130 @@ def test_eval_refuses_in_one_sentence(flags, words, capsys, tmp_path, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
+# ---- The paper's questions, and experiments beyond the paper
+
+def test_ablations_go_on_where_they_were_stopped(flags, tmp_path, monkeypatch, cache, capsys):
+    """One row of each stage in a process of its own; a second call trains nothing; a failing row is one sentence."""
+    small = " ".join(SMALL[2:])                                   # without --device, which the runner hands on
+    first, second = "Table 3: the consistency term", "Table 4: the hybrid policy gradient"
+    monkeypatch.setattr(ev, "STAGE1_ROWS", {first: {ev.BASE: small}})
+    monkeypatch.setattr(ev, "STAGE2_ROWS", {second: {"DM only": f"{small} --no_policy --no_det"}})
+    line = ["--ablations", "--seeds", "1", "--jobs", "1", "--cache", str(cache), "--tiny_steps", "1", "--device", "cpu",
+            "--out", str(tmp_path / "abl")]
+    ev.main(line)
+    table = capsys.readouterr().out
+    assert f"### {first}" in table and re.search(r"\| DM only \| 1 \| -\d", table)
+    results = json.loads((tmp_path / "abl/results.json").read_text())
+    assert set(results) == {f"stage 1: {ev.BASE}", "stage 2: DM only"} and all(len(rows) == 1 for rows in results.values())
+    assert Image.open(tmp_path / "abl/curves.png").size[0] == 2 * 560
+    trained = ev.result_of(tmp_path / "abl", ev.BASE, 0).stat().st_mtime_ns
+    ev.main(line)
+    assert capsys.readouterr().out == table and ev.result_of(tmp_path / "abl", ev.BASE, 0).stat().st_mtime_ns == trained
+    with pytest.raises(R.UsageError, match="bad row.*no reward is called"):
+        ev.ablation(tmp_path / "abl", R.resolve(dict(cache=str(cache), tiny_steps=1, device="cpu")), 2, "bad row",
+                    f"{small} --rewards beauty=1", 0)
+
+
+def test_every_row_of_the_ablations_parses():
+    """Flags that rtdmd.py knows and variants that exist; no two rows share a result file."""
+    rows = [(stage, row, words) for stage, table in ((1, ev.STAGE1_ROWS), (2, ev.STAGE2_ROWS)) for rows in table.values()
+            for row, words in rows.items()]
+    assert len({ev.result_of(Path(), row, 0) for _, row, _ in rows}) == len(rows)
+    for stage, _, words in rows:
+        R.resolve(R.parse_flags(["--stage", str(stage), *(word for word in words.split() if word[0] != "@")]))
+        assert all(word[1:] in ev.VARIANTS for word in words.split() if word[0] == "@")
+
+
+def test_antithetic_noise(flags):
+    """The other half of a group has minus the noise, where it is drawn anew; shared noise stays shared (Eq. 16)."""
+    cfg = R.resolve(R.parse_flags(flags(2, "--group_size", 4)))
+    run = SimpleNamespace(cfg=cfg, device="cpu", backbone=SimpleNamespace(latent_shape=(3, 5, 5)))
+    plain = R.group_draws(run, 0, range(6))
+    with ev.replaced(["antithetic"], None):
+        first, noise, subsets = R.group_draws(run, 0, range(6))
+    assert torch.equal(subsets, plain[2]) and R.group_draws(run, 0, range(6))[1].equal(plain[1])
+    first, noise = first.unflatten(0, (6, 4)), noise.unflatten(1, (6, 4))
+    assert torch.equal(first[:, 2:], -first[:, :2])
+    for g in range(6):
+        for k in (1, 2, 3):
+            if k in subsets[4 * g]:
+                assert torch.equal(noise[k - 1, g, 2:], -noise[k - 1, g, :2])
+            else:
+                assert torch.equal(noise[k - 1, g], noise[k - 1, g, :1].expand_as(noise[k - 1, g]))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_pathwise_through_more_steps_is_the_gradient_with_fixed_noise(steps, flags):
+    """Eq. 15 through the last steps of a rollout against central differences of the mean reward, noise held fixed, along
+    one direction; states before those steps held fixed as well."""
+    run = R.prepare(R.resolve(R.parse_flags(flags(2, "--no_policy", "--no_dmd", "--advantage_std", "none"))))
+    cfg, groups = run.cfg, R.share(run.cfg.groups)
+    smooth = lambda images, prompts: torch.tanh(images.flatten(1).double() @ weights).float()    # no clamp anywhere
+    weights = torch.randn(432, generator=rng(9)).double() / 20
+    smooth.differentiable, run.backbone.decode, run.rewards = True, lambda x: x, dict(smooth=(smooth, 1.0))
+    b = SimpleNamespace(ids=list(range(12)), prompts=[p for p in run.prompts[:4] for _ in range(3)])
+    start, noise, b.subsets = R.group_draws(run, 0, groups)
+    b.states, b.predictions = R.roll_out(run, start, noise, b.prompts)
+    run.terms = {}
+    R.judge_groups(run, b)
+    params = run.roles.parameters("generator")
+    direction = [torch.randn(p.shape, generator=rng(i)) * p.norm() / p.numel() ** 0.5 for i, p in enumerate(params)]
+    with ev.replaced([f"pathwise_{steps}"] if steps > 1 else [], None):
+        R.reinforce_slot(run, b, cfg.subset_size, list(range(12)), [], None, None, True, 12)
+    slope = -sum((p.grad * d).sum() for p, d in zip(params, direction)).item()
+    k = cfg.steps - steps
+
+    def reward(size):
+        for p, d in zip(params, direction):
+            p.data += size * d
+        times = run.times[k:]
+        with torch.no_grad():
+            cond = run.text.batch(b.prompts, "cpu")
+            states, _ = R.rollout(lambda x, t: run.roles.velocity("generator", x, t, cond), b.states[k], noise[k:], times, cfg.eta)
+        value = smooth(states[-1], b.prompts).double().mean().item()
+        for p, d in zip(params, direction):
+            p.data -= size * d
+        return cfg.beta * cfg.det_weight * value / b.states[0, 0].numel()
+    truth = (reward(0.02) - reward(-0.02)) / 0.04
+    assert abs(slope - truth) < 0.01 * abs(truth), (slope, truth)
+
+
+def test_a_fake_score_that_knows_k(flags, tmp_path):
+    """Its vectors start at zero, where it is the plain fake score, and learn; the null of the teacher knows no k."""
+    R.main(flags(1, "--out", tmp_path / "plain", "--iterations", 1))
+    with ev.replaced(["fake_knows_k"], None):
+        R.main(flags(1, "--out", tmp_path / "knows", "--iterations", 1))
+    plain, knows = rows_of(tmp_path / "plain/stage1")[0], rows_of(tmp_path / "knows/stage1")[0]
+    vectors = state_of(tmp_path / "knows/stage1")["fake.steps"]
+    assert plain["dsm"] == knows["dsm"] and vectors[1:].any(1).all() and not vectors[0].any()
+
+
+def test_a_fake_score_that_starts_from_zero(flags, begun):
+    """The generator is the trained one, averaged; the fake score is the teacher."""
+    with ev.replaced(["fake_from_zero"], begun / "stage1"):
+        run = R.prepare(R.resolve(R.parse_flags(flags(1))))
+    trained = state_of(begun / "stage1")
+    assert all(torch.equal(p, trained[f"ema.{n}"]) for n, p in run.roles.named["generator"].items())
+    assert all(torch.equal(a, b) for a, b in zip(run.ema, run.roles.parameters("generator")))
+    assert not any(p.any() for n, p in run.roles.named["fake"].items() if "lora_B" in n)
+
+
+def test_the_held_out_judge_chooses_a_checkpoint(tmp_path):
+    """Its score is averaged with the neighbours of a panel: one lucky panel does not win."""
+    scores = {10: -.5, 20: -.4, 25: -.38, 30: -.3, 40: -.1, 50: -.6, 60: -.6}
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(dict(iteration=i, watch_heldout=s)) + "\n" for i, s in scores.items()))
+    for i in (20, 30, 50, 60):
+        (tmp_path / f"checkpoint-{i:06d}").mkdir()
+    assert ev.best_checkpoint(tmp_path).name == "checkpoint-000030"
+
+
+def test_curves(tmp_path):
+    """One panel beside the other; a level curve and a single point have an axis too."""
+    ev.draw_curves(tmp_path / "c.png", {"a": {"x": [(1, 0.0), (2, 1.0)], "y": [(1, 1.0), (2, 0.0)]}, "b": {"x": [(1, 3.0)]}})
+    pixels = np.array(Image.open(tmp_path / "c.png"))
+    assert pixels.shape[1] == 1120 and all((pixels == colour).all(2).any() for colour in ev.LINE_COLOURS[:2])
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("command", choices=("lab", "torture"), nargs="?", default="lab")
