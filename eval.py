@@ -981,8 +981,9 @@ def mean_and_error(values, per_prompt):
 # Sampling
 # ----------------------------------------------------------------------------------------------------------------------
 
-DEFAULT_METRICS = {"tiny": "attributes,strict,heldout,distance,diversity"}
-TINY_COLUMNS = dict(attributes="reward", strict="strict acc.", heldout="held-out", distance="distance", diversity="diversity")
+DEFAULT_METRICS = {"tiny": "attributes,strict,heldout,heldout_strict,distance,diversity"}
+TINY_COLUMNS = dict(attributes="reward", strict="accuracy", heldout="held-out reward", heldout_strict="held-out accuracy",
+                    distance="distance", diversity="diversity")
 
 
 @dataclasses.dataclass
@@ -1235,7 +1236,7 @@ def write_report(out, rows, scores, facts):
 def evaluate(flags, cfg):
     """Samples the rows of a plan, scores them, writes report.json and grid.png."""
     names = flags.metrics.split(",")
-    check_metrics(names, {"attributes", "strict", "heldout", "distance", "diversity"} if cfg.model == "tiny" else ())
+    check_metrics(names, set(TINY_COLUMNS) if cfg.model == "tiny" else ())
     rows = plan(flags, cfg)
     prompts = rtdmd.read_prompts(cfg.prompts, cfg.seed)[:flags.max_prompts]
     sampler = Sampler(cfg, rows, prompts)
@@ -1598,7 +1599,8 @@ STAGE1_ROWS = {
     "Table 3: the consistency term": {
         BASE: "", "gamma 0 (A-DMD)": "--gamma 0", "gamma .001": "--gamma .001", "gamma .005": "--gamma .005",
         "gamma .1": "--gamma .1", "gamma 1": "--gamma 1", "gamma 1, kernel cps": "--gamma 1 --kernel cps",
-        "gamma 1, App. F's times": "--gamma 1 --consistency_times schedule"},
+        "gamma 1, App. F's times": "--gamma 1 --consistency_times schedule",
+        "gamma 1, pairs across boundaries": "--gamma 1 @pairs_across"},
     "Figure 5: randomness of the sampler": {
         "eta 0": "--eta 0", "eta .5": "--eta .5", "eta .8": "--eta .8", "eta 1": "--eta 1",
         "eta 1, DMD2's re-noising": "--eta 1 --renoise dmd2"},
@@ -1614,7 +1616,9 @@ STAGE2_ROWS = {
         "DM only": "--no_policy --no_det", "naive GRPO": "--subset_size 3 --no_det", "SubGRPO M=1": "--subset_size 1 --no_det",
         "SubGRPO M=2": "--no_det", "pathwise only": "--no_policy", "base (SubGRPO M=2 + pathwise)": "",
         "SubGRPO M=1 + pathwise": "--subset_size 1", "naive GRPO + pathwise": "--subset_size 3",
-        "base without DM": "--no_dmd"},
+        "base without DM": "--no_dmd", "base, det_weight 1": "--det_weight 1",
+        "SubGRPO M=2, policy_weight 3": "--no_det --policy_weight 3",
+        "DM only, 4 fake updates": "--no_policy --no_det --fake_updates 4"},
     "Table 5: a reward without gradient": {
         "strict, DM only": "--rewards strict=1 --no_policy", "strict, naive GRPO": "--rewards strict=1 --subset_size 3",
         "strict, SubGRPO M=2": "--rewards strict=1", "strict, SubGRPO M=1": "--rewards strict=1 --subset_size 1"},
@@ -1767,23 +1771,21 @@ def pathwise(steps):
     def variant(start):
         original = rtdmd.reinforce_slot
 
-        def reinforce_slot(run, b, slot, rows, here, u, noise, first, total):
+        def reinforce_slot(run, b, slot, reward_term, rows, here, u, noise, first, total):
             cfg, K = run.cfg, run.cfg.steps
-            if slot < cfg.subset_size:
-                return original(run, b, slot, rows, here, u, noise, first, total)
-            x, prompts = b.states[K - steps, rows], [b.prompts[r] for r in rows]
-            cond = run.text.batch(prompts, run.device)
-            for k in range(K - steps + 1, K + 1):                           # the rollout's states, with their gradient
-                t, t_next = rtdmd.level(run.times[[k - 1]], x), rtdmd.level(run.times[[k]], x)
-                v = run.roles.velocity("generator", x, t.expand(len(x), *t.shape[1:]), cond)
-                mean, _ = rtdmd.cps_mean_std(x, v, t, t_next, cfg.eta)
-                x = b.states[k, rows] + mean - mean.detach()
-            det = rtdmd.pathwise_terms(run, x, prompts, {n: scale[rows] for n, scale in b.scales.items()})
-            (cfg.beta * cfg.det_weight * det * len(rows) / total).backward()
-            if here:
-                pick = [rows[i] for i in here]
-                without = SimpleNamespace(**{**vars(run), "cfg": dataclasses.replace(cfg, no_det=True)})
-                original(without, b, slot, pick, list(range(len(here))), u[here], noise[here], first, total)
+            if slot == cfg.subset_size and reward_term:
+                x, prompts = b.states[K - steps, rows], [b.prompts[r] for r in rows]
+                cond = run.text.batch(prompts, run.device)
+                for k in range(K - steps + 1, K + 1):                       # the rollout's states, with their gradient
+                    t, t_next = (rtdmd.level(run.times[[j]], x).expand(len(x), 1, 1, 1) for j in (k - 1, k))
+                    v = run.roles.velocity("generator", x, t, cond)
+                    mean, _ = rtdmd.cps_mean_std(x, v, t, t_next, cfg.eta)
+                    x = b.states[k, rows] + mean - mean.detach()
+                det = rtdmd.pathwise_terms(run, x, prompts, {n: scale[rows] for n, scale in b.scales.items()})
+                (cfg.beta * cfg.det_weight * det * len(rows) / total).backward()
+                rows, u, noise, here, reward_term = [rows[i] for i in here], u[here], noise[here], range(len(here)), False
+            if rows:
+                original(run, b, slot, reward_term, rows, list(here), u, noise, first, total)
         return dict(reinforce_slot=reinforce_slot)
     return variant
 
@@ -1820,6 +1822,13 @@ def fake_knows_k(start):
             "TextCache.batch": batch_with_k, "update_fake": update_fake, "matching_loss": matching_loss}
 
 
+def pairs_across(start):
+    """DEPARTURE 4 undone: t'' may lie below a boundary level that t' is above."""
+    def draw_next_level(run, t, u):
+        return rtdmd.between(run, (t - run.cfg.delta).clamp_min(0), t, u)
+    return dict(draw_next_level=draw_next_level)
+
+
 def fake_from_zero(start):
     """Stage 1 begins with the generator of `start` and a fake score that is still the teacher: as far behind as can be."""
     original = rtdmd.prepare
@@ -1836,7 +1845,7 @@ def fake_from_zero(start):
     return dict(prepare=prepare)
 
 
-VARIANTS = dict(antithetic=antithetic, fake_knows_k=fake_knows_k, fake_from_zero=fake_from_zero, held_out_stop=lambda start: {},
+VARIANTS = dict(antithetic=antithetic, pairs_across=pairs_across, fake_knows_k=fake_knows_k, fake_from_zero=fake_from_zero, held_out_stop=lambda start: {},
                 pathwise_2=pathwise(2), pathwise_3=pathwise(3), pathwise_4=pathwise(4))
 
 
