@@ -1,68 +1,86 @@
-"""RTDMD in one file: a 50-step text-to-image flow model becomes a 4-step one, then is pushed towards human preference.
+"""RTDMD in one file: a 50-step text-to-image flow model becomes a 4-step one and is tuned to human preference.
 
 Stage 1 distils (AC-DMD): the generator's noisy boundary states are matched to the teacher's, on every sub-interval.
-Stage 2 reinforces (hybrid policy gradient): SubGRPO on the stochastic steps, reward back-propagation through the last,
-deterministic one, distribution matching as the leash. After "Reinforcing Few-step Generators via Reward-Tilted
-Distribution Matching"; read it beside the paper, section by section. Not a framework: copy what you need.
+Stage 2 reinforces (hybrid policy gradient): SubGRPO on the stochastic steps, reward gradients through the last,
+deterministic step, and distribution matching to stay near the teacher. It follows "Reinforcing Few-step Generators
+via Reward-Tilted Distribution Matching" and is meant to be read beside it. Not a framework: copy what you need.
 
     laptop      bash train.sh                                       # the tiny world: both stages, a table, a picture
-    1 GPU       python rtdmd.py --stage 1 --model sd3m --micro_batch 2
+    1 GPU       python rtdmd.py --stage 1 --model sd3m
     8 GPUs      torchrun --nproc_per_node 8 rtdmd.py --stage 1 --model sd3m                # then --stage 2, same --out
     2 nodes     NNODES=2 NODE_RANK=0 MASTER_ADDR=host bash train.sh sd3m 8            # on the other node NODE_RANK=1
     no weights  python rtdmd.py --stage 1 --model sd3m --random_weights --dry_run 1    # will it fit, how fast will it be
 
-Map      2.1 flow algebra             x0_from_velocity, eps_from_velocity, score_from_velocity
-         App. C sampler               timestep_schedule, cps_mean_std, rollout, CPSScheduler
-         3.1, B, D, E, F AC-DMD       renoise*, ambient_*, reverse_step, consistency_loss, boundary_mean, dmd_loss
-         3.2, G, H policy gradient    choose_steps, group_noise, gaussian_log_prob, group_advantages, subgrpo_loss,
-                                      pathwise_loss
-         App. I Algorithm 1           stage1, stage2
+Map  section  paper                functions
+     2        2.1                  x0_from_velocity, eps_from_velocity, score_from_velocity
+     3        App. C               timestep_schedule, cps_mean_std, cps_step, rollout, CPSScheduler
+     4        3.1, App. B, D-F     renoise, ambient_dsm_loss, reverse_step, consistency_loss, boundary_mean, dmd_loss
+     5        3.2, App. G, H       choose_steps, group_noise, gaussian_log_prob, group_advantages, subgrpo_loss,
+                                   pathwise_loss
+     6        App. I, Algorithm 1  stage1, stage2
+     A reader of the paper can stop there. 7 rewards, 8 backbones, 9 plumbing, 10 command line, and the tiny world.
 
-Symbols  theta generator | psi frozen teacher, with guidance w | phi fake score | steps k = 1..K | t_k noise level
-         (t_0 = 1, t_K = 0)
-         x_s boundary state, s = t_k | t in [s, 1] the level it is re-noised to | a, kappa signal and noise of that
-         v = E[eps - x_0 | x_t] | h(x, t) = x - t v x-prediction | S chosen stochastic steps, |S| = M | N group size
-         A advantage | beta reward strength: the target is p_psi exp(beta r) / Z (Eq. 6), so the gradient is the
-         distribution matching (DM) term minus beta times the gradient of the expected reward (Eq. 7). In practice DM
-         is divided by its own size and a reward by its std: beta is a relative weight, not that exponent
+Symbols  theta generator | psi frozen teacher, guided with weight w | phi fake score | steps k = 1..K | t_k level after
+         step k, t_0 = 1, t_K = 0 | eta randomness of the sampler, eps_k the noise of its step k
+         x_s state after step k ("boundary state"), s = t_k | x_t = a x_s + kappa n the same at a level t in [s, 1], n
+         new noise | m = E[x_s | x_t] | t' > t'' two such levels, x', x'' states there, t' - t'' <= delta
+         v(x, t) = E[eps - x_0 | x_t = x] | h = x - t v the x-prediction | gamma weight of Eq. 12's second term
+         S chosen stochastic steps, |S| = M | N group size | r reward, A advantage | d dimensions of a sample
+         beta reward strength: the target is p_psi exp(beta r) / Z (Eq. 6); its gradient is that of distribution
+         matching (DM) minus beta times that of E r (Eq. 7)
 
-DEPARTURES from the paper and from its released code. Those that are mathematics have a test that shows
-them in numbers.
- 1. Re-noising std is kappa = sqrt(t^2 - a^2 s^2). The paper's (t-s)/(1-s) (Eq. 8, App. B) adds standard deviations,
-    which is right only if the new noise is the old one: at s = .5, t = .7 its noise has variance .25 where the teacher
-    expects .49. --renoise paper has it. (The released code does as we do.)
- 2. So the self-consistency of App. E holds for noisy x_s too: h is a martingale iff kappa^2 = t^2 - a^2 s^2. (The
-    display in App. E conditions on x_t' where x_t'' is meant.)
- 3. The reverse kernel of Eqs. 11 and 22 is the Gaussian posterior: with the true score the loss vanishes like
-    (t' - t'')^4. With a fixed eta = .9 (released; --kernel cps) it stays, and pulls the fake score off the truth.
- 4. t' is the re-noising time and t'' lies within --delta below it and above s, "close" as 3.1 asks. App. F's
-    t'' = t_{k+1} (--consistency_times schedule) is outside [t_k, 1], where states of step k never train it.
- 5. The fake loss is in velocity form, divided by the variance of its target: Eq. 5 at s = 0, of order one everywhere
-    else, at t = s and t = 1 too. The released weight min(1, 10 kappa^2) is not Eq. 5 at s = 0.
- 6. The generator's gradient is the difference of the boundary means E[x_s | x_t] under the two scores, over the mean
-    distance from x_s to the teacher's: Eq. 9 with a positive weight. The released code puts one noise sample into
-    both means and so into the normaliser, which mutes the early steps.
- 7. log pi is the exact Gaussian log-density, averaged over dimensions. The released code drops 1 / (2 std^2): its
-    ratio is no likelihood ratio, and its steps are weighted by their variance (--log_prob unscaled).
- 8. The ratio is exactly 1 in the first update of a rollout: old and new log-probability come from one forward. A
-    second forward in bf16 differs by more than the clip of 1e-5.
- 9. (K-1)/M of Eq. 17 is kept; the released code has no such factor.
-10. S is drawn for every prompt, as Algorithm 1 says; the released code draws one per iteration.
-11. Eqs. 15 and 17 share units. Each reward is divided by the same std in both, and all of Eq. 18 is a mean over
-    dimensions. Otherwise the two reward terms change their balance with resolution and with each reward's unit.
-12. Unscaled advantages (--advantage_std none) compare with the mean of the others (N/(N-1)): a mean that contains r_i
-    makes the stochastic term short by (N-1)/N against the pathwise one. Scaled ones follow App. H, that flaw included,
-    and have a floor under the std, or a group without differences becomes noise.
-13. Distribution matching in stage 2 acts on all steps in equal parts, at no extra generator forward, and the fake
-    score trains on all boundary states. The released code does both at the last step only (--dm_steps last).
-14. Adapters, gradients, Adam and EMA are fp32: a step of 1e-6 does not exist in bf16. Stage 2 goes on with stage 1's
-    adapters (averaged generator, raw fake score) instead of merging them and starting others.
-15. Three roles, one frozen base: generator and fake score are two adapters on it, the teacher is it without any.
-16. k is stratified: each iteration trains every step on an equal share of its samples.
-17. Levels are drawn inside (s, 1), not clamped into it. Clamping t at .98 (released) puts 62 % of FLUX.2's
-    first-step draws on that single level.
-18. One fake score serves all k, here and in the released code: at t it learns the mixture of the step-k laws with
-    t_k < t, which is each p^(k) of Eq. 9 only where they agree. Conditioning it on k would remove this.
+DEPARTURES  [P] from the paper, [C] from its released code, [-] from neither: what the paper leaves open or what both
+share. 1-7, 11, 12 and 17 have tests that show them in numbers.
+ 1. [P] The std of re-noising is kappa = sqrt(t^2 - a^2 s^2). The paper's (t-s)/(1-s) (above Eq. 8, App. B) adds standard
+    deviations, which is right only if the new noise is the old one: at s = .5, t = .7 its noise has variance .25
+    where the teacher expects .49. --renoise paper has it.
+ 2. [-] With this kappa the self-consistency of App. E holds for noisy x_s too: h(x_t, t) is a martingale of the
+    reversed chain iff kappa^2 = t^2 - a^2 s^2. (App. E's display ends in E[x_0 | x_t']; it should be E[x_0 | x_t''].)
+ 3. [C] The paper does not say which reverse kernel Eqs. 11 and 22 use. Ours is the Gaussian posterior: at the true
+    score the loss falls like (t' - t'')^4. At a fixed eta = .9 (released; --kernel cps) the loss at the true score
+    does not fall at all, so it pulls the fake score away from the truth.
+ 4. [PC] t' is the re-noising level and t'' lies within delta below it, "close" as 3.1 asks, with no boundary level
+    t_j between them: one phi learns the laws of all steps with t_k < t (18), and that mixture changes at every t_j,
+    so even the perfect phi is not self-consistent across one. App. F's t' = t_k, t'' = t_{k+1} (--consistency_times
+    schedule) crosses by definition, to where states of step k never train phi.
+ 5. [C] The fake loss is in velocity form, over the variance of its target given x_0: exactly Eq. 5 at s = 0, and of
+    order one for all s < t, up to t = s and t = 1. The released weight min(1, 10 kappa^2) is not Eq. 5 at s = 0.
+ 6. [C] The generator's gradient is the difference of the boundary means m under the two scores, over D, the mean
+    distance from x_s to the teacher's: Eq. 9's score difference times kappa^2 / (a D) > 0. D depends on the sample,
+    as in DMD: this has the zero of Eq. 8's gradient, but is not that gradient. The released code adds one noise draw
+    to both means: it cancels in the difference, not in D, which weakens the early steps.
+ 7. [PC] log pi is the exact Gaussian log-density averaged over the d dimensions: the ratio is the d-th root of the
+    likelihood ratio, its gradient at 1 is Eq. 17 over d, and one clip suits every resolution. The released code also
+    drops 1 / (2 std^2), which weights each step by its variance (--log_prob unscaled).
+ 8. [C] The ratio is exactly 1 in the first update of a rollout: old and new log-probability come from one forward. A
+    second forward of another batch shape differs in bf16 by more than the clip of 1e-5.
+ 9. [C] (K-1)/M of Eq. 17 is kept; the released code has no such factor.
+10. [C] S is drawn for every prompt, as Algorithm 1 says; the released code draws one per iteration.
+11. [PC] Eqs. 15 and 17 share units: each reward is divided by the same std in both, and all of Eq. 18 is a mean over
+    dimensions. Otherwise the two reward terms change their balance with resolution and with each reward's unit. The
+    price: a group's std holds the noise of its S only, so the pathwise term weighs more for prompts whose S moves the
+    picture little. --advantage_std global shares one std over all prompts.
+12. [P] A baseline that contains r_i itself multiplies the stochastic term by (N-1)/N against the pathwise one.
+    Unscaled advantages (--advantage_std none) therefore use the mean of the N-1 others. Scaled ones keep App. H's
+    form (4 % at N = 24), with a floor under the std: see reward_scale.
+13. [C] DM in stage 2 acts on every step k equally often on average and reuses the forwards of the reward terms; the
+    fake score trains on all boundary states. The released code does both at the last step only (--dm_steps last).
+14. [C] Adapters, gradients, Adam and EMA are fp32: bf16 rounds a step of 1e-6 away from every weight above 5e-4.
+    Stage 2 goes on with stage 1's adapters (averaged generator, raw fake score) instead of merging them.
+15. [-] Three roles by adapters: the teacher is the frozen base without any, the fake score an adapter on it, the
+    generator another: on the same base (SD3) or on the distilled network that it starts from (FLUX.2, App. J).
+16. [P] k is stratified: every update trains each step on an equal share of its samples. (Only the DM term of stage 2
+    draws its k, which must be K or in S.)
+17. [C] Levels are drawn from the inner 98 % of (s, 1), not clamped into it. Clamping t at .98 (released) puts half
+    of FLUX.2's first-step draws on that one level (t_1 = .958 at 512 pixels; 62 % at 1024).
+18. [-] One fake score serves all k, as in the paper and the released code: at t it learns the mixture of the step-k
+    laws with t_k < t, which is each p^(k) of Eq. 9 only where they agree. Conditioning it on k would remove this.
+19. [P] Eq. 9 is differentiated through step k alone, as released: x_{t_{k-1}} is a constant. Eq. 8's gradient also
+    runs through steps 1 .. k-1, which share theta; that would take k graphs at once.
+20. [P] beta is a relative weight, not the exponent of Eq. 6: DM is divided by its own size, a reward by its std.
+21. [P] The draws x'' of Eq. 22 are constants: no gradient flows into them, though Eq. 11's kernel depends on phi.
+    (Released: the same.) The teacher is guided, as released; 2.2 and 3 speak of the plain p_psi. What is exported is
+    the generator's average over updates.
 """
 
 from __future__ import annotations
@@ -135,10 +153,10 @@ class Config:
     recipe: str = opt("paper", "named set of differences from these defaults: paper, official")
     out: str = opt("runs/MODEL", "run folder; stage 1 and stage 2 share it")
     init: str = opt("", "stage 2: checkpoint of stage 1 to start from (default: the newest under --out)")
-    iterations: int = opt(0, "generator updates; 0: the stage's own number (paper 4.1: 1500, then 1000)")
+    iterations: int = opt(0, "passes of Algorithm 1's loop; 0: the stage's own number (paper 4.1: 1500, then 1000)")
     seed: int = opt(0, "the only source of randomness")
     device: str = opt("", "cuda, cpu or meta (counting only); default: cuda if there is one")
-    prompts: str = opt("pickapic", "file (.txt .jsonl .csv .tsv .parquet) or pickapic, drawbench, partiprompts, hpdv2")
+    prompts: str = opt("pickapic", "file (.txt .jsonl .csv .tsv .parquet) or pickapic (released), drawbench, partiprompts, hpdv2")
     max_prompts: int = opt(25000, "prompts taken from the set: their text embeddings go to disk, 2 to 8 MB each")
     cache: str = opt("runs/cache", "text embeddings and the tiny world's teacher, shared by all runs")
     # ---- Network
@@ -147,7 +165,7 @@ class Config:
     weights_dir: str = opt("", "folder searched for reward checkpoints before the hub (offline clusters)")
     resolution: int = opt(512, "pixels, width and height (paper 4.1; its Table 1 uses 1024)")
     text_length: int = opt(0, "tokens of the long text encoder; 0: the stock pipeline's (SD3 256, FLUX.2 512)")
-    guidance: float = opt(1.0, "w of the teacher; the model's own: 7, 4.5, 4 (released), tiny 1.5")
+    guidance: float = opt(1.0, "w of the teacher's guidance, 1 is none; MODELS has 7, 4.5, 4 (released), tiny 1.5")
     dtype: str = opt("", "of the frozen network; default: bf16 on cuda, fp32 on cpu", ("", "bf16", "fp32"))
     lora_rank: int = opt(64, "r (paper 4.1)")
     lora_alpha: int = opt(32, "alpha (paper 4.1): the update is scaled by alpha / r")
@@ -162,7 +180,7 @@ class Config:
     kernel: str = opt("posterior", "reverse kernel of Eq. 11; cps: fixed eta, as released", ("posterior", "cps"))
     consistency_times: str = opt("local", "t'' within delta of t'; schedule: App. F's t_{k+1}", ("local", "schedule"))
     delta: float = opt(0.1, "largest t' - t'' of the consistency term, in noise level (ours; released: 0.2)")
-    renoise: str = opt("markov", "std of Eq. 8: sqrt(t^2 - a^2 s^2); paper prints (t-s)/(1-s); dmd2 re-noises "
+    renoise: str = opt("markov", "std sigma_k(t) of 3.1: sqrt(t^2 - a^2 s^2); paper prints (t-s)/(1-s); dmd2 re-noises "
                        "the x-prediction over [0, 1] (App. K)", ("markov", "paper", "dmd2"))
     batch: int = opt(72, "boundary states per update, over all processes (released: 9 x 8 GPUs)")
     fake_updates: int = opt(0, "fake updates per generator update; 0: the stage's own (released: 10, then 1)")
@@ -183,7 +201,7 @@ class Config:
     advantage_std: str = opt("group", "divide rewards by their std over the group, over all, or not at all",
                              ("group", "global", "none"))
     std_floor: float = opt(1e-4, "least std that a reward is divided by, in its own units (ours)")
-    clip: float = opt(1e-5, "PPO clip on the ratio of mean-over-dimension likelihoods (App. J)")
+    clip: float = opt(1e-5, "PPO clip on exp(mean over dimensions of the log-ratio) (App. J); acts from the second inner epoch")
     log_prob: str = opt("exact", "unscaled drops 1 / (2 std^2), as released", ("exact", "unscaled"))
     dm_steps: str = opt("all", "steps k of stage 2's matching term and fake score; last: as released", ("all", "last"))
     inner_epochs: int = opt(1, "generator updates per rollout; the ratio is exactly 1 in the first")
@@ -196,9 +214,9 @@ class Config:
     micro_batch: int = opt(1, "samples per pass with gradient, per process: the memory knob, changes nothing else")
     max_bad_steps: int = opt(5, "stop after so many non-finite updates in a row")
     # ---- Records
-    save_every: int = opt(50, "generator updates between checkpoints")
+    save_every: int = opt(50, "iterations between checkpoints")
     keep: int = opt(2, "checkpoints kept")
-    sample_every: int = opt(25, "generator updates between fixed-seed panels")
+    sample_every: int = opt(25, "iterations between fixed-seed panels")
     watch: str = opt("", "rewards that are only looked at, on the panel (reward hacking shows there first)")
     force_resume: bool = opt(False, "resume although settings that change the result have changed")
     dry_run: int = opt(0, "N: run N iterations, print cost per phase, keep nothing")
@@ -212,8 +230,8 @@ MODELS = {
     "tiny": {"prompts": "tiny", "resolution": 12, "guidance": 1.5, "micro_batch": 48, "rewards": "attributes=1",
              "watch": "heldout", "sample_every": 10, "lora_rank": 32, "lora_alpha": 16, "ema": 0.97, "std_floor": 0.05,
              1: dict(iterations=150, lr=1e-3, lr_fake=1e-3, fake_updates=3, batch=48),
-             # The DM gradient is divided by its own size, so its weight against the reward is a matter of taste
-             # (a GPU budget in the paper). On 432 dimensions det_weight 1 would leave 50 updates without effect.
+             # DM is divided by its own size, so the balance of Eq. 18 does not carry over from the paper's models (20).
+             # The tiny world gives the pathwise term ten times the weight of the others; README has both.
              2: dict(iterations=50, lr=1e-3, lr_fake=1e-3, fake_updates=2, groups=4, group_size=12, det_weight=10.0)},
     "sd3m": {"guidance": 7.0},
     "sd35m": {"guidance": 4.5, "rewards": "hpsv2=1,clipscore=1,pickscore=1"},                              # paper 4.3
@@ -296,8 +314,8 @@ def check(cfg):
 # 2. Flow algebra (paper 2.1). Rectified path x_t = (1-t) x_0 + t eps, velocity v = E[eps - x_0 | x_t].
 #
 # From here to section 5 everything is a pure function: no globals, no configuration, noise comes in as an argument,
-# levels t, s are numbers or tensors that broadcast against x, and all arithmetic is fp32 whatever comes in, because
-# bf16 rounds 0.9582 to 0.957 and loses x - t v in its noise.
+# levels t, s are numbers or tensors that broadcast against x. All arithmetic is fp32 whatever comes in: bf16 keeps fewer
+# than three digits, so FLUX.2's t_1 = .9581 would become .957, and x - t v would be as coarse.
 # ----------------------------------------------------------------------------------------------------------------------
 
 def fp32(*values):
@@ -429,7 +447,7 @@ class CPSScheduler(FlowMatchEulerDiscreteScheduler):
 # ----------------------------------------------------------------------------------------------------------------------
 
 def renoise_coefficients(s, t, std="markov"):
-    """a = alpha_k(t) and kappa = sigma_k(t) of Eq. 8: x_t = a x_s + kappa n brings level s to level t.
+    """a = alpha_k(t) and kappa = sigma_k(t) of 3.1 (above Eq. 8) and App. B: x_t = a x_s + kappa n brings level s to level t.
 
     The new noise is independent of the old, so variances add: a^2 s^2 + kappa^2 = t^2. The root is written without the
     difference of squares, which would cancel as t -> s. std="paper" is (t-s)/(1-s), DEPARTURE 1.
@@ -441,9 +459,10 @@ def renoise_coefficients(s, t, std="markov"):
 
 
 def renoise(x_s, s, t, noise, std="markov"):
-    """x_t ~ q_t(. | x_s), the corruption of Eq. 8. x_s, noise (B, ...)."""
+    """x_t ~ q_t^(k)(. | x_s), the Gaussian corruption of 3.1 (above Eq. 8). x_s, noise (B, ...)."""
+    x_s, noise = fp32(x_s, noise)
     a, kappa = renoise_coefficients(s, t, std)
-    return a * x_s.float() + kappa * noise.float()
+    return a * x_s + kappa * noise
 
 
 def ambient_scale(s, t, std="markov"):
@@ -467,8 +486,9 @@ def ambient_velocity_target(x_s, noise, s, t, std="markov"):
 def ambient_dsm_loss(v_fake, x_s, noise, s, t, std="markov"):
     """Eq. 10 -> scalar. v_fake = v_phi(x_t, t), x_s, noise (B, ...).
 
-    |v_phi - v*|^2 is divided by the variance of v* given x_0, c^2 + s^2 / (1-s)^2 (omega_k is (t/(1-t))^2 over that): of
-    order one at every (s, t), exactly Eq. 5 at s = 0, and without singularity as t -> s, where v* grows like 1 / kappa.
+    |v_phi - v*|^2 is divided by the variance of v* given x_0, c^2 + s^2 / (1-s)^2: of order one at every (s, t), exactly
+    Eq. 5 at s = 0, and without singularity as t -> s, where v* grows like 1 / kappa. (So omega_k, which weighs squared
+    scores, is (t/(1-t))^2 over that variance; their product is finite at t = 1.)
     """
     v_fake, x_s, noise, s = fp32(v_fake, x_s, noise, s)
     c, b = ambient_scale(s, t, std), s / (1 - s)
@@ -480,7 +500,7 @@ def reverse_step(x, v, t, t_next, noise, kernel="posterior", eta=None):
     """x'' ~ p_phi(x_t'' | x_t'), the reverse kernel of Eq. 11. x, v, noise (B, ...); t' = t >= t_next = t''.
 
     "posterior": the Gaussian bridge q(x'' | x', x_0) at the x-prediction: Eq. 20 with cos = t''(1-t') / (t'(1-t'')).
-    (1e-9: at t' = t'' = 1, where bf16 levels may fall, it is 1 and not 0/0.)
+    The 1e-9 makes cos 1 instead of 0/0 at t' = t'' = 1, where a level that is rounded to bf16 may fall.
     "cps": Eq. 20 at a fixed eta, as released; the true score is then no fixed point of Eq. 11 (DEPARTURE 3).
     """
     x, v, t, t_next, noise = fp32(x, v, t, t_next, noise)
@@ -520,12 +540,14 @@ def boundary_mean(x_t, v, s, t):
 
 
 def dmd_loss(x_s, x_t, v_teacher, v_fake, s, t):
-    """Scalar whose gradient in x_s is Eq. 9 with lambda_k alpha_k = kappa^2 / (a N); Eq. 4 (ordinary DMD) at s = 0.
+    """Scalar; over its number of elements, its gradient in x_s is g: Eq. 9 with lambda_k alpha_k = kappa^2 / (a D), and Eq. 4
+    (ordinary DMD) at s = 0.
 
     x_s (B, ...) with its graph; x_t = renoise(x_s); velocities at (x_t, t), treated as constants.
-    g = (m_phi - m_psi) / N points from the teacher's boundary mean to the fake's, so descent moves x_s towards the
-    teacher; N = mean abs(x_s - m_psi) per sample is DMD's normaliser. We know the gradient but no function that has
-    it: (x_s - stop(x_s - g))^2 / 2 does. Its value, mean g^2 / 2, is half the squared relative gap.
+    g = (m_phi - m_psi) / D points from the teacher's boundary mean to the fake's, so descent moves x_s towards the
+    teacher; D = mean abs(x_s - m_psi) of the sample is DMD's normaliser. (x_s - stop(x_s - g))^2 / 2 has the gradient g;
+    its value g^2 / 2 is half the squared relative gap. a and kappa are those of "markov", also under --renoise paper:
+    m_phi - m_psi stays a positive multiple of the score difference.
     """
     x_s, x_t, v_teacher, v_fake, s, t = (torch.as_tensor(value, dtype=torch.float32)
                                          for value in (x_s, x_t, v_teacher, v_fake, s, t))
@@ -557,9 +579,10 @@ def group_noise(shape, selected, group_size, steps, generator):
 
 
 def gaussian_log_prob(x_next, mean, std):
-    """log pi of Eq. 13, (B,), averaged over dimensions so that one clip suits every resolution. x_next, mean (B, ...).
+    """log pi of Eq. 13 (written out in App. H) over the number of dimensions, (B,). x_next, mean (B, ...).
 
-    The exact density with its 1 / (2 std^2): without it the ratio is no likelihood ratio (DEPARTURE 7).
+    The exact density with its 1 / (2 std^2), which weighs the steps; the mean makes one clip suit every resolution, and the
+    ratio the d-th root of the likelihood ratio (DEPARTURE 7).
     """
     x_next, mean, std = fp32(x_next, mean, std)
     log_density = -0.5 * ((x_next - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)
@@ -567,9 +590,9 @@ def gaussian_log_prob(x_next, mean, std):
 
 
 def reward_scale(rewards, std="group", floor=1e-4):
-    """What rewards are divided by, broadcastable to (G, N): std over the group or over all, at least floor; or 1.
+    """What rewards are divided by, broadcastable to (G, N): their std (with N-1) over the group or over all; or 1.
 
-    Without a floor a group whose members are all right becomes a vote of +-1 on rounding noise (DEPARTURE 12).
+    The floor: where all members of a group score the same, their std would blow rounding noise up to +-1.
     """
     if std == "none":
         return torch.ones_like(rewards[:, :1])
@@ -601,10 +624,10 @@ def subgrpo_loss(log_prob, old_log_prob, advantages, steps, clip):
 
 
 def pathwise_loss(reward, scale=1.0, dims=1):
-    """Loss whose gradient is minus Eq. 15, -> scalar. reward (B,) = r(G(x_{t_{K-1}})), a function of G's parameters only.
+    """Loss whose gradient is minus Eq. 15 over dims, -> scalar. reward (B,) = r(G(x_{t_{K-1}})).
 
-    x_{t_{K-1}} must enter detached: its dependence on theta is the policy term's business (App. G.2, counted twice
-    otherwise). scale (B,): the std that the advantage was divided by; dims: the log-probabilities and the DM loss are
+    x_{t_{K-1}} must enter detached: how it depends on theta is what the policy term measures (App. G.2), and would be
+    counted twice. scale (B,): the std that the advantage was divided by; dims: the log-probabilities and the DM loss are
     means over dimensions, so this term is divided by their number too (DEPARTURE 11).
     """
     return -(reward.float() / scale).mean() / dims
@@ -2002,7 +2025,7 @@ def walk(run, normal, k, cond):
 
 
 def stage2(run):
-    """Algorithm 1, lines 6-14: the hybrid policy gradient, with the distribution matching of stage 1 as the leash.
+    """Algorithm 1, lines 6-14: the hybrid policy gradient, with stage 1's distribution matching to stay near the teacher.
 
     A group lives on one process. Rows of everything in b: the L = groups * N trajectories of this process.
     """
@@ -2082,7 +2105,7 @@ def gather_groups(rewards):
 def reinforce(run, it, epoch, b):
     """Line 13: one AdamW step of theta on Eq. 18.
 
-    Its reward part is Eq. 14. Each trajectory costs M + 1 forwards with gradient, called slots: slot j < M is the j-th step of
+    Its reward part is Eq. 14 (proved as Eqs. 23-30 in App. G). Each trajectory costs M + 1 forwards with gradient, called slots: slot j < M is the j-th step of
     S, slot M is step K. The policy term lives on S, the pathwise term on K, the DM term on one slot of the M + 1, chosen so
     that every k is matched equally often.
     """
