@@ -12,7 +12,6 @@ import csv
 import dataclasses
 import functools
 import gc
-import importlib
 import importlib.metadata
 import importlib.util
 import io
@@ -209,7 +208,8 @@ class ImageReward:
         from transformers import BertTokenizer
         path = find_weights("THUDM/ImageReward", "ImageReward.pt", cfg)
         networks = cls.networks(torch.load(path, map_location="cpu", weights_only=True))
-        tokenizer = from_hub(BertTokenizer.from_pretrained, "google-bert/bert-base-uncased", cfg, needs="tokenizer.json")
+        tokenizer = from_hub(BertTokenizer.from_pretrained, "google-bert/bert-base-uncased", cfg,
+                             needs="tokenizer.json")
         return cls(*(frozen(net, cfg) for net in networks), tokenizer, cfg.device)
 
     def __call__(self, images, prompts):
@@ -289,7 +289,8 @@ class HPSv3:
         from safetensors.torch import load_file
         from transformers import AutoConfig, AutoProcessor
         base, text = "Qwen/Qwen2-VL-7B-Instruct", hpsv3_instruction(cfg)
-        processor = from_hub(AutoProcessor.from_pretrained, base, cfg, needs="tokenizer.json", padding_side="right")
+        processor = from_hub(AutoProcessor.from_pretrained, base, cfg, needs="tokenizer.json",
+                             padding_side="right")
         processor.tokenizer.add_special_tokens({"additional_special_tokens": ["<|Reward|>"]})
         token_id = processor.tokenizer.convert_tokens_to_ids("<|Reward|>")
         state = load_file(find_weights("MizzenAI/HPSv3", "HPSv3.safetensors", cfg))
@@ -1037,9 +1038,9 @@ LONGEST_PROMPT = 20_000          # characters; the encoders read some 2,000, mor
 
 
 def read_prompts(name_or_path, seed=None):
-    """--prompts as list[str]: a .txt, .jsonl (GenEval's too), .csv, .tsv or .parquet file, or a known name. Stripped,
-    without blank lines and duplicates; in an order by `seed` and each text alone (a new line moves no other), or
-    without seed in the file's. UsageError names the line that is wrong."""
+    """--prompts as list[str]: a .txt, .jsonl (GenEval's too), .csv, .tsv or .parquet file, or a known name.
+    Stripped, without blank lines and duplicates; in an order by `seed` and each text alone (a new line moves no
+    other), or without seed in the file's. UsageError names the line that is wrong."""
     texts, known = [], ", ".join(KNOWN_PROMPTS)
     try:
         for row in prompt_rows(name_or_path):

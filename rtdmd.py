@@ -866,8 +866,8 @@ class Flux2Backbone:
         if self.text is None:
             self.text = text_pipeline(self)
             qwen = self.text.text_encoder.model            # without the 152k-wide output layer
-            qwen.layers = qwen.layers[:27]                 # the embedding is made of the states after layers 9, 18
-            qwen.norm = nn.Identity()                      # and 27, before any norm: no layer above is needed
+            qwen.layers = qwen.layers[:27]                 # and without those above the last state that is read:
+            qwen.norm = nn.Identity()                      # after layers 9, 18 and 27, and before the norm
             self.text.text_encoder = qwen.to(self.cfg.device)
         text, _ = self.text.encode_prompt(prompts, self.cfg.device, max_sequence_length=self.text_length)
         return {"text": text.cpu()}
@@ -899,7 +899,7 @@ class Flux2Backbone:
 
 def load_networks(cfg, net_class, pipeline):
     """(base, nets) of --pretrained GENERATOR,TEACHER, or one for both, or of the hub. UsageError if one of them is
-    no whole `pipeline`: one that was saved without its T5 would work too, and worse."""
+    no whole `pipeline`: one that was saved without its T5 works too, with zeros in its place."""
     row = BACKBONES[cfg.model]
     paths = [path.strip() for path in (cfg.pretrained or row["hub"]).split(",")]
     for path in [] if cfg.random_weights else paths:
