@@ -890,6 +890,7 @@ def check_names(names, extra, flag):
 
 def load_metric(name, cfg, training=False):
     """The scorer of that name with its real networks. As a training reward, geneval gives partial credit."""
+    check_names([name], (), "--metrics")
     if ":" in name:
         return user_reward(name)
     if name in REWARDS:
@@ -1041,15 +1042,15 @@ def read_prompts(name_or_path, seed=None):
     """--prompts as list[str]: a .txt, .jsonl (GenEval's too), .csv, .tsv or .parquet file, or a known name.
     Stripped, without blank lines and duplicates; in an order by `seed` and each text alone (a new line moves no
     other), or without seed in the file's. UsageError names the line that is wrong."""
-    texts, known = [], ", ".join(KNOWN_PROMPTS)
+    texts, known, table = [], ", ".join(KNOWN_PROMPTS), name_or_path.lower().endswith((".csv", ".tsv"))
     try:
         for row in prompt_rows(name_or_path):
             texts.append(prompt_of(row))
     except OSError as error:
-        raise UsageError(f"--prompts {name_or_path} cannot be read ({error.strerror or error}): give a file, or one "
-                         f"of {known}.") from error
-    except (ValueError, RuntimeError, csv.Error) as error:                # pyarrow's are subclasses of the first two
-        line = len(texts) + (2 if name_or_path.lower().endswith((".csv", ".tsv")) else 1)        # they have a header
+        raise UsageError(f"--prompts {name_or_path} cannot be read ({error.strerror or error}): give a file, or "
+                         f"one of {known}.") from error
+    except (ValueError, RuntimeError, csv.Error) as error:               # pyarrow's are subclasses of the first two
+        line = len(texts) + (2 if table else 1)                          # a table has a header
         reason = " ".join(str(getattr(error, "msg", error)).split())[:150]
         raise UsageError(f"--prompts {name_or_path}, line {line}: {reason}; mend it, or give {known}.") from error
     prompts = list(dict.fromkeys(filter(None, texts)))
