@@ -863,10 +863,10 @@ METRICS = {
 def parse_rewards(text, extra=(), flag="--rewards"):
     """"hpsv2=1,ocr=.5,my_module:score=2" -> [(name, weight), ...]. extra: names that the backbone brings.
 
-    No weight means 1, a negative one makes a penalty; 0 would load a network for nothing.
+    No weight means 1, a negative one makes a penalty; 0 would load a network for nothing. Only --watch may be empty.
     """
     pairs = {}
-    for item in text.split(","):
+    for item in text.split(",") if text or flag != "--watch" else ():
         name, equals, weight = (part.strip() for part in item.partition("="))
         try:
             value = float(weight if equals else 1)

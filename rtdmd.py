@@ -1491,15 +1491,13 @@ def prepare(cfg):
         raise UsageError(f"--groups {cfg.groups} does not split over {world} processes: take {-(-cfg.groups // world) * world}.")
     run = SimpleNamespace(cfg=cfg, folder=Path(cfg.out) / f"stage{cfg.stage}", done=0, ema_updates=0, skipped=0,
                           bad=dict(generator=0, fake=0), terms={}, stop=False, board=None)
-    own = TINY_REWARDS if cfg.model == "tiny" else ()
-    parse = eval_module().parse_rewards
-    rewards, watched = parse(cfg.rewards, own), parse(cfg.watch, own, "--watch") if cfg.watch else []
+    own, ev = TINY_REWARDS if cfg.model == "tiny" else (), eval_module()
+    rewards, watched = ev.parse_rewards(cfg.rewards, own), ev.parse_rewards(cfg.watch, own, "--watch")
     if cfg.random_weights and any(name not in (*REWARDS, *own) and ":" not in name for name, _ in rewards):
         rewards = [pair for pair in rewards if pair[0] in (*REWARDS, *own) or ":" in pair[0]]
         log(f"--random_weights: only {', '.join(name for name, _ in rewards)} can be made without a download.")
     few = min(cfg.max_prompts, 64) if cfg.dry_run else cfg.max_prompts      # embeddings of 25,000 take an hour
-    run.prompts = ([f"prompt {i}" for i in range(8)] if cfg.random_weights else
-                   eval_module().read_prompts(cfg.prompts, cfg.seed)[:few])
+    run.prompts = [f"prompt {i}" for i in range(8)] if cfg.random_weights else ev.read_prompts(cfg.prompts, cfg.seed)[:few]
     run.prompt_hash = f"{len(run.prompts)} prompts, {key(run.prompts):016x}"
     found, init = None if cfg.dry_run else find_checkpoint(run.folder), None
     if found:
