@@ -9,7 +9,9 @@ import argparse
 import ast
 import concurrent.futures
 import contextlib
+import csv
 import dataclasses
+import functools
 import gc
 import importlib.metadata
 import importlib.util
@@ -27,6 +29,7 @@ from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
 
+import huggingface_hub
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -56,7 +59,7 @@ def load_net(loader, repo, cfg, **options):
 
     transformers would fill them with random numbers and say so only in a log: the score would be noise.
     """
-    net, info = from_hub(loader, repo, cfg, output_loading_info=True, **options)
+    net, info = from_hub(loader.from_pretrained, repo, cfg, output_loading_info=True, **options)
     if info["missing_keys"]:
         lacking = sorted(info["missing_keys"])
         raise UsageError(f"{repo} lacks {len(lacking)} tensors of {loader.__name__}, such as {lacking[0]}: "
@@ -206,7 +209,8 @@ class ImageReward:
         from transformers import BertTokenizer
         path = find_weights("THUDM/ImageReward", "ImageReward.pt", cfg)
         networks = cls.networks(torch.load(path, map_location="cpu", weights_only=True))
-        tokenizer = from_hub(BertTokenizer, "google-bert/bert-base-uncased", cfg, needs="tokenizer.json")
+        tokenizer = from_hub(BertTokenizer.from_pretrained, "google-bert/bert-base-uncased", cfg,
+                             needs="tokenizer.json")
         return cls(*(frozen(net, cfg) for net in networks), tokenizer, cfg.device)
 
     def __call__(self, images, prompts):
@@ -286,11 +290,12 @@ class HPSv3:
         from safetensors.torch import load_file
         from transformers import AutoConfig, AutoProcessor
         base, text = "Qwen/Qwen2-VL-7B-Instruct", hpsv3_instruction(cfg)
-        processor = from_hub(AutoProcessor, base, cfg, needs="tokenizer.json", padding_side="right")
+        processor = from_hub(AutoProcessor.from_pretrained, base, cfg, needs="tokenizer.json",
+                             padding_side="right")
         processor.tokenizer.add_special_tokens({"additional_special_tokens": ["<|Reward|>"]})
         token_id = processor.tokenizer.convert_tokens_to_ids("<|Reward|>")
         state = load_file(find_weights("MizzenAI/HPSv3", "HPSv3.safetensors", cfg))
-        net, head = cls.networks(state, from_hub(AutoConfig, base, cfg))
+        net, head = cls.networks(state, from_hub(AutoConfig.from_pretrained, base, cfg))
         return cls(frozen(net, cfg), frozen(head, cfg), processor, text, token_id, cfg.device)
 
     @torch.no_grad()
@@ -655,7 +660,7 @@ class GenEval2:
         from transformers import AutoProcessor, Qwen3VLForConditionalGeneration
         repo = "Qwen/Qwen3-VL-8B-Instruct"
         net = load_net(Qwen3VLForConditionalGeneration, repo, cfg, dtype=torch.bfloat16)
-        processor = from_hub(AutoProcessor, repo, cfg, needs="tokenizer.json")
+        processor = from_hub(AutoProcessor.from_pretrained, repo, cfg, needs="tokenizer.json")
         return cls(net, processor, rows_of(cfg, ("prompt", "vqa_list")), device=cfg.device)
 
     @torch.no_grad()
@@ -800,7 +805,7 @@ class OCR:
         from transformers import (AutoImageProcessor, PPOCRV5ServerDetForObjectDetection,
                                   PPOCRV5ServerRecForTextRecognition)
         find, read = (f"PaddlePaddle/PP-OCRv5_server_{part}_safetensors" for part in ("det", "rec"))
-        views = [from_hub(AutoImageProcessor, repo, cfg, needs="preprocessor_config.json")
+        views = [from_hub(AutoImageProcessor.from_pretrained, repo, cfg, needs="preprocessor_config.json")
                  for repo in (find, read)]
         return cls(load_net(PPOCRV5ServerDetForObjectDetection, find, cfg), views[0],
                    load_net(PPOCRV5ServerRecForTextRecognition, read, cfg), views[1], cfg.device)
@@ -856,16 +861,60 @@ METRICS = {
 }
 
 
+def parse_rewards(text, extra=(), flag="--rewards"):
+    """"hpsv2=1,ocr=.5,my_module:score=2" -> [(name, weight), ...]. extra: names that the backbone brings.
+
+    No weight means 1, a negative one makes a penalty; 0 would load a network for nothing. Only --watch may be empty.
+    """
+    pairs = {}
+    for item in text.split(",") if text or flag != "--watch" else ():
+        name, equals, weight = (part.strip() for part in item.partition("="))
+        try:
+            value = float(weight if equals else 1)
+        except ValueError:
+            value = math.nan
+        if not name or name in pairs or value == 0 or not math.isfinite(value):
+            raise UsageError(f"{flag} {text!r}: write name=weight,name=weight with no name named twice, "
+                             "and with each weight a finite number other than 0.")
+        check_names([name], extra, flag)
+        pairs[name] = value
+    return list(pairs.items())
+
+
+def check_names(names, extra, flag):
+    """Refuses unknown rewards and metrics before anything is loaded or sampled."""
+    for name in names:
+        if name not in extra and name not in METRICS and ":" not in name:
+            known = ", ".join(dict.fromkeys([*extra, *METRICS]))
+            raise UsageError(f"{flag}: no reward is called {name!r}; there are {known}, module:attribute.")
+
+
 def load_metric(name, cfg, training=False):
     """The scorer of that name with its real networks. As a training reward, geneval gives partial credit."""
+    check_names([name], (), "--metrics")
+    if ":" in name:
+        return user_reward(name)
     if name in REWARDS:
         return load_reward(name, cfg)
-    if name not in METRICS:
-        raise UsageError(f"--metrics: no metric is called {name!r}; there are {', '.join(METRICS)}.")
     scorer = METRICS[name]["scorer"].load(cfg)
     if training and name == "geneval":
         scorer.rule = "geneval_partial"
     return scorer
+
+
+def user_reward(name):
+    """"module:attribute": a function (images, prompts) -> (B,), or a class without arguments whose objects are
+    one; from the current directory too. Its .differentiable counts as False if it has none."""
+    module, _, attribute = name.partition(":")
+    sys.path.append(os.getcwd())   # Python itself looks in the script's folder
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+        reward = functools.partial(found() if isinstance(found, type) else found)
+    except Exception as error:   # foreign code raises anything
+        raise UsageError(f"reward {name}: {error!r}; looked in {os.getcwd()} and among the packages: mend the "
+                         f"name or the code, or put {module}.py there.") from error
+    reward.name, reward.differentiable = name, getattr(reward.func, "differentiable", False)
+    return reward   # a partial: methods and builtins take no attributes
 
 
 @torch.no_grad()
@@ -975,6 +1024,79 @@ def mean_and_error(values, per_prompt):
     prompts = table.nanmean(1)[~table.isnan().all(1)]
     error = prompts.std().item() / math.sqrt(len(prompts)) if len(prompts) > 1 else math.nan
     return prompts.mean().item() if len(prompts) else math.nan, error
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# Prompts, for training too
+# -----------------------------------------------------------------------------------------------------------------
+
+KNOWN_PROMPTS = {        # name: (data set on the hub, its files)
+    "pickapic": ("yuvalkirstain/pickapic_v1_no_images", "data/train-*.parquet"),       # 584k rows, 168 MB
+    "drawbench": ("sayakpaul/drawbench", "*.csv"),                                     # 200 rows
+    "partiprompts": ("nateraw/parti-prompts", "PartiPrompts.tsv"),                     # 1,632 rows
+    "hpdv2": None, "tiny": None, "tiny-test": None}            # 3,200 through hpsv2; the captions of the tiny world
+PROMPT_COLUMNS = ("prompt", "prompts", "caption", "text")      # in any case; the first that a table has
+LONGEST_PROMPT = 20_000          # characters; the encoders read some 2,000, more is a broken file
+
+
+def read_prompts(name_or_path, seed=None):
+    """--prompts as list[str]: a .txt, .jsonl (GenEval's too), .csv, .tsv or .parquet file, or a known name.
+    Stripped, without blank lines and duplicates; in an order by `seed` and each text alone (a new line moves no
+    other), or without seed in the file's. UsageError names the line that is wrong."""
+    texts, known, table = [], ", ".join(KNOWN_PROMPTS), name_or_path.lower().endswith((".csv", ".tsv"))
+    try:
+        for row in prompt_rows(name_or_path):
+            texts.append(prompt_of(row))
+    except OSError as error:
+        raise UsageError(f"--prompts {name_or_path} cannot be read ({error.strerror or error}): give a file, or "
+                         f"one of {known}.") from error
+    except (ValueError, RuntimeError, csv.Error) as error:               # pyarrow's are subclasses of the first two
+        line = len(texts) + (2 if table else 1)                          # a table has a header
+        reason = " ".join(str(getattr(error, "msg", error)).split())[:150]
+        raise UsageError(f"--prompts {name_or_path}, line {line}: {reason}; mend it, or give {known}.") from error
+    prompts = list(dict.fromkeys(filter(None, texts)))
+    if not prompts:
+        raise UsageError(f"--prompts {name_or_path} holds no prompt: give a file with one prompt a line.")
+    blank = texts.count("")
+    rtdmd.log(f"prompts: {len(prompts):,} from {name_or_path}, less {blank} blank lines and "
+              f"{len(texts) - len(prompts) - blank} duplicates")
+    return prompts if seed is None else sorted(prompts, key=lambda text: rtdmd.key("prompt order", seed, text))
+
+
+def prompt_of(row):
+    """The stripped prompt of a row: a text, or a dict with one of PROMPT_COLUMNS. Raises ValueError."""
+    if isinstance(row, dict):
+        row = {str(name).strip().lower(): text for name, text in row.items()}
+        if not (found := [row[name] or "" for name in PROMPT_COLUMNS if name in row]):
+            raise ValueError(f"no column or key called {', '.join(PROMPT_COLUMNS)}")
+        row = found[0]
+    if not isinstance(row, str) or "\0" in row or len(row) > LONGEST_PROMPT:
+        raise ValueError(f"a prompt is text without NUL, up to {LONGEST_PROMPT:,} characters: {row!r:.30}")
+    row.encode()            # JSON can hold half a surrogate pair: an error here, and not in the tokenizer
+    return row.strip()
+
+
+def prompt_rows(source):
+    """The rows of a known set or of a file by its ending: strings, or dicts by column names."""
+    kind = Path(source).suffix.lower()
+    if source in ("tiny", "tiny-test"):
+        return rtdmd.tiny_captions(source == "tiny-test")
+    if source == "hpdv2":
+        import hpsv2
+        return sum(hpsv2.benchmark_prompts("all").values(), [])
+    if source in KNOWN_PROMPTS:
+        repository, pattern = KNOWN_PROMPTS[source]
+        folder = huggingface_hub.snapshot_download(repository, repo_type="dataset", allow_patterns=pattern)
+        return (row for file in sorted(Path(folder).glob(pattern)) for row in prompt_rows(str(file)))
+    if kind == ".parquet":
+        from pyarrow.parquet import ParquetFile           # reads those of the named columns that there are
+        return ParquetFile(source).read([*PROMPT_COLUMNS, *map(str.title, PROMPT_COLUMNS)]).to_pylist()
+    lines = (line.decode("utf-8-sig") for line in Path(source).read_bytes().splitlines(keepends=True))
+    if kind in (".csv", ".tsv"):
+        return csv.DictReader(lines, delimiter="," if kind == ".csv" else "\t")
+    if kind not in (".txt", ".jsonl"):
+        raise ValueError(f"it ends in {kind or 'nothing'}, in none of .txt, .jsonl, .csv, .tsv, .parquet")
+    return lines if kind == ".txt" else (json.loads(line) if line.strip() else "" for line in lines)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1157,17 +1279,10 @@ def load_scorers(names, cfg, backbone=None):
     """Yields (name, scorer), one loaded at a time."""
     own = getattr(backbone, "rewards", {})
     for name in names:
-        scorer = own[name] if name in own else load_reward(name, cfg) if ":" in name else load_metric(name, cfg)
+        scorer = own[name] if name in own else load_metric(name, cfg)
         yield name, scorer
         del scorer
         free()
-
-
-def check_metrics(names, own):
-    """Refuses unknown names before anything is sampled."""
-    for name in names:
-        if name not in own and name not in METRICS and ":" not in name:
-            raise UsageError(f"--metrics: no metric is called {name!r}; there are {', '.join(dict.fromkeys([*own, *METRICS]))}, module:attribute.")
 
 
 def score_rows(pictures, prompts, flags, cfg, backbone=None):
@@ -1236,9 +1351,9 @@ def write_report(out, rows, scores, facts):
 def evaluate(flags, cfg):
     """Samples the rows of a plan, scores them, writes report.json and grid.png."""
     names = flags.metrics.split(",")
-    check_metrics(names, set(TINY_COLUMNS) if cfg.model == "tiny" else ())
+    check_names(names, TINY_COLUMNS if cfg.model == "tiny" else (), "--metrics")
     rows = plan(flags, cfg)
-    prompts = rtdmd.read_prompts(cfg.prompts, cfg.seed)[:flags.max_prompts]
+    prompts = read_prompts(cfg.prompts, cfg.seed)[:flags.max_prompts]
     sampler = Sampler(cfg, rows, prompts)
     pictures, seconds = {}, {}
     for name, row in rows.items():
@@ -1305,7 +1420,7 @@ def read_folder(folder):
 def score_folder(flags, cfg):
     """--images: scores pictures of any origin."""
     files, prompts = read_folder(flags.images)
-    check_metrics(flags.metrics.split(","), ())
+    check_names(flags.metrics.split(","), (), "--metrics")
     missing = [str(f) for f in files if not f.exists()]
     if missing:
         raise UsageError(f"metadata.jsonl names {missing[0]}, which does not exist.")

@@ -87,15 +87,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import dataclasses
 import fcntl
 import functools
 import hashlib
 import importlib
 import importlib.metadata
-import importlib.util
-import inspect
 import io
 import json
 import math
@@ -633,21 +630,19 @@ def pathwise_loss(reward, scale=1.0, dims=1):
     return -(reward.float() / scale).mean() / dims
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 # 6. Rewards r(x): reward(images (B, 3, H, W) in [0, 1], prompts) -> (B,)
 #
-# Every reward enters SubGRPO (Eq. 17); only one whose .differentiable is true also enters the pathwise term (Eq. 15). The
-# CLIP family stands here, the paper's other metrics in eval.py; your own is `--rewards my_module:my_function=1`.
-# ----------------------------------------------------------------------------------------------------------------------
+# Every reward enters SubGRPO (Eq. 17); one whose .differentiable is true also enters the pathwise term (Eq. 15).
+# The CLIP family is here, the paper's other metrics are in eval.py, and your own is `--rewards module:function=1`.
+# -----------------------------------------------------------------------------------------------------------------
 
 CLIP_MEAN, CLIP_STD = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)
 
 
 def resize(images, height, width, mode="bicubic"):
-    """What PIL does, but differentiable: (B, C, H, W) -> (B, C, height, width), antialiased, in fp32 whatever comes in.
-
-    Without antialias most pixels of a large image are never looked at, and the gradient writes a grid into the others.
-    """
+    """What PIL does, but differentiable: (B, C, H, W) -> (B, C, height, width), in fp32 whatever comes in.
+    Without antialias most pixels of a large image are never seen, and the gradient draws a grid on the others."""
     return F.interpolate(images.float(), (height, width), mode=mode, antialias=True, align_corners=False)
 
 
@@ -659,67 +654,27 @@ def normalise(images, mean=CLIP_MEAN, std=CLIP_STD):
 
 def square_crop(images, size=224, mode="bicubic"):
     """CLIP's view: short side to `size`, centre crop, normalise. (B, 3, H, W) -> (B, 3, size, size).
-
-    Bicubic overshoots to -.03 .. 1.03 where PIL clips at 8 bits, hence the clamp: 2/255 from PIL at most.
-    """
-    h, w = images.shape[-2:]
-    height, width = int(size * h / min(h, w)), int(size * w / min(h, w))
+    Bicubic overshoots to -.03 .. 1.03 where PIL clips at 8 bits, hence the clamp: 2/255 from PIL at most."""
+    height, width = (int(size * side / min(images.shape[-2:])) for side in images.shape[-2:])
     top, left = round((height - size) / 2), round((width - size) / 2)
     return normalise(resize(images, height, width, mode).clamp(0, 1)[..., top:top + size, left:left + size])
 
 
 def letterbox(images, size=224):
     """HPSv2's view: longest side to `size`, the rest black, normalise. (B, 3, H, W) -> (B, 3, size, size).
-
-    No crop, and no clamp: HPSv2 resizes tensors instead of PIL images, so its network sees the overshoots.
-    """
-    h, w = images.shape[-2:]
-    height, width = round(size * h / max(h, w)), round(size * w / max(h, w))
-    rows, columns = size - height, size - width                            # an odd one goes right and below
-    return normalise(F.pad(resize(images, height, width), (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2)))
-
-
-def find_weights(repo, filename, cfg):
-    """Path of a hub file: WEIGHTS_DIR/<repo's last name>/filename, WEIGHTS_DIR/filename, or the hub and its cache."""
-    from huggingface_hub import hf_hub_download
-    folder = Path(cfg.weights_dir).expanduser() if cfg.weights_dir else None
-    places = [folder / repo.split("/")[-1] / filename, folder / filename] if folder else []
-    for path in places:
-        if path.is_file():
-            return path
-    try:
-        return Path(hf_hub_download(repo, filename))
-    except OSError as error:                                                # all of the hub's own errors are of this kind
-        looked = "".join(f"{path}, " for path in places) + f"the hub and its cache ({type(error).__name__})"
-        raise UsageError(f"{filename} of {repo} is not in {looked}: download it (accept its licence first if it is gated), or "
-                         "name the folder that holds it by --weights_dir.") from error
-
-
-def from_hub(loader, repo, cfg, needs="config.json", **options):
-    """loader.from_pretrained, of WEIGHTS_DIR/<repo's last name> or of the hub.
-
-    The file `needs` is looked for first: transformers makes a tokenizer without its vocabulary in silence, and asks a hub
-    that cannot be reached for every file in turn, 20 s each.
-    """
-    found = find_weights(repo, needs, cfg)
-    local = cfg.weights_dir and found.is_relative_to(Path(cfg.weights_dir).expanduser())
-    try:
-        return loader.from_pretrained(str(found.parent) if local else repo, **options)
-    except OSError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UsageError(f"{loader.__name__} of {repo}, of which {found} is there, is incomplete ({reason}): "
-                         f"download the whole repository into WEIGHTS_DIR/{repo.split('/')[-1]}.") from error
+    No crop, and no clamp: HPSv2 resizes tensors instead of PIL images, so its network sees the overshoots."""
+    height, width = (round(size * side / max(images.shape[-2:])) for side in images.shape[-2:])
+    x, y = size - width, size - height                                      # an odd one goes right and below
+    return normalise(F.pad(resize(images, height, width), (x // 2, x - x // 2, y // 2, y - y // 2)))
 
 
 def open_clip_host(row, cfg):
     """HPSv2.1 in open_clip's ViT-H-14: the same 686 tensors, so the load is strict.
-
-    Hosts return the network and embeddings (B, D) of pixels and of prompts: (net, embed_image, embed_text).
-    """
+    Hosts return the network and embeddings (B, D) of pixels and of prompts: (net, embed_image, embed_text)."""
     import open_clip
     from hpsv2.utils import hps_version_map
     weights = torch.load(find_weights(row["repo"], hps_version_map["v2.1"], cfg), "cpu", weights_only=True)
-    net = open_clip.create_model("ViT-H-14", pretrained=None)              # the LAION weights would only be overwritten
+    net = open_clip.create_model("ViT-H-14", pretrained=None)             # the LAION weights would be overwritten
     net.load_state_dict(weights["state_dict"], strict=True)
     net, tokenise = net.to(cfg.device), open_clip.get_tokenizer("ViT-H-14")
     return net, net.encode_image, lambda prompts: net.encode_text(tokenise(prompts).to(cfg.device))
@@ -728,8 +683,8 @@ def open_clip_host(row, cfg):
 def transformers_host(row, cfg):
     """CLIPScore and PickScore in transformers, with its tokenizer: open_clip's reads curly quotes otherwise."""
     from transformers import CLIPModel, CLIPTokenizer
-    net = from_hub(CLIPModel, row["repo"], cfg, dtype=torch.float32).to(cfg.device)
-    tokenizer = from_hub(CLIPTokenizer, row["repo"], cfg, needs="tokenizer.json")
+    net = from_hub(CLIPModel.from_pretrained, row["repo"], cfg, dtype=torch.float32).to(cfg.device)
+    tokenizer = from_hub(CLIPTokenizer.from_pretrained, row["repo"], cfg, needs="tokenizer.json")
 
     def embed_text(prompts):
         tokens = tokenizer(prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
@@ -751,17 +706,15 @@ REWARDS = {
 
 class ClipReward:
     """Cosine of image and prompt, times exp(logit_scale) where the row says so: the scale of the paper's tables.
-
-    Scoring and back-propagation run this same code: what is climbed is what is reported.
-    """
+    Scoring and back-propagation run this same code: what is climbed is what is reported."""
 
     differentiable = True
 
     def __init__(self, name, row, host):
         self.name, self.row = name, row
         self.net, self.embed_image, self.embed_text = host
-        self.net.eval().requires_grad_(False)                               # gradients pass through it, never into it
-        self.known = {}                                                     # prompt -> (D,): a group asks for it 24 times
+        self.net.eval().requires_grad_(False)                               # gradients pass through, never into it
+        self.known = {}                                                     # prompt -> (D,): a group asks 24 times
 
     @torch.no_grad()
     def text(self, prompts):
@@ -779,103 +732,52 @@ class ClipReward:
 
 
 def eval_module():
-    """eval.py beside this file, loaded on first need: training on REWARDS does without it.
-
-    It imports rtdmd in turn. When rtdmd.py is the script, Python knows it as __main__ only and would run it once more,
-    with a second UsageError that nobody catches; so it is registered under its name first.
-    """
-    if "rtdmd_eval" not in sys.modules:
-        sys.modules.setdefault("rtdmd", sys.modules[__name__])
-        spec = importlib.util.spec_from_file_location("rtdmd_eval", Path(__file__).with_name("eval.py"))
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        sys.modules["rtdmd_eval"] = module
-    return sys.modules["rtdmd_eval"]
-
-
-def parse_rewards(text, extra=(), flag="--rewards"):
-    """"hpsv2=1,ocr=.5,my_module:score=2" -> [(name, weight), ...]. extra: names that the backbone brings.
-
-    No weight means 1, a negative one makes a penalty; 0 would load a network for nothing.
-    """
-    pairs = {}
-    for item in text.split(","):
-        name, equals, weight = (part.strip() for part in item.partition("="))
-        if not name or name in pairs:
-            raise UsageError(f"{flag} {text!r}: {f'{name} is named twice: keep one' if name else 'write name=weight,name=weight'}.")
-        try:
-            pairs[name] = float(weight if equals else 1)
-        except ValueError:
-            pairs[name] = math.nan
-        if pairs[name] == 0 or not math.isfinite(pairs[name]):
-            raise UsageError(f"{flag} {item.strip()}: the weight must be a finite number other than 0.")
-        if ":" not in name and name not in {*extra, *REWARDS} and name not in eval_module().METRICS:
-            names = ", ".join(dict.fromkeys([*extra, *REWARDS, *eval_module().METRICS]))
-            raise UsageError(f"{flag}: no reward is called {name!r}; there are {names}, module:attribute.")
-    return list(pairs.items())
+    """eval.py beside this file, on first need. It imports rtdmd, and Python knows a script as __main__ only: it
+    would run it again, with a second UsageError that nobody catches. So the script gets its name first."""
+    sys.modules.setdefault("rtdmd", sys.modules[__name__])
+    return importlib.import_module("eval")
 
 
 def load_reward(name, cfg, extra=None):
-    """The reward of that name: the backbone's own (extra), one of REWARDS, of eval.py, or module:attribute."""
+    """The reward of that name: the backbone's own (extra), one of REWARDS, one of eval.py, or module:attribute."""
     if extra and name in extra:
         return extra[name]
     if name in REWARDS:
         return ClipReward(name, REWARDS[name], REWARDS[name]["host"](REWARDS[name], cfg))
-    return user_reward(name) if ":" in name else eval_module().load_metric(name, cfg, training=True)
-
-
-def user_reward(name):
-    """"module:attribute": a function (images, prompts) -> (B,), or a class or factory without arguments that makes one;
-    searched in the current directory too. Its .differentiable counts as False if it has none."""
-    module, _, attribute = name.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())                                        # Python itself looks in the script's folder
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UsageError(f"reward {name}: {error}; looked in {os.getcwd()} and among the packages: put {module}.py there, or mend "
-                         "the name.") from error
-    needs = [p for p in inspect.signature(found).parameters.values() if p.default is p.empty]
-    reward = functools.partial(found() if isinstance(found, type) or not needs else found)
-    reward.name, reward.differentiable = name, getattr(reward.func, "differentiable", False)
-    return reward                                                           # a partial: methods and builtins take no attributes
+    return eval_module().load_metric(name, cfg, training=True)
 
 
 def score(reward, images, prompts):
     """reward(images, prompts), checked: (B,) fp32 on the images' device; nan and inf are left to the caller.
-
-    Whatever a reward raises becomes one sentence with the reward and the prompt: when a batch fails, its images are tried
-    one by one to find the one at fault.
-    """
+    Whatever it raises becomes one sentence. When a batch fails, its images are tried singly to name the prompt."""
     name = getattr(reward, "name", type(reward).__name__)
     try:
         values = torch.as_tensor(reward(images, prompts), device=images.device)
+        if values.shape != (len(prompts),):
+            raise ValueError(f"the result has shape {tuple(values.shape)}, must have ({len(prompts)},)")
     except UsageError:
         raise
-    except Exception as error:                                              # foreign code raises anything; nothing is swallowed
+    except Exception as error:                                              # foreign code raises anything
         for i in range(len(prompts) if len(prompts) > 1 else 0):
             score(reward, images[i:i + 1], prompts[i:i + 1])
-        raise UsageError(f"reward {name}, prompt {prompts[0]!r}: {type(error).__name__}: {error}") from error
-    if values.shape != (len(prompts),):
-        raise UsageError(f"reward {name}, prompt {prompts[0]!r}: returned shape {tuple(values.shape)}, must be "
-                         f"({len(prompts)},): mend the reward, or leave it out.")
+        raise UsageError(f"reward {name}, prompt {prompts[0]!r}: {error!r}; mend it, or leave it out.") from error
     return values.float()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 # 7. Backbones: all that the loops know of a model
 #
-#   nets             {"generator": net, "score": net}, frozen. The fake adapter lives on "score", which with adapters
-#                    off is the teacher. The same object twice where both share weights (SD3)
+#   nets             {"generator": net, "score": net}, frozen. The fake adapter lives on "score", which without it
+#                    is the teacher. The same object twice where both share weights (SD3)
 #   lora_targets     full names of the linears that get an adapter
 #   latent_shape     (C, H, W) of one sample
-#   shift            of the schedule, u -> shift u / (1 + (shift-1) u), for cfg.steps; shift_for(steps) for others
+#   shift            of the schedule for cfg.steps (see timestep_schedule); shift_for(steps) for others
 #   base, text_key   pipeline that an export is loaded into; all that the text embeddings depend on
 #   encode(prompts)  -> cond: dict of tensors, batch first, CPU. free_text() drops the text encoders
 #   velocity(net, x, t, cond)   v = eps - x0 (B,C,H,W) fp32 at levels t (B,); differentiable
 #   quantise(t)      the level that the network is really told when it is asked for t
 #   decode(x)        latents -> images (B,3,H,W) in [0,1]; differentiable
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 
 # Full-size networks for --random_weights: where the hub's config.json departs from the defaults of the class.
 SD3_NET = dict(num_layers=24, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=192)
@@ -883,27 +785,18 @@ SD35_NET = dict(SD3_NET, pos_embed_max_size=384, dual_attention_layers=tuple(ran
 K4_NET = dict(num_layers=5, num_single_layers=20, num_attention_heads=24, joint_attention_dim=7680,
               guidance_embeds=False)
 K9_NET = dict(K4_NET, num_layers=8, num_single_layers=24, num_attention_heads=32, joint_attention_dim=12288)
-SD3_VAE = dict(down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4, layers_per_block=2,
-               block_out_channels=[128, 256, 512, 512], latent_channels=16, use_quant_conv=False,
-               use_post_quant_conv=False, scaling_factor=1.5305, shift_factor=0.0609)
+SD3_VAE = dict(down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+               block_out_channels=[128, 256, 512, 512], layers_per_block=2, latent_channels=16,
+               use_quant_conv=False, use_post_quant_conv=False, scaling_factor=1.5305, shift_factor=0.0609)
 
-# Hub repositories; guidance and learning rates stand in MODELS. SD3: Stability AI Community licence,
-# gated. FLUX.2: the 4B Apache-2.0, the 9B FLUX Non-Commercial licence, gated.
-SD3, KLEIN = "StableDiffusion3Pipeline", "Flux2KleinPipeline"
+# Hub repositories, GENERATOR,TEACHER where they differ; guidance and learning rates: MODELS. SD3: Stability AI
+# Community licence, gated. FLUX.2: the 4B Apache-2.0, the 9B FLUX Non-Commercial licence, gated.
 SAI, BFL = "stabilityai/stable-diffusion", "black-forest-labs/FLUX.2-klein"
 BACKBONES = {
-    "sd3m": dict(pipeline=SD3, net=SD3_NET, teacher=f"{SAI}-3-medium-diffusers"),
-    "sd35m": dict(pipeline=SD3, net=SD35_NET, teacher=f"{SAI}-3.5-medium"),
-    "flux2-4b": dict(pipeline=KLEIN, net=K4_NET, teacher=f"{BFL}-base-4B", generator=f"{BFL}-4B"),
-    "flux2-9b": dict(pipeline=KLEIN, net=K9_NET, teacher=f"{BFL}-base-9B", generator=f"{BFL}-9B")}
-
-KNOWN_PROMPTS = {        # name: (data set on the hub, its files)
-    "pickapic": ("yuvalkirstain/pickapic_v1_no_images", "data/train-*.parquet"),       # 584k rows, 168 MB
-    "drawbench": ("sayakpaul/drawbench", "*.csv"),                                     # 200 rows
-    "partiprompts": ("nateraw/parti-prompts", "PartiPrompts.tsv"),                     # 1,632 rows
-    "hpdv2": None, "tiny": None, "tiny-test": None}            # 3,200 through hpsv2; the captions of the tiny world
-PROMPT_COLUMNS = ("prompt", "prompts", "caption", "text")      # in any case; the first that a table has
-LONGEST_PROMPT = 20_000          # characters; the encoders read some 2,000, more is a broken file
+    "sd3m": dict(hub=f"{SAI}-3-medium-diffusers", net=SD3_NET),
+    "sd35m": dict(hub=f"{SAI}-3.5-medium", net=SD35_NET),
+    "flux2-4b": dict(hub=f"{BFL}-4B,{BFL}-base-4B", net=K4_NET),
+    "flux2-9b": dict(hub=f"{BFL}-9B,{BFL}-base-9B", net=K9_NET)}
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
@@ -913,19 +806,17 @@ def load_backbone(cfg):
 
 
 class SD3Backbone:
-    """SD3 and SD3.5 medium: latents (B, 16, H/8, W/8), 77 CLIP + 256 T5 tokens. From --pretrained PATH or the hub.
-    UsageError says which part of it cannot be had, and what to do."""
+    """SD3 and SD3.5 medium: latents (B, 16, H/8, W/8), 77 CLIP + 256 T5 tokens."""
 
     def __init__(self, cfg):
-        row, self.cfg, self.text, self.text_length = BACKBONES[cfg.model], cfg, None, cfg.text_length or 256
-        self.base = cfg.pretrained or row["teacher"]
-        check_repository(self.base, cfg)
-        net = build(diffusers.SD3Transformer2DModel, self.base, "transformer", row["net"], cfg)
+        self.cfg, self.text, self.text_length = cfg, None, cfg.text_length or 256
+        self.base, self.nets = load_networks(cfg, diffusers.SD3Transformer2DModel, "StableDiffusion3Pipeline")
         self.vae = build(diffusers.AutoencoderKL, self.base, "vae", SD3_VAE, cfg)
-        self.nets, self.dtype, self.lora_targets = {"generator": net, "score": net}, net.dtype, attention_linears(net)
+        self.dtype, self.lora_targets = self.vae.dtype, attention_linears(self.nets["score"])
         self.latent_shape = (16, cfg.resolution // 8, cfg.resolution // 8)
-        self.shift = 3.0 if cfg.random_weights else fetch(FlowMatchEulerDiscreteScheduler.from_pretrained, self.base,
-                                                          "scheduler", subfolder="scheduler").config.shift
+        self.shift = 3.0 if cfg.random_weights else from_hub(
+            FlowMatchEulerDiscreteScheduler.from_pretrained, self.base, cfg, "scheduler/scheduler_config.json",
+            subfolder="scheduler").config.shift
         self.text_key = f"{self.base} random {cfg.random_weights} clip 77 t5 {self.text_length} {self.dtype}"
 
     def shift_for(self, steps):
@@ -939,8 +830,7 @@ class SD3Backbone:
         if self.cfg.random_weights:
             return random_text(prompts, self.dtype, text=(77 + self.text_length, 4096), pooled=(2048,))
         if self.text is None:
-            self.text = fetch(diffusers.StableDiffusion3Pipeline.from_pretrained, self.base, "text encoders",
-                              transformer=None, vae=None, dtype=self.dtype).to(self.cfg.device)
+            self.text = text_pipeline(self).to(self.cfg.device)
         text, _, pooled, _ = self.text.encode_prompt(prompts, None, None, do_classifier_free_guidance=False,
                                                      max_sequence_length=self.text_length)
         return {"text": text.cpu(), "pooled": pooled.cpu()}
@@ -965,24 +855,14 @@ class SD3Backbone:
 
 
 class Flux2Backbone:
-    """FLUX.2-klein: latents (B, 128, H/16, W/16), 512 Qwen tokens. The generator starts from the distilled repository,
-    teacher and fake score on the base one, where guidance works. --pretrained GENERATOR,TEACHER or one for both."""
-
-    TAPS = (9, 18, 27)          # the hidden states of Qwen that make the embedding
+    """FLUX.2-klein: latents (B, 128, H/16, W/16), 512 Qwen tokens. The generator starts from the distilled model,
+    teacher and fake score from the base one, where guidance works."""
 
     def __init__(self, cfg):
-        row, self.cfg, self.text, self.text_length = BACKBONES[cfg.model], cfg, None, cfg.text_length or 512
-        paths = cfg.pretrained.split(",") if cfg.pretrained else [row["generator"], row["teacher"]]
-        self.base, teacher = paths[0].strip(), paths[-1].strip()
-        check_repository(self.base, cfg)
-        if check_repository(teacher, cfg).get("is_distilled"):        # its pipeline ignores w without a word
-            raise UsageError(f"{teacher} is distilled and ignores guidance, so it cannot be the teacher: "
-                             f"take --pretrained GENERATOR,TEACHER with {row['teacher']} or a copy as TEACHER.")
-        nets = {path: build(diffusers.Flux2Transformer2DModel, path, "transformer", row["net"], cfg)
-                for path in dict.fromkeys([self.base, teacher])}          # one path: one network for both
-        self.nets, self.dtype = {"generator": nets[self.base], "score": nets[teacher]}, nets[teacher].dtype
-        self.lora_targets = attention_linears(nets[teacher])
-        self.vae = build(diffusers.AutoencoderKLFlux2, self.base, "vae", {}, cfg)    # {}: its defaults are the hub's
+        self.cfg, self.text, self.text_length = cfg, None, cfg.text_length or 512
+        self.base, self.nets = load_networks(cfg, diffusers.Flux2Transformer2DModel, "Flux2KleinPipeline")
+        self.vae = build(diffusers.AutoencoderKLFlux2, self.base, "vae", {}, cfg)    # {}: the hub's is the default
+        self.dtype, self.lora_targets = self.vae.dtype, attention_linears(self.nets["score"])
         self.latent_shape = (128, cfg.resolution // 16, cfg.resolution // 16)
         self.shift = self.shift_for(cfg.steps)
         self.text_key = f"{self.base} random {cfg.random_weights} qwen {self.text_length} {self.dtype}"
@@ -999,20 +879,15 @@ class Flux2Backbone:
             width = self.nets["score"].config.joint_attention_dim
             return random_text(prompts, self.dtype, text=(self.text_length, width))
         if self.text is None:
-            self.text = fetch(diffusers.Flux2KleinPipeline.from_pretrained, self.base, "text encoders",
-                              transformer=None, vae=None, dtype=self.dtype)
+            self.text = text_pipeline(self)
             qwen = self.text.text_encoder.model            # without the 152k-wide output layer
-            qwen.layers = qwen.layers[:self.TAPS[-1]]      # and without the layers above the last tap,
-            qwen.norm = nn.Identity()                      # which lies before the norm, as in the whole
+            qwen.layers = qwen.layers[:27]                 # and without those above the last state that is read:
+            qwen.norm = nn.Identity()                      # after layers 9, 18 and 27, and before the norm
             self.text.text_encoder = qwen.to(self.cfg.device)
-        text, _ = self.text.encode_prompt(prompts, self.cfg.device, max_sequence_length=self.text_length,
-                                          text_encoder_out_layers=self.TAPS)
+        text, _ = self.text.encode_prompt(prompts, self.cfg.device, max_sequence_length=self.text_length)
         return {"text": text.cpu()}
 
-    def free_text(self):
-        """Drop Qwen: 5.8 GiB for the 4B model in bf16."""
-        self.text = None
-        torch.cuda.empty_cache()
+    free_text = SD3Backbone.free_text                                 # Qwen: 5.8 GiB for the 4B model in bf16
 
     def velocity(self, net, x, t, cond):
         """The network wants tokens (B, h w, 128), and positions (T, row, column, word) of image and text.
@@ -1030,24 +905,43 @@ class Flux2Backbone:
         return ((1000 * t.float()).to(self.dtype) / 1000 * 1000).float() / 1000
 
     def decode(self, x):
-        """Latents (B,128,h,w) -> images (B,3,16h,16w): 2x2 patches of the VAE's own, standardised by its batch norm."""
-        mean, variance = (row.float().view(-1, 1, 1) for row in (self.vae.bn.running_mean, self.vae.bn.running_var))
-        z = x * torch.sqrt(variance + self.vae.config.batch_norm_eps) + mean
+        """Latents (B,128,h,w) -> images (B,3,16h,16w): 2x2 patches of the VAE's, normalised by its batch norm."""
+        norm = self.vae.bn
+        mean, variance = (row.float().view(-1, 1, 1) for row in (norm.running_mean, norm.running_var))
+        z = x * torch.sqrt(variance + norm.eps) + mean
         return decode_chunks(self.vae, F.pixel_shuffle(z, 2))
 
 
+def load_networks(cfg, net_class, pipeline):
+    """(base, nets) of --pretrained GENERATOR,TEACHER, or one for both, or of the hub. UsageError if one of them is
+    no whole `pipeline`: one that was saved without its T5 works too, with zeros in its place."""
+    row = BACKBONES[cfg.model]
+    paths = [path.strip() for path in (cfg.pretrained or row["hub"]).split(",")]
+    for path in [] if cfg.random_weights else paths:
+        index = from_hub(diffusers.DiffusionPipeline.load_config, path, cfg, "model_index.json")
+        lacking = [part for part, origin in index.items() if origin == [None, None] and part.startswith("te")]
+        found = " without ".join([str(index.get("_class_name")), *lacking])
+        if found != pipeline:
+            raise UsageError(f"{path} is a {found}: take a whole {pipeline} such as {row['hub']}.")
+        if path == paths[-1] and index.get("is_distilled"):           # its pipeline ignores w without a word
+            raise UsageError(f"{path} is distilled and ignores guidance, so it cannot be the teacher: take "
+                             f"--pretrained GENERATOR,TEACHER such as {row['hub']}.")
+    nets = {path: build(net_class, path, "transformer", row["net"], cfg) for path in dict.fromkeys(paths)}
+    return paths[0], {"generator": nets[paths[0]], "score": nets[paths[-1]]}
+
+
 def build(cls, path, part, config, cfg):
-    """One frozen network on cfg.device: component `part` of a repository, or a random one of full size. The seed is
-    keyed: every rank makes the same weights, and the global random state stays where it was."""
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[cfg.dtype or ("fp32" if cfg.device == "cpu" else "bf16")]
+    """One frozen network on cfg.device: component `part` of a repository, or a random one of full size. Its seed
+    is keyed: every rank makes the same weights, and the global random state stays where it was."""
+    dtype = torch.bfloat16 if cfg.dtype == "bf16" else torch.float32
     if not cfg.random_weights:
-        net = fetch(cls.from_pretrained, path, part, subfolder=part, dtype=dtype)
+        net = from_hub(cls.from_pretrained, path, cfg, f"{part}/config.json", subfolder=part, dtype=dtype)
     else:
         gpus = [torch.cuda.current_device()] if cfg.device.startswith("cuda") else []
         with torch.random.fork_rng(gpus), torch.device(cfg.device):
             torch.manual_seed(key("random weights", path, part))
-            torch.set_default_dtype(dtype)                # built in fp32 first, it would need three times its memory
-            net = nn.Module.to(cls(**config), dtype)      # the position tables are made in fp32
+            torch.set_default_dtype(dtype)            # built in fp32 first, it would need three times its memory
+            net = nn.Module.to(cls(**config), dtype)  # the position tables are made in fp32
             torch.set_default_dtype(torch.float32)
     largest = 16 * net.config.get("pos_embed_max_size", 256)
     if cfg.resolution % 16 or not 0 < cfg.resolution <= largest:
@@ -1057,47 +951,54 @@ def build(cls, path, part, config, cfg):
     return net.to(cfg.device).eval().requires_grad_(False)
 
 
-def check_repository(path, cfg):
-    """model_index.json of a pipeline as a dict. UsageError if it is another pipeline or lacks a component."""
-    if cfg.random_weights:
-        return {}
-    diffusers.utils.logging.set_verbosity_error()     # or each caption beyond 77 tokens prints a warning
-    row, index = BACKBONES[cfg.model], fetch(diffusers.DiffusionPipeline.load_config, path, "model_index.json")
-    optional = {"image_encoder", "feature_extractor"}
-    lacking = [part for part, origin in index.items() if origin == [None, None] and part not in optional]
-    if index.get("_class_name") != row["pipeline"] or lacking:
-        state = f"saved without {', '.join(lacking)}" if lacking else f"a {index.get('_class_name')}"
-        raise UsageError(f"{path} is {state}; --model {cfg.model} needs a whole {row['pipeline']} as {row['teacher']}.")
-    return index
+def text_pipeline(backbone):
+    """The pipeline of the repository with nothing but its text encoders, whose encode_prompt is used as it is."""
+    diffusers.utils.logging.set_verbosity_error()         # or each caption beyond 77 tokens prints a warning
+    return from_hub(diffusers.DiffusionPipeline.from_pretrained, backbone.base, backbone.cfg,
+                    "text_encoder/config.json", transformer=None, vae=None, dtype=backbone.dtype)
 
 
-def fetch(load, path, part, **options):
-    """load(path) of `part` of a pipeline repository; any failure to read it as one sentence with the remedy."""
+def find_weights(repo, filename, cfg):
+    """Path of a file: of the folder `repo`, of WEIGHTS_DIR/<its last name>, of WEIGHTS_DIR, or of the hub."""
+    own = Path(cfg.weights_dir or repo).expanduser()
+    places = [folder / filename for folder in (Path(repo), own / Path(repo).name, own)]
     try:
-        return load(path, **options)
+        return next(filter(Path.is_file, places), None) or Path(huggingface_hub.hf_hub_download(repo, filename))
+    except (OSError, ValueError) as error:                # ValueError: a path, which is no name on the hub
+        remedy = "check name and network, or name a folder that has it by --pretrained or (rewards) --weights_dir"
+        if isinstance(error, huggingface_hub.errors.GatedRepoError):
+            remedy = f"accept the licence on https://huggingface.co/{repo} and run `hf auth login`"
+        raise UsageError(f"{filename} of {repo} is neither in {own} nor on the hub ({type(error).__name__}): "
+                         f"{remedy}.") from error
+
+
+def from_hub(load, repo, cfg, needs="config.json", **options):
+    """load(repo), load being a from_pretrained, from where find_weights finds the file `needs`. It is looked for
+    first: transformers makes a tokenizer without its vocabulary in silence, and asks a hub that cannot be reached
+    for every file in turn, 20 s each."""
+    found = find_weights(repo, needs, cfg)
+    if cfg.weights_dir and found.is_relative_to(Path(cfg.weights_dir).expanduser()):
+        repo = str(found.parents[needs.count("/")])
+    try:
+        return load(repo, **options)
     except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:150]
-        remedy = f"is no folder, and no hub repository in reach ({reason}): check name and network."
-        if Path(path).exists():
-            remedy = f"has no usable {part} ({reason}): get the whole diffusers folder again."
-        if any(isinstance(cause, huggingface_hub.errors.GatedRepoError) for cause in (error, error.__context__)):
-            remedy = f"is gated: accept the licence on https://huggingface.co/{path} and run `hf auth login`."
-        raise UsageError(f"{path} {remedy}") from error
+        raise UsageError(f"{repo} is incomplete or damaged ({reason}): get the whole of it again.") from error
 
 
 def random_text(prompts, dtype, **shapes):
     """Normal embeddings of the given shapes on the CPU, the same for the same prompt."""
-    return {name: torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(key("random text", name, p)))
-                               for p in prompts]).to(dtype) for name, shape in shapes.items()}
+    normal = lambda shape, *what: torch.randn(shape, generator=torch.Generator().manual_seed(key(*what)))
+    return {name: torch.stack([normal(shape, "random text", name, prompt) for prompt in prompts]).to(dtype)
+            for name, shape in shapes.items()}
 
 
 def attention_linears(net):
-    """Full names of the attention linears of both streams: 191 in SD3, 243 in SD3.5, 80 and 112 in FLUX.2.
+    """Full names of the attention linears of both streams: 191 in SD3, 243 in SD3.5 (with its second, image-only
+    attention attn2), 80 and 112 in FLUX.2, whose single-stream blocks fuse q, k, v and the MLP into one linear.
     Full, because PEFT reads others as suffixes: `attn.to_q` misses attn2, `to_out` hits lists as well."""
-    # attn2 is SD3.5's second, image-only attention. FLUX.2's single-stream blocks fuse q, k, v with the MLP into one
-    # linear: an adapter there reaches the MLP too.
-    pattern = r"(single_)?transformer_blocks\.\d+\.attn2?\..+"
-    return [name for name, part in net.named_modules() if isinstance(part, nn.Linear) and re.fullmatch(pattern, name)]
+    pattern = re.compile(r"(single_)?transformer_blocks\.\d+\.attn2?\..+")
+    return [name for name, part in net.named_modules() if isinstance(part, nn.Linear) and pattern.fullmatch(name)]
 
 
 def decode_chunks(vae, z, pixels=2**20):
@@ -1166,71 +1067,16 @@ class TextCache:
         return {name: (x.pin_memory() if pin else x).to(device, non_blocking=True) for name, x in cond.items()}
 
 
-def read_prompts(name_or_path, seed=None):
-    """--prompts as list[str]: a .txt, .jsonl (GenEval's too), .csv, .tsv or .parquet file, or a known name. Stripped,
-    without blank lines and duplicates; in an order by `seed` and each text alone (a new line moves no other), or
-    without seed in the file's. UsageError names the line that is wrong."""
-    texts = []
-    try:
-        for row in prompt_rows(name_or_path):
-            if isinstance(row, dict):
-                row = {str(name).strip().lower(): text for name, text in row.items()}
-                if not (found := [row[name] or "" for name in PROMPT_COLUMNS if name in row]):
-                    raise ValueError(f"no column or key called {', '.join(PROMPT_COLUMNS)}")
-                row = found[0]
-            if not isinstance(row, str) or "\0" in row or len(row) > LONGEST_PROMPT:
-                raise ValueError(f"a prompt is text without NUL, up to {LONGEST_PROMPT:,} characters: {row!r:.30}")
-            row.encode()            # JSON can hold half a surrogate pair: an error here, and not in the tokenizer
-            texts.append(row.strip())
-    except OSError as error:
-        raise UsageError(f"--prompts {name_or_path} cannot be read ({error.strerror or error}): give a file, or one of "
-                         f"{', '.join(KNOWN_PROMPTS)}.") from error
-    except (ValueError, RuntimeError, csv.Error) as error:                  # pyarrow's are subclasses of the first two
-        line = len(texts) + (2 if name_or_path.lower().endswith((".csv", ".tsv")) else 1)        # they have a header
-        reason = " ".join(str(getattr(error, "msg", error)).split())[:150]
-        raise UsageError(f"--prompts {name_or_path}, line {line}: {reason}; mend it, or give one of "
-                         f"{', '.join(KNOWN_PROMPTS)}.") from error
-    prompts = list(dict.fromkeys(filter(None, texts)))
-    if not prompts:
-        raise UsageError(f"--prompts {name_or_path} holds no prompt: give a file with one prompt a line.")
-    again = len(texts) - len(prompts) - texts.count("")
-    log(f"prompts: {len(prompts):,} from {name_or_path}, less {texts.count('')} blank lines and {again} duplicates")
-    return prompts if seed is None else sorted(prompts, key=lambda text: key("prompt order", seed, text))
-
-
-def prompt_rows(source):
-    """The rows of a known set or of a file by its ending: strings, or dicts by column names."""
-    kind = Path(source).suffix.lower()
-    if source in ("tiny", "tiny-test"):
-        return tiny_captions(source == "tiny-test")
-    if source == "hpdv2":
-        import hpsv2
-        return sum(hpsv2.benchmark_prompts("all").values(), [])
-    if source in KNOWN_PROMPTS:
-        repository, pattern = KNOWN_PROMPTS[source]
-        folder = huggingface_hub.snapshot_download(repository, repo_type="dataset", allow_patterns=pattern)
-        return (row for file in sorted(Path(folder).glob(pattern)) for row in prompt_rows(str(file)))
-    if kind == ".parquet":
-        from pyarrow.parquet import ParquetFile           # reads those of the named columns that there are
-        return ParquetFile(source).read([*PROMPT_COLUMNS, *map(str.title, PROMPT_COLUMNS)]).to_pylist()
-    lines = (line.decode("utf-8-sig") for line in Path(source).read_bytes().splitlines(keepends=True))
-    if kind in (".csv", ".tsv"):
-        return csv.DictReader(lines, delimiter="," if kind == ".csv" else "\t")
-    if kind not in (".txt", ".jsonl"):
-        raise ValueError(f"it ends in {kind or 'nothing'}, in none of .txt, .jsonl, .csv, .tsv, .parquet")
-    return lines if kind == ".txt" else (json.loads(line) if line.strip() else "" for line in lines)
-
-
 def save_lora(folder, state_dict, rank, alpha, targets, info):
     """Write an adapter for `pipe.load_lora_weights(folder)`, which then computes exactly what was trained.
-    state_dict {"transformer_blocks.0.attn.to_q.lora_A.weight": (r, in), ...}; targets full module names; info any JSON
-    (how to sample). The loader knows alpha from this metadata alone: without, it would apply the update r / alpha times
-    too strongly. A field that its PEFT does not know stops it: hence only three, and our facts under another key."""
-    adapter = {"transformer.r": rank, "transformer.lora_alpha": alpha, "transformer.target_modules": sorted(targets)}
-    facts = info | {"rank": rank, "alpha": alpha, "targets": sorted(targets)}
+    state_dict {"transformer_blocks.0.attn.to_q.lora_A.weight": (r, in), ...}; targets full module names; info any
+    JSON (how to sample). The loader knows alpha from this metadata alone: without, the update would be r / alpha
+    times too strong. A field unknown to its PEFT stops it: hence only three, and our facts under another key."""
+    names = sorted(targets)
+    adapter = {"transformer.r": rank, "transformer.lora_alpha": alpha, "transformer.target_modules": names}
+    facts = info | {"rank": rank, "alpha": alpha, "targets": names}
     metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(adapter), "rtdmd": json.dumps(facts)}
     tensors = {f"transformer.{name}": row.detach().cpu().contiguous() for name, row in state_dict.items()}
-    Path(folder).mkdir(parents=True, exist_ok=True)
     write_atomic(Path(folder) / LORA_FILE, safetensors_bytes(tensors, metadata=metadata))
 
 
@@ -1242,7 +1088,7 @@ def load_lora(folder):
             state_dict = {name.removeprefix("transformer."): file.get_tensor(name) for name in file.keys()}
             return state_dict, json.loads((file.metadata() or {})["rtdmd"])
     except (OSError, KeyError, ValueError, SafetensorError) as error:
-        raise UsageError(f"{path} is missing or damaged, or does not tell rank, alpha and sampler: take another.") from error
+        raise UsageError(f"{path} is missing or damaged, or tells no rank and alpha: take another.") from error
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1660,13 +1506,13 @@ def prepare(cfg):
         raise UsageError(f"--groups {cfg.groups} does not split over {world} processes: take {-(-cfg.groups // world) * world}.")
     run = SimpleNamespace(cfg=cfg, folder=Path(cfg.out) / f"stage{cfg.stage}", done=0, ema_updates=0, skipped=0,
                           bad=dict(generator=0, fake=0), terms={}, stop=False, board=None)
-    own = TINY_REWARDS if cfg.model == "tiny" else ()
-    rewards, watched = parse_rewards(cfg.rewards, own), parse_rewards(cfg.watch, own, "--watch") if cfg.watch else []
+    own, ev = TINY_REWARDS if cfg.model == "tiny" else (), eval_module()
+    rewards, watched = ev.parse_rewards(cfg.rewards, own), ev.parse_rewards(cfg.watch, own, "--watch")
     if cfg.random_weights and any(name not in (*REWARDS, *own) and ":" not in name for name, _ in rewards):
         rewards = [pair for pair in rewards if pair[0] in (*REWARDS, *own) or ":" in pair[0]]
         log(f"--random_weights: only {', '.join(name for name, _ in rewards)} can be made without a download.")
     few = min(cfg.max_prompts, 64) if cfg.dry_run else cfg.max_prompts      # embeddings of 25,000 take an hour
-    run.prompts = ([f"prompt {i}" for i in range(8)] if cfg.random_weights else read_prompts(cfg.prompts, cfg.seed)[:few])
+    run.prompts = [f"prompt {i}" for i in range(8)] if cfg.random_weights else ev.read_prompts(cfg.prompts, cfg.seed)[:few]
     run.prompt_hash = f"{len(run.prompts)} prompts, {key(run.prompts):016x}"
     found, init = None if cfg.dry_run else find_checkpoint(run.folder), None
     if found:
