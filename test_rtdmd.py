@@ -2030,17 +2030,22 @@ def test_text_score():
         ev.quoted_text("a sign without a text")
 
 
-def test_components_against_spreading_labels():
-    """Every pixel starts with a label of its own and takes the largest of its neighbours until nothing changes."""
+def test_components_against_flood_fill():
     rng = np.random.default_rng(0)
     for density in (.1, .3, .45, .6):
         mask = rng.random((23, 31)) < density
-        ours = {frozenset(map(tuple, region.tolist())) for region in ev.components(mask)}
-        inside = torch.tensor(mask)[None].float()
-        before, labels = None, torch.arange(1., mask.size + 1).view(1, *mask.shape) * inside
-        while before is None or not torch.equal(before, labels):
-            before, labels = labels, F.max_pool2d(labels, 3, stride=1, padding=1) * inside
-        theirs = {frozenset(map(tuple, (labels[0] == label).nonzero().tolist())) for label in labels[inside > 0]}
+        ours = {frozenset((y, x) for y, start, end in region for x in range(start, end))
+                for region in ev.components(mask)}
+        todo, theirs = {(y, x) for y, x in zip(*np.nonzero(mask))}, set()
+        while todo:
+            stack, region = [todo.pop()], set()
+            while stack:
+                y, x = stack.pop()
+                region.add((int(y), int(x)))
+                near = {(y + i, x + j) for i in (-1, 0, 1) for j in (-1, 0, 1)} & todo
+                todo -= near
+                stack += near
+            theirs.add(frozenset(region))
         assert ours == theirs
 
 
