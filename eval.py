@@ -1064,6 +1064,9 @@ def parse(argv):
     if not any(given.get(name) for name in commands):
         raise UsageError("Say what to evaluate: --lora DIR, --run_folder DIR, --teacher, --images DIR, "
                          "--compare A B or --prompt TEXT.")
+    if {"geneval", "geneval2"} & set(flags.metrics.split(",")) and not cfg.prompts.endswith(".jsonl"):
+        raise UsageError("--metrics geneval and geneval2 must know what a picture has to show: give --prompts "
+                         "FILE.jsonl of their metadata rows, or other --metrics.")
     return flags, cfg
 
 

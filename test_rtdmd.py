@@ -4291,7 +4291,8 @@ def test_eval_prompt_makes_one_picture(tiny_report):
 
 @pytest.mark.parametrize("flags, words", [
     (["--lora", "nowhere"], "no checkpoint"), ([], "what to evaluate"), (["--teacher", "--nfe", "0"], "--nfe"),
-    (["--teacher", "--metrics", "beauty"], "beauty"), (["--images", "nowhere"], "not a folder"), (["--compare", "a"], "2 arguments"),
+    (["--teacher", "--metrics", "beauty"], "beauty"),
+    (["--teacher", "--metrics", "geneval"], "FILE.jsonl"), (["--images", "nowhere"], "not a folder"), (["--compare", "a"], "2 arguments"),
     (["--compare", "a", "b"], "report.json"), (["--teacher", "--model", "sd4"], "sd4"), (["--colour", "red"], "--colour"),
     (["--teacher", "--prompts", "nowhere.txt"], "nowhere.txt")])
 def test_eval_refuses_in_one_sentence(flags, words, capsys, tmp_path, monkeypatch):
