@@ -8,9 +8,9 @@
     one         python eval.py --model sd3m --lora runs/sd3m/stage2 --prompt "a red fox"
     8 GPUs      torchrun --nproc_per_node 8 eval.py ...                 # the same numbers, sooner
 
-Metrics, all better when higher, on the scale of the paper's tables:
-    clipscore    cosine, .25 to .32           rtdmd.ClipReward, as are the next two; they can be trained on as well
-    pickscore    100 x cosine, 20 to 24       (20.6-24.0 in the tables)
+Metrics, better when higher, on the scale of the paper's tables, with the range found there:
+    clipscore    cosine, .25 to .32           rtdmd.ClipReward, as are the next two
+    pickscore    100 x cosine, 20 to 24
     hpsv2        cosine, .20 to .35           the weights of version 2.1
     aesthetic    1 to 10, mostly 5 to 6       Aesthetic: does not know the prompt
     imagereward  about 0 +- 1                 ImageReward
@@ -18,15 +18,15 @@ Metrics, all better when higher, on the scale of the paper's tables:
     geneval      0 to 1                       GenEval: mean of six tasks; prompts are rows of its metadata
     geneval2     0 to 1                       GenEval2: likewise
     ocr          0 to 1                       OCR: the prompt has the wanted text in double quotes
-    tiny world   attributes, strict, heldout (judges, in rtdmd.py); distance, diversity (tiny_set_metrics)
+    tiny world   attributes, strict, heldout (judges, in rtdmd.py); distance (better when lower) and diversity
+                 (better near 1) of the whole set: tiny_set_metrics
 
 A scorer is called as scorer(images (B,3,H,W) in [0,1], prompts or metadata rows) -> (B,). Its networks are
 arguments, so that tests use the real classes at small size; `load(cfg)` takes the real ones from --weights_dir
-or the hub. No scorer needs a package beyond requirements.txt: mmdet, paddle and the rewards' own do not live
-with today's transformers.
+or the hub. No package beyond requirements.txt: mmdet, paddle and the rewards' own break on today's transformers.
 
-Order: the scorers | METRICS and run_metric | sampling | reports and the commands | cost of training
-(rtdmd.py --dry_run) | ablations.
+Order: 1-7 scorers | 8 METRICS, run_metric | 9 flags | 10 sampling | 11 reports, one function for each command:
+evaluate, score_folder, compare, one_picture | 12 cost of training (rtdmd.py --dry_run) | ablations.
 """
 import argparse
 import ast
@@ -1105,7 +1105,7 @@ def plan(flags, cfg):
         return dict(role="teacher", nfe=nfe, eta=0.0, guidance=guidance, lora=None)
 
     rows = {}
-    if flags.run_folder:                                     # 50 steps: the teacher's rows in the paper's Table 1
+    if flags.run_folder:                                     # 50 steps, with guidance 100 NFE: the paper's 4.2
         rows = {"teacher": teacher(50, 1.0), "teacher_cfg": teacher(50, cfg.guidance), "student_init": student()}
         for folder in (Path(flags.run_folder) / "stage1", Path(flags.run_folder) / "stage2"):
             if rtdmd.list_checkpoints(folder):
