@@ -1013,7 +1013,7 @@ class Flags:
     save_images: bool = rtdmd.opt(False, "also write every picture to OUT/images")
     # ---- Sampler (App. C)
     nfe: int = rtdmd.opt(0, "steps; default: the checkpoint's own, else 4 (paper 3.1); the teacher's 50")
-    eta: float = rtdmd.opt(-1.0, "CPS randomness of the student; default: the checkpoint's own, else 0.9 (paper 4.1)")
+    eta: float = rtdmd.opt(-1.0, "the student's CPS randomness; default: the checkpoint's, else 0.9 (paper 4.1)")
     cfg: float = rtdmd.opt(1.0, "guidance weight of --teacher; 1 is none")
     batch: int = rtdmd.opt(0, "pictures per forward: the memory knob, changes nothing else")
 
