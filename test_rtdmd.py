@@ -2023,7 +2023,7 @@ def test_geneval2_sums_the_answers_probability_at_the_last_token():
 
     questions = [["Is there a dog?", "Yes"], ["How many dogs?", "three"], ["Is it?", "Yes"]]
     row = {"prompt": "three dogs", "vqa_list": questions}
-    scorer = ev.GenEval2(Net(), Processor(), {"three dogs": row}, batch=2)
+    scorer = ev.GenEval2(Net(), Processor(), {"three dogs": row})
     details = scorer.details(torch.rand(2, 3, 8, 8), [row, "three dogs"])
     yes, three = .65, .08 + .05 + .04 + .03 + .02 + .01     # " 3" begins with the bare blank
     torch.testing.assert_close(details["geneval2_am"], torch.full((2,), (2 * yes + three) / 3))
@@ -2366,9 +2366,10 @@ def test_metric_table_is_complete():
     assert list(ev.METRICS) == ["clipscore", "aesthetic", "pickscore", "hpsv2", "imagereward", "hpsv3",
                                 "geneval", "geneval2", "ocr"]
     for name, row in ev.METRICS.items():
-        assert {"column", "scale", "licence", "differentiable", "repo"} <= set(row), name
+        assert {"column", "scale", "licence", "repo"} <= set(row), name
         if "scorer" in row:
-            assert row["scorer"].name == name and row["scorer"].differentiable == row["differentiable"]
+            assert row["scorer"].name == name
+            assert row["scorer"].differentiable == (name in ("aesthetic", "imagereward"))
     with pytest.raises(rt.UsageError, match="clipscore"):
         ev.load_metric("clip", CFG)
 
@@ -4332,7 +4333,8 @@ def test_eval_prompt_makes_one_picture(tiny_report):
 
 @pytest.mark.parametrize("flags, words", [
     (["--lora", "nowhere"], "no checkpoint"), ([], "what to evaluate"), (["--teacher", "--nfe", "0"], "--nfe"),
-    (["--teacher", "--metrics", "beauty"], "beauty"), (["--images", "nowhere"], "not a folder"), (["--compare", "a"], "2 arguments"),
+    (["--teacher", "--metrics", "beauty"], "beauty"),
+    (["--teacher", "--metrics", "geneval"], "FILE.jsonl"), (["--images", "nowhere"], "not a folder"), (["--compare", "a"], "2 arguments"),
     (["--compare", "a", "b"], "report.json"), (["--teacher", "--model", "sd4"], "sd4"), (["--colour", "red"], "--colour"),
     (["--teacher", "--prompts", "nowhere.txt"], "nowhere.txt")])
 def test_eval_refuses_in_one_sentence(flags, words, capsys, tmp_path, monkeypatch):
