@@ -23,7 +23,6 @@ import time
 import weakref
 from collections import namedtuple
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -1101,7 +1100,8 @@ class Sampler:
 
     def wear(self, name):
         """Puts a row's adapter on; a row without one gets the untrained adapter, which does nothing."""
-        rtdmd.load_adapter(SimpleNamespace(roles=self.roles, cfg=self.cfg), "generator", self.adapters.get(name, (self.blank,))[0])
+        tensors = self.adapters.get(name, (self.blank,))[0]
+        rtdmd.copy_tensors(tensors, self.roles.named["generator"], f"The adapter of {name}")
 
     @torch.no_grad()
     def batch(self, row, prompts, keys):
@@ -1141,11 +1141,8 @@ class Sampler:
 
 def gathered(index, values):
     """Values of all processes in the order of the global index."""
-    parts = [list(zip(index, values))]
-    if torch.distributed.is_initialized():
-        parts = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(parts, list(zip(index, values)))
-    return [value for _, value in sorted((pair for part in parts for pair in part), key=lambda pair: pair[0])]
+    pairs = [pair for part in rtdmd.everyone(list(zip(index, values))) for pair in part]
+    return [value for _, value in sorted(pairs, key=lambda pair: pair[0])]
 
 
 def load_scorers(names, cfg, backbone=None):
@@ -1256,7 +1253,7 @@ def evaluate(flags, cfg):
         panels += everything
         results[name]["seconds_per_image"] = (seconds[name], math.nan)
     if rtdmd.dist_info()[0] == 0:
-        rtdmd.save_grid(Path(flags.out) / "grid.png", torch.stack(panels).float() / 255, columns=len(shown))
+        save_grid(Path(flags.out) / "grid.png", torch.stack(panels).float() / 255, columns=len(shown))
         if flags.save_images:
             save_pictures(Path(flags.out) / "images", pictures, prompts, flags.per_prompt)
         facts = dict(model=cfg.model, prompts=prompts, per_prompt=flags.per_prompt, prompt_hash=f"{rtdmd.key(prompts):016x}", seed=cfg.seed,
@@ -1338,8 +1335,57 @@ def one_picture(flags, cfg):
     sampler = Sampler(cfg, dict([row]), [flags.prompt])
     sampler.wear(row[0])
     image = sampler.batch(row[1], [flags.prompt], [rtdmd.key("eval", cfg.seed, flags.prompt, 0)])
-    rtdmd.save_grid(Path(flags.out) / "prompt.png", image, columns=1)
+    save_grid(Path(flags.out) / "prompt.png", image, columns=1)
     print(f"{flags.out}/prompt.png: {flags.prompt}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pictures, and the panel that rtdmd.py looks at while it trains
+# ----------------------------------------------------------------------------------------------------------------------
+
+def save_grid(path, images, columns):
+    """Writes images (B, 3, H, W) in [0, 1] as one PNG; small ones are enlarged to 64 pixels."""
+    from PIL import Image
+    zoom = max(1, 64 // images.shape[-1])
+    images = F.pad(images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3), (1, 1, 1, 1), value=1.0)
+    blank = images.new_ones(-len(images) % columns, *images.shape[1:])
+    B, _, H, W = (images := torch.cat([images, blank])).shape
+    canvas = images.view(B // columns, columns, 3, H, W).permute(0, 3, 1, 4, 2).reshape(B // columns * H, columns * W, 3)
+    buffer = io.BytesIO()
+    Image.fromarray((canvas.cpu().numpy() * 255).round().astype(np.uint8)).save(buffer, "PNG")
+    rtdmd.write_atomic(path, buffer.getvalue())
+
+
+@contextlib.contextmanager
+def ema_weights(run):
+    """The averaged generator in place of the raw one."""
+    params = [p.data for p in run.roles.parameters("generator")]
+    raw = [p.clone() for p in params]
+    torch._foreach_copy_(params, run.ema)
+    try:
+        yield
+    finally:
+        torch._foreach_copy_(params, raw)
+
+
+def panel(run):
+    """OUT/stageN/samples/000100.png: fixed prompts and noise through the averaged generator. Returns the watched rewards, and
+    numbers that move when a reward is hacked: saturation (max - min over channels), contrast (std of grey), edges (mean
+    difference of neighbours)."""
+    prompts = sorted(run.prompts, key=lambda prompt: rtdmd.key("panel", prompt))[:16]
+    keys = [rtdmd.key("panel", p) for p in prompts]
+    _, normal = rtdmd.draw(keys, 0, run.cfg.steps, run.backbone.latent_shape, run.device)
+    with ema_weights(run), torch.no_grad():
+        states, _ = rtdmd.roll_out(run, normal[0], normal[1:], prompts)
+        parts = rtdmd.chunks(len(prompts), run.cfg.micro_batch)
+        images = torch.cat([run.backbone.decode(states[-1][rows]).float() for rows in parts])
+        watched = {f"watch_{n}": rtdmd.score(r, images, prompts).mean().item() for n, r in run.watched.items()}
+    if rtdmd.dist_info()[0] == 0:
+        save_grid(run.folder / "samples" / f"{run.done:06d}.png", images, columns=8)
+    grey = images.mean(1)
+    edges = grey.diff(dim=1).abs().mean() + grey.diff(dim=2).abs().mean()
+    return dict(watched, saturation=(images.amax(1) - images.amin(1)).mean().item(), edges=edges.item(),
+                contrast=grey.flatten(1).std(1).mean().item())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1465,14 +1511,9 @@ def networks(run):
 
 
 def start_counting(run):
-    """Prepares the run: Adam's moments exist from the start, as from the second iteration on, and hooks tell which part
-    is at work: the last one whose layer was entered, in a forward or a backward pass."""
+    """Prepares the run: hooks tell which part is at work, the last one whose layer was entered, in a forward or a backward
+    pass."""
     run.costs, run.forwards, run.part, run.live = {}, {}, "network", dict(now=0, peak=0, held=set())
-    for role, optimizer in run.optimizers.items():
-        for p in run.roles.parameters(role):
-            p.grad = torch.zeros_like(p)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
 
     def watch(module, part, counted):
         def enter(module, args, kwargs):
@@ -1505,8 +1546,10 @@ CLIP_SIZES = {"hpsv2": "ViT-H-14", "clipscore": "ViT-L-14", "pickscore": "ViT-H-
 
 
 def random_reward(name, cfg):
-    """A CLIP reward of full size with random weights (--random_weights): its cost without its download."""
+    """A CLIP reward of full size with random weights (--random_weights): its cost without its download. None for others."""
     import open_clip
+    if name not in CLIP_SIZES:
+        return rtdmd.log(f"--random_weights: {name} cannot be made without a download, and is left out.")
     with torch.device(cfg.device):
         net = open_clip.create_model(CLIP_SIZES[name], device=cfg.device)
     tokenise = open_clip.get_tokenizer(CLIP_SIZES[name])
