@@ -1215,13 +1215,22 @@ def number(mean, error):
     return f"{mean:.4g}" if math.isnan(error) else f"{mean:.3f}+-{error:.3f}"
 
 
+def provenance():
+    """Versions of the packages; commit of the source, marked if it has changed since (none outside a repository)."""
+    packages = ("torch", "diffusers", "transformers", "peft", "open_clip_torch", "hpsv2")
+    ask = "git describe --always --abbrev=40 --dirty --exclude *".split()
+    git = None
+    with contextlib.suppress(FileNotFoundError):                             # there may be no git
+        git = subprocess.run(ask, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    return dict(versions={n: importlib.metadata.version(n) for n in packages}, git=git)
+
+
 def write_report(out, rows, scores, facts):
     """OUT/report.json: rows and their errors, every score, and all that is needed to get the same numbers again."""
-    versions = {n: importlib.metadata.version(n) for n in ("torch", "diffusers", "transformers", "open_clip_torch", "hpsv2")}
     report = dict(rows={n: {m: value for m, (value, _) in row.items()} for n, row in rows.items()},
-                  errors={n: {m: error for m, (_, error) in row.items()} for n, row in rows.items()}, scores=scores, versions=versions,
+                  errors={n: {m: error for m, (_, error) in row.items()} for n, row in rows.items()}, scores=scores,
                   scorers={m: {k: METRICS[m][k] for k in ("repo", "scale", "licence")} for m in METRICS if any(m in r for r in rows.values())},
-                  **facts)
+                  **provenance(), **facts)
     rtdmd.write_atomic(Path(out) / "report.json", json.dumps(report, indent=1, default=str))
 
 
@@ -1340,7 +1349,7 @@ def one_picture(flags, cfg):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Pictures, and the panel that rtdmd.py looks at while it trains
+# The records of a training run: what made it, and the panel that is looked at
 # ----------------------------------------------------------------------------------------------------------------------
 
 def save_grid(path, images, columns):
@@ -1354,6 +1363,21 @@ def save_grid(path, images, columns):
     buffer = io.BytesIO()
     Image.fromarray((canvas.cpu().numpy() * 255).round().astype(np.uint8)).save(buffer, "PNG")
     rtdmd.write_atomic(path, buffer.getvalue())
+
+
+def open_log(run):
+    """The run folder begins with what made it: settings, versions, and the source. metrics.jsonl loses the lines that a resumed
+    run will write again."""
+    facts = dict(config=vars(run.cfg), processes=rtdmd.dist_info()[2], prompts=run.prompt_hash, **provenance(),
+                 device=torch.cuda.get_device_name() if "cuda" in run.device else run.device)
+    rtdmd.write_atomic(run.folder / "run.json", json.dumps(facts, indent=1))
+    rtdmd.write_atomic(run.folder / "rtdmd.py", Path(rtdmd.__file__).read_bytes())
+    path = run.folder / "metrics.jsonl"
+    lines = re.findall(r'({"iteration": (\d+), .*}\n)', path.read_text(errors="replace") if path.exists() else "")
+    rtdmd.write_atomic(path, "".join(line for line, iteration in lines if int(iteration) <= run.done))
+    with contextlib.suppress(ImportError):                                   # the same numbers as curves, if it is installed
+        from torch.utils.tensorboard import SummaryWriter
+        run.board = SummaryWriter(run.folder / "tensorboard", purge_step=run.done + 1)
 
 
 @contextlib.contextmanager
@@ -1545,9 +1569,11 @@ def start_counting(run):
 CLIP_SIZES = {"hpsv2": "ViT-H-14", "clipscore": "ViT-L-14", "pickscore": "ViT-H-14"}
 
 
-def random_reward(name, cfg):
-    """A CLIP reward of full size with random weights (--random_weights): its cost without its download. None for others."""
+def random_reward(name, cfg, extra):
+    """load_reward for --random_weights: a CLIP reward of full size, its cost without its download. None if that cannot be."""
     import open_clip
+    if name in extra or ":" in name:
+        return load_reward(name, cfg, extra)
     if name not in CLIP_SIZES:
         return rtdmd.log(f"--random_weights: {name} cannot be made without a download, and is left out.")
     with torch.device(cfg.device):

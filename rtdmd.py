@@ -75,7 +75,6 @@ import fcntl
 import functools
 import hashlib
 import importlib
-import importlib.metadata
 import importlib.util
 import inspect
 import json
@@ -84,7 +83,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import warnings
@@ -240,7 +238,7 @@ def resolve(flags):
     values = dict(STAGES[stage], out=f"runs/{model}")
     for row in (MODELS[model], RECIPES[recipe]):
         values.update({n: v for n, v in row.items() if isinstance(n, str)}, **row.get(stage, {}))
-    values.update({n: v for n, v in flags.items() if v != 0 or n not in STAGES[stage]})     # there 0 is the stage's own
+    values.update({n: v for n, v in flags.items() if v != 0 or n not in STAGES[stage]})     # 0: the stage's own
     cfg = Config(**values)
     cfg.device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     cfg.dtype = cfg.dtype or ("fp32" if cfg.device == "cpu" else "bf16")
@@ -280,13 +278,13 @@ def check(cfg):
             (stage2 and cfg.no_policy and cfg.no_det and cfg.no_dmd,
              "--no_policy --no_det --no_dmd together leave nothing to train: drop one of them."),
             (stage2 and "geneval" in cfg.rewards and not cfg.prompts.endswith(".jsonl") and not cfg.random_weights,
-             "--rewards geneval must know what a picture has to show: give --prompts FILE.jsonl of GenEval's metadata "
-             "rows (README says how to make one), or other --rewards."),
+             "--rewards geneval must know what a picture has to show: give --prompts FILE.jsonl of GenEval's rows "
+             "(README says how to make one), or other --rewards."),
             (not re.fullmatch(r"cpu|meta|cuda(:\d+)?", cfg.device),
              f"--device {cfg.device} is unknown: take cuda, cpu or meta."),
             (cfg.device.startswith("cuda") and gpus <= local,
-             f"--device cuda needs a GPU for each process, and PyTorch sees {gpus} here: start fewer processes, or take "
-             "--device cpu."),
+             f"--device cuda needs a GPU for each process, and PyTorch sees {gpus} here: start fewer processes, "
+             "or take --device cpu."),
             (cfg.device == "meta" and not (cfg.dry_run and cfg.random_weights),
              "--device meta only counts: add --dry_run 1 --random_weights.")):
         if wrong:
@@ -1237,7 +1235,7 @@ def load_lora(folder):
 
 def dist_info():
     """(rank, local rank, world size). A plain `python rtdmd.py` is world 1 of the same code."""
-    return tuple(int(os.environ.get(n, default)) for n, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    return tuple(int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
 
 
 def start_processes(device):
@@ -1264,16 +1262,12 @@ def everyone(value):
     return values
 
 
-def barrier():
-    """Waits for all processes."""
-    if dist.is_initialized():
-        dist.barrier()
+barrier = functools.partial(everyone, None)                                 # nobody goes on before all are here
 
 
 def share(total):
     """Global indices of this process: every world-th. What is computed for an index never depends on its owner."""
-    rank, _, world = dist_info()
-    return list(range(rank, total, world))
+    return list(range(dist_info()[0], total, dist_info()[2]))
 
 
 def log(text):
@@ -1291,15 +1285,15 @@ def progress(iterable, total, label, start=0):
 def key(*parts):
     """A 63-bit seed from anything printable.
 
-    Every draw names its purpose, so there is no random state to save: the same numbers come out after a restart, with
-    any number of processes and with any micro-batch.
+    Every draw names its purpose, so there is no random state to save: the same numbers come out after a restart,
+    with any number of processes and with any micro-batch.
     """
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
 
 
 def draw(keys, uniforms, normals, shape, device):
-    """One generator per sample -> U[0,1) (uniforms, B) on the CPU, N(0,1) (normals, B, *shape) on `device`: drawn on
-    the CPU, and so equal on all devices."""
+    """One generator per sample -> U[0,1) (uniforms, B) on the CPU, N(0,1) (normals, B, *shape) on `device`.
+    Drawn on the CPU, and so equal on all devices."""
     u, n = torch.empty(uniforms, len(keys)), torch.empty(normals, len(keys), *shape)
     for i, seed in enumerate(keys):
         generator = torch.Generator().manual_seed(seed)
@@ -1331,9 +1325,8 @@ def write_atomic(path, data):
         os.replace(beside, path)
     except OSError as error:
         with contextlib.suppress(OSError):
-            beside.unlink()                                                 # half a file would fill the disk further
-        raise UsageError(f"Cannot write {path} ({error.strerror}): make room, or choose another folder; the same "
-                         "command goes on from what was saved before.") from error
+            beside.unlink()                                                 # it would fill the disk further
+        raise UsageError(f"Cannot write {path} ({error.strerror}): make room, or take another folder.") from error
 
 
 class Roles:
@@ -1356,52 +1349,43 @@ class Roles:
             self.nets[role].add_adapter(config, adapter_name=role)
         self.layers = []
         for net in dict.fromkeys(self.nets.values()):
-            net.to(next(net.parameters()).device)                           # PEFT leaves them on the CPU for `meta`
-            for name, p in net.named_parameters():                          # PEFT trains the last one alone, in bf16
+            net.to(next(net.parameters()).device)                           # PEFT has them on the CPU for `meta`
+            for name, p in net.named_parameters():                          # PEFT: the last one alone, in bf16
                 p.requires_grad_(".lora_" in name)
                 p.data = p.data.float() if ".lora_" in name else p.data
             self.layers += [m for m in net.modules() if isinstance(m, BaseTunerLayer)]
             if cfg.checkpointing:
                 net.enable_gradient_checkpointing(self.checkpoint)
             if cfg.compile:
-                torch._dynamo.config.recompile_limit = 32                   # roles x with and without gradient x shapes
+                torch._dynamo.config.recompile_limit = 32                   # roles x (no) gradient x shapes
                 net.compile()
-        for layer in self.layers:                                           # computed in the base's dtype, as deployed
+        for layer in self.layers:                                           # in the base's dtype, as deployed
             layer.cast_input_dtype_enabled = False
             for matrix in [*layer.lora_A.values(), *layer.lora_B.values()]:
                 matrix.forward = functools.partial(lora_product, matrix)
         self.named = {role: {n.replace(f".{role}.", "."): p for n, p in self.nets[role].named_parameters()
-                             if f".lora_A.{role}." in n or f".lora_B.{role}." in n} for role in ("generator", "fake")}
+                             if re.search(rf"\.lora_[AB]\.{role}\.", n)} for role in ("generator", "fake")}
 
     def parameters(self, role):
         """The LoRA matrices of "generator" or "fake"."""
         return list(self.named[role].values())
 
     def switch(self, role):
-        """Sets flags only. peft's set_adapter would also freeze the other adapter: called between a forward and its
-        backward pass, it makes the gradient vanish without an error."""
+        """Sets flags only. peft's set_adapter would also freeze the other adapter: called between a forward and
+        its backward pass, it makes the gradient vanish without an error."""
         for layer in self.layers:
-            layer._disable_adapters = role == "teacher"
-            if role != "teacher":
-                layer._active_adapter = [role]
+            layer._disable_adapters, layer._active_adapter = role == "teacher", [role]
         self.active = role
 
-    @contextlib.contextmanager
-    def as_role(self, role):
-        """That role inside the block, the former one after it."""
-        before = self.active
-        self.switch(role)
-        try:
-            yield
-        finally:
-            self.switch(before)
-
     def checkpoint(self, module, *args):
-        """Gradient checkpointing that recomputes under the adapter of the forward pass, not under the latest one: with
-        the latest one gradients come out wrong, and silently."""
+        """Gradient checkpointing that recomputes under the adapter of the forward pass: under the latest one,
+        gradients come out wrong, and silently."""
         role = self.active
-        contexts = lambda: (contextlib.nullcontext(), self.as_role(role))
-        return torch.utils.checkpoint.checkpoint(module, *args, use_reentrant=False, context_fn=contexts)
+
+        def as_role(*args):
+            self.switch(role)
+            return module(*args)
+        return torch.utils.checkpoint.checkpoint(as_role, *args, use_reentrant=False)
 
     def velocity(self, role, x, t, cond):
         """v_theta, v_phi or v_psi without guidance. x (B, ...) fp32, t (B,) or (B, 1, ..) -> (B, ...) fp32."""
@@ -1424,16 +1408,14 @@ def lora_product(matrix, x):
 
 
 def optimizer_step(run, role):
-    """Sums the gradient over processes, clips it, steps. Returns whether it did: one that is not finite is skipped.
-
-    The sum carries one process's nan to all of them, so that they skip together without asking each other.
-    """
+    """Sums the gradient over processes, clips it, steps. Returns whether it did: it skips one that is not finite.
+    The sum carries one process's nan to all of them, so that they skip together without asking each other."""
     params, optimizer = run.roles.parameters(role), run.optimizers[role]
     flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in params])
     if dist.is_initialized():
         dist.all_reduce(flat)
     norm = flat.norm()
-    good = run.device == "meta" or bool(norm.isfinite())                    # the only wait for the GPU in an update
+    good = run.device == "meta" or bool(norm.isfinite())                    # the only wait for the GPU
     if good:
         flat *= (run.cfg.grad_clip / (norm + 1e-6)).clamp(max=1)
         for p, g in zip(params, flat.split([p.numel() for p in params])):
@@ -1443,12 +1425,12 @@ def optimizer_step(run, role):
     optimizer.zero_grad(set_to_none=True)
     run.bad[role], run.skipped = 0 if good else run.bad[role] + 1, run.skipped + (not good)
     if not good:
-        terms = gather(run)                                                 # of all processes: one has the culprit
-        source = ", ".join(n for n, v in terms.items() if not math.isfinite(v)) or f"backward pass of the {role}"
+        # Terms of all processes: one of them has the culprit.
+        source = ", ".join(n for n, v in gather(run).items() if not math.isfinite(v)) or "its backward pass"
         log(f"Iteration {run.done + 1}: the {role}'s gradient is not finite ({source}); this update is skipped.")
         if run.bad[role] >= run.cfg.max_bad_steps:
-            raise UsageError(f"{run.bad[role]} updates of the {role} in a row were not finite ({source}; all terms: {terms}): "
-                             "look at what is named, or go on from the last checkpoint with a lower --lr.", code=1)
+            raise UsageError(f"{run.bad[role]} updates of the {role} in a row were not finite ({source}): look at "
+                             "what is named, or go on from the last checkpoint with a lower --lr.", code=1)
     return good
 
 
@@ -1460,12 +1442,10 @@ def update_ema(run):
 
 
 # Settings that do not change what is computed (beyond the order of a sum): a run may be resumed with others.
-FREE_SETTINGS = {"out", "init", "iterations", "device", "cache", "weights_dir", "checkpointing", "no_vae_checkpointing",
-                 "compile", "micro_batch", "max_bad_steps", "save_every", "keep", "sample_every", "watch", "force_resume",
-                 "dry_run"}
-
-
-CHECKPOINT_FILES = (LORA_FILE, "state/state.safetensors", "state/run.json")            # and the manifest of their digests
+FREE_SETTINGS = set("out init iterations device cache weights_dir checkpointing no_vae_checkpointing compile "
+                    "dry_run micro_batch max_bad_steps save_every keep sample_every watch force_resume".split())
+CHECKPOINT_FILES = (LORA_FILE, "state/state.safetensors", "state/run.json")    # and a manifest of their digests
+COUNTERS = ("iteration", "ema_updates", "bad", "skipped")
 
 
 def training_state(run):
@@ -1480,28 +1460,28 @@ def training_state(run):
 
 def save_checkpoint(run):
     """OUT/stageN/checkpoint-000100: the averaged generator for diffusers, and state/ with all that resuming needs.
+    Rank 0 writes, since all processes hold the same numbers.
 
-    Built beside under another name, flushed, renamed: a kill at any moment leaves whole checkpoints only. There is no
-    random state in it because there is none (see key). Rank 0 writes: the other processes hold the same numbers.
+    Built beside under another name, flushed, renamed: a kill at any moment leaves whole checkpoints only. There is
+    no random state in it because there is none (see key).
     """
     cfg, backbone = run.cfg, run.backbone
     if dist_info()[0] == 0:
         target = run.folder / f"checkpoint-{run.done:06d}"
         beside = run.folder / f".{target.name}.partial"
-        sampling = dict(model=cfg.model, base=backbone.base, stage=cfg.stage, iteration=run.done, steps=cfg.steps, eta=cfg.eta,
-                        shift=backbone.shift, sigmas=run.times[:-1].tolist(), guidance=1.0, resolution=cfg.resolution,
-                        text_length=getattr(backbone, "text_length", 0), recipe=cfg.recipe)
-        counters = dict(iteration=run.done, ema_updates=run.ema_updates, bad=run.bad, skipped=run.skipped,
-                        prompts=run.prompt_hash, config=dataclasses.asdict(cfg))
+        sampling = {n: getattr(cfg, n) for n in ("model", "stage", "recipe", "steps", "eta", "resolution")}
+        sampling.update(iteration=run.done, base=backbone.base, shift=backbone.shift, guidance=1.0,
+                        sigmas=run.times[:-1].tolist(), text_length=getattr(backbone, "text_length", 0))
+        counters = dict(zip(COUNTERS, (run.done, run.ema_updates, run.bad, run.skipped)))
+        facts = counters | dict(prompts=run.prompt_hash, config=vars(cfg))
         average = dict(zip(run.roles.named["generator"], run.ema))
         save_lora(beside, average, cfg.lora_rank, cfg.lora_alpha, backbone.lora_targets, sampling)
         write_atomic(beside / "state/state.safetensors", safetensors_bytes(training_state(run)))
-        write_atomic(beside / "state/run.json", json.dumps(counters, indent=1))
+        write_atomic(beside / "state/run.json", json.dumps(facts, indent=1))
         write_atomic(beside / "state/manifest.json", json.dumps(digests(beside), indent=1))
         shutil.rmtree(target, ignore_errors=True)
         os.replace(beside, target)
-        older = [p for p in list_checkpoints(run.folder) if p.name <= target.name]      # a newer one is a damaged one
-        for old in older[cfg.keep:]:
+        for old in [p for p in list_checkpoints(run.folder) if p <= target][cfg.keep:]:     # newer is damaged
             shutil.rmtree(old, ignore_errors=True)                          # NFS refuses while somebody reads it
     barrier()
 
@@ -1513,15 +1493,11 @@ def list_checkpoints(folder):
 
 def digests(folder):
     """SHA-256 of each file of a checkpoint."""
-    found = {}
-    for name in CHECKPOINT_FILES:
-        with open(folder / name, "rb") as file:
-            found[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in CHECKPOINT_FILES}
 
 
 def find_checkpoint(path):
-    """The newest whole checkpoint at or below a path, None if there is none. A damaged one is named and passed over."""
+    """The newest whole checkpoint at or below a path, else None. A damaged one is named and passed over."""
     path = Path(path)
     for folder in [path] if path.name.startswith("checkpoint-") else list_checkpoints(path):
         with contextlib.suppress(OSError, ValueError):
@@ -1532,38 +1508,33 @@ def find_checkpoint(path):
 
 
 def find_start(run):
-    """The checkpoint to go on from: the run's own newest, else for stage 2 stage 1's. Sets the counters. Refuses one that
-    was made with other settings, if these would change the result: all of this before a weight is loaded."""
+    """The checkpoint to go on from: the run's own newest, else for stage 2 stage 1's. Sets the counters. Refuses
+    one that was made with other settings, if they change the result: before a weight is loaded."""
     cfg, init = run.cfg, Path(run.cfg.init or Path(run.cfg.out) / "stage1")
     own = find_checkpoint(run.folder)
     start = own or (find_checkpoint(init) if cfg.stage == 2 else None)
     if not start and cfg.stage == 2:
-        raise UsageError(f"No stage-1 checkpoint at {init}: run --stage 1 with the same --out first, or give --init.")
-    if not start:
-        return None
-    try:
+        raise UsageError(f"No stage-1 checkpoint at {init}: run --stage 1 with the same --out, or give --init.")
+    if start:
         saved = json.loads((start / "state/run.json").read_text())
-        then = dict(saved["config"], prompts=saved["prompts"])
-        counters = [saved[n] for n in ("iteration", "ema_updates", "bad", "skipped")]
-    except (KeyError, TypeError, ValueError) as error:
-        raise UsageError(f"{start} is not of this version of rtdmd.py ({error!r}): take another --out or --init.") from error
-    now = dict(dataclasses.asdict(cfg), prompts=run.prompt_hash)
-    matter = now.keys() - FREE_SETTINGS if own else {"model", "lora_rank", "lora_alpha"}
-    changed = [f"{n} {then.get(n)!r} -> {v!r}" for n, v in now.items() if n in matter and then.get(n) != v]
-    if changed and not cfg.force_resume:
-        raise UsageError(f"{start} was made with other settings ({'; '.join(changed)}): take those, another --out or --init, "
-                         "or --force_resume.")
-    if own:
-        run.done, run.ema_updates, run.bad, run.skipped = counters
+        if missing := {"config", "prompts", *COUNTERS} - set(saved):
+            raise UsageError(f"{start} is not of this version of rtdmd.py (no {', '.join(sorted(missing))}): take "
+                             "another --out or --init.")
+        then, now = dict(saved["config"], prompts=saved["prompts"]), dict(vars(cfg), prompts=run.prompt_hash)
+        matter = now.keys() - FREE_SETTINGS if own else {"model", "lora_rank", "lora_alpha"}
+        changed = [f"{n} {then.get(n)!r} -> {v!r}" for n, v in now.items() if n in matter and then.get(n) != v]
+        if changed and not cfg.force_resume:
+            raise UsageError(f"{start} was made with other settings ({'; '.join(changed)}): take those, or "
+                             "another --out or --init, or --force_resume.")
+        if own:
+            run.done, run.ema_updates, run.bad, run.skipped = (saved[n] for n in COUNTERS)
     return start
 
 
 def load_start(run, start):
-    """Copies a checkpoint's tensors: all of them to resume; averaged generator and raw fake score to begin stage 2."""
-    state, tensors = training_state(run), load_file(start / "state/state.safetensors")
-    if not run.done:
-        state, tensors = ({n: p for n, p in d.items() if n.startswith(("ema.", "fake."))} for d in (state, tensors))
-    copy_tensors(tensors, state, start)
+    """Copies a checkpoint's tensors: all to resume; averaged generator and raw fake score to begin stage 2."""
+    wanted = lambda tensors: {n: p for n, p in tensors.items() if run.done or n.startswith(("ema.", "fake."))}
+    copy_tensors(wanted(load_file(start / "state/state.safetensors")), wanted(training_state(run)), start)
     if not run.done:
         torch._foreach_copy_([p.data for p in run.roles.parameters("generator")], run.ema)
     log(f"{'Resumed' if run.done else 'Begun from'} {start}; {run.done} iterations are done.")
@@ -1573,100 +1544,69 @@ def load_start(run, start):
 def copy_tensors(source, target, folder):
     """Copies tensors by name. Raises UsageError if those of `folder` belong to another network or rank."""
     if source.keys() != target.keys() or any(source[n].shape != p.shape for n, p in target.items()):
-        raise UsageError(f"{folder} does not fit: take the --model, --pretrained and --lora_rank that it was made with.")
+        raise UsageError(f"{folder} does not fit: take the --model, --pretrained and --lora_rank of its training.")
     for name, tensor in target.items():
         tensor.copy_(source[name])
 
 
 @contextlib.contextmanager
 def claim(cfg):
-    """Makes the run folder and locks it: two runs in one folder would destroy each other's checkpoints.
-
-    Sweeps up what a killed run left half-written. A start that is refused leaves no new folder behind.
-    """
+    """Makes and locks the run folder: two runs in one would destroy each other's checkpoints. Sweeps up what a
+    killed run left half-written."""
     folder = Path(cfg.out) / f"stage{cfg.stage}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"Another run is writing to {folder}: wait for it, or take another --out.") from None
         for rest in [*folder.rglob(".*.partial")]:
             shutil.rmtree(rest) if rest.is_dir() else rest.unlink(missing_ok=True)
-    except OSError as error:
-        reason = "another run is writing to it" if isinstance(error, BlockingIOError) else error.strerror
-        raise UsageError(f"Cannot write to {folder} ({reason}): choose another --out.") from None
-    try:
         yield
-    finally:
-        lock.close()
-        if [p.name for p in folder.iterdir()] == [".lock"]:
-            shutil.rmtree(folder)
-            with contextlib.suppress(OSError):                              # it holds other things
-                folder.parent.rmdir()
 
 
 def prepare(cfg):
-    """Everything that a stage needs, in one namespace. What can be refused is refused before a weight is loaded."""
+    """All that a stage needs, in one namespace. What can be refused is refused before a weight is loaded."""
     run = SimpleNamespace(cfg=cfg, folder=Path(cfg.out) / f"stage{cfg.stage}", done=0, ema_updates=0, skipped=0,
                           bad=dict(generator=0, fake=0), terms={}, stop=False, board=None)
     own = TINY_REWARDS if cfg.model == "tiny" else ()
-    rewards, watched = parse_rewards(cfg.rewards, own), parse_rewards(cfg.watch, own, "--watch") if cfg.watch else []
-    few = min(cfg.max_prompts, 64) if cfg.dry_run else cfg.max_prompts      # embeddings of 25,000 take an hour
-    run.prompts = [f"prompt {i}" for i in range(8)] if cfg.random_weights else read_prompts(cfg.prompts, cfg.seed)[:few]
+    rewards = parse_rewards(cfg.rewards, own)
+    watched = parse_rewards(cfg.watch, own, "--watch") if cfg.watch else []
+    run.prompts = [f"prompt {i}" for i in range(8)] if cfg.random_weights else read_prompts(cfg.prompts, cfg.seed)
+    run.prompts = run.prompts[:64 if cfg.dry_run else cfg.max_prompts]      # to encode 25,000 takes an hour
     run.prompt_hash = f"{len(run.prompts)} prompts, {key(run.prompts):016x}"
     start = None if cfg.dry_run else find_start(run)
     run.device = start_processes(cfg.device)
-    if len(set(everyone(key(dataclasses.asdict(cfg), run.prompt_hash, start and start.name)))) > 1:
-        raise UsageError("The processes differ in flags, prompts or the newest checkpoint, and would add up their gradients "
-                         "all the same: start all of them with one command, and give an --out that all nodes see.")
+    if len(set(everyone(key(vars(cfg), run.prompt_hash, start and start.name)))) > 1:
+        raise UsageError("The processes differ in flags, prompts or the newest checkpoint: start all of them with "
+                         "one command, and give an --out that all nodes see.")
     cfg.device = run.device
     run.backbone = load_backbone(cfg)
     run.roles = Roles(run.backbone, cfg)
     run.times = timestep_schedule(cfg.steps, run.backbone.shift)
     run.text = TextCache(run.backbone, Path(cfg.cache) / "text")
     run.text.prepare(run.prompts)
-    find = lambda name: (eval_module().random_reward(name, cfg) if cfg.random_weights and name not in own and ":" not in name
-                         else load_reward(name, cfg, getattr(run.backbone, "rewards", None)))
+    load = eval_module().random_reward if cfg.random_weights else load_reward
+    find = lambda name: load(name, cfg, getattr(run.backbone, "rewards", {}))
     run.rewards = {n: (reward, weight) for n, weight in rewards if cfg.stage == 2 and (reward := find(n))}
     run.watched = {n: reward for n, _ in watched if (reward := find(n))}
-    run.optimizers = {role: adam(run.roles.parameters(role), lr, decay) for role, lr, decay in
-                      (("generator", cfg.lr, cfg.weight_decay), ("fake", cfg.lr_fake, 0.0))}
+    run.optimizers = {}
+    for role, lr, decay in (("generator", cfg.lr, cfg.weight_decay), ("fake", cfg.lr_fake, 0.0)):
+        params = run.roles.parameters(role)
+        run.optimizers[role] = torch.optim.AdamW(params, lr, betas=(0.9, 0.999), weight_decay=decay)
+        for p in params:                                                    # now: every checkpoint has them
+            run.optimizers[role].state[p] = dict(step=torch.tensor(0.0), exp_avg=torch.zeros_like(p),
+                                                 exp_avg_sq=torch.zeros_like(p))
     run.ema = [p.detach().clone() for p in run.roles.parameters("generator")]
     if start:
         load_start(run, start)
     if dist_info()[0] == 0 and not cfg.dry_run:
-        open_log(run)
+        eval_module().open_log(run)
     return run
 
 
-def adam(params, lr, weight_decay):
-    """AdamW, with moments from the start instead of from its first step: a checkpoint always has the same tensors."""
-    optimizer = torch.optim.AdamW(params, lr, betas=(0.9, 0.999), weight_decay=weight_decay)
-    for p in params:
-        optimizer.state[p] = dict(step=torch.tensor(0.0), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-    return optimizer
-
-
-def open_log(run):
-    """The run folder begins with what made it: settings, versions, and this very file. metrics.jsonl loses the lines that
-    a resumed run will write again."""
-    versions = {n: importlib.metadata.version(n) for n in ("torch", "diffusers", "transformers", "peft", "open_clip_torch")}
-    facts = dict(config=dataclasses.asdict(run.cfg), versions=versions, processes=dist_info()[2], prompts=run.prompt_hash,
-                 device=torch.cuda.get_device_name() if "cuda" in run.device else run.device)
-    with contextlib.suppress(FileNotFoundError):                            # there may be no git
-        ask = "git describe --always --abbrev=40 --dirty --exclude *".split()
-        facts["git"] = subprocess.run(ask, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-    write_atomic(run.folder / "run.json", json.dumps(facts, indent=1))
-    write_atomic(run.folder / "rtdmd.py", Path(__file__).read_bytes())
-    path = run.folder / "metrics.jsonl"
-    lines = re.findall(r'({"iteration": (\d+), .*}\n)', path.read_text(errors="replace") if path.exists() else "")
-    write_atomic(path, "".join(line for line, iteration in lines if int(iteration) <= run.done))
-    with contextlib.suppress(ImportError):                                  # the same numbers as curves, if installed
-        from torch.utils.tensorboard import SummaryWriter
-        run.board = SummaryWriter(run.folder / "tensorboard", purge_step=run.done + 1)
-
-
 def note(run, n, **values):
-    """Adds means over n samples to this iteration's log. Tensors stay on the device: nothing waits for the GPU here."""
+    """Adds means over n samples to this iteration's log. Tensors stay on the device: nothing waits for the GPU."""
     for name, value in values.items():
         total, count = run.terms.get(name, (0.0, 0))
         run.terms[name] = (total + n * (value.detach() if torch.is_tensor(value) else value), count + n)
@@ -1696,7 +1636,7 @@ def iterations(run):
             row.update(eval_module().panel(run))
         row["seconds"] = time.perf_counter() - start
         bar.set_postfix_str(record(run, row))
-        stop = any(everyone(run.stop))                                      # all stop, or none: nobody waits for a rank that left
+        stop = any(everyone(run.stop))                                      # all of them, or one waits for ever
         if run.done % cfg.save_every == 0 or run.done == last or stop:
             save_checkpoint(run)
         if stop:
@@ -1705,7 +1645,7 @@ def iterations(run):
 
 
 def watch_signals(run):
-    """SIGTERM and SIGINT end the run after this iteration, with a checkpoint and exit 0; a second SIGINT ends it at once.
+    """SIGTERM and SIGINT end the run after this iteration, with a checkpoint and exit 0; a second SIGINT at once.
     A second SIGTERM does not: a cluster sends it to every process, and torchrun sends it on to its own."""
     def handler(number, _):
         run.stop = True
@@ -1715,7 +1655,7 @@ def watch_signals(run):
 
 
 def record(run, row):
-    """Appends one JSON object to metrics.jsonl; returns the few numbers that tell a healthy run from a sick one."""
+    """Appends a JSON object to metrics.jsonl; returns the few numbers that tell a healthy run from a sick one."""
     row = {n: float(f"{v:.6g}") if isinstance(v, float) else v for n, v in row.items() if math.isfinite(v)}
     if dist_info()[0] == 0:
         with open(run.folder / "metrics.jsonl", "a") as file:
@@ -1727,7 +1667,7 @@ def record(run, row):
 
 
 def phase(run, name):
-    """A named part of an iteration. It costs nothing, but in a dry run eval.py's meter counts what happens inside."""
+    """A named part of an iteration. In a dry run eval.py's meter counts what happens inside."""
     return eval_module().CostMeter(run, name) if run.cfg.dry_run else contextlib.nullcontext()
 
 
@@ -2055,8 +1995,9 @@ def pathwise_terms(run, x_0, prompts, scales):
 # 10. Command line
 # ----------------------------------------------------------------------------------------------------------------------
 
+# Titles in --help, each at the first of its fields.
 GROUPS = dict(stage="what to run", pretrained="network", steps="sampler (App. C)", gamma="AC-DMD (3.1)",
-              rewards="hybrid policy gradient (3.2)", lr="optimisation (App. J)", save_every="records")     # first fields
+              rewards="hybrid policy gradient (3.2)", lr="optimisation (App. J)", save_every="records")
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -2072,7 +2013,7 @@ def parse_flags(argv):
     group = parser
     for field in dataclasses.fields(Config):
         group = parser.add_argument_group(GROUPS[field.name]) if field.name in GROUPS else group
-        kind = dict(action="store_true") if isinstance(field.default, bool) else dict(type=type(field.default), metavar="")
+        kind = dict(type=type(field.default), metavar="") if field.type != "bool" else dict(action="store_true")
         choices = f" ({' | '.join(map(str, field.metadata['choices']))})" if field.metadata["choices"] else ""
         text = f"{field.metadata['help']}{choices} [{field.default}]"
         group.add_argument(f"--{field.name}", help=text.replace("%", "%%"), **kind)
@@ -2093,11 +2034,12 @@ def main(argv=None):
         print(f"rtdmd: {error}", file=sys.stderr)
         sys.exit(error.code)
     except torch.OutOfMemoryError:
-        print(f"rtdmd: out of GPU memory: lower --micro_batch (it was {cfg.micro_batch} and changes nothing else), then add "
-              "--checkpointing.", file=sys.stderr)
+        print(f"rtdmd: out of GPU memory: lower --micro_batch (it was {cfg.micro_batch}, and changes nothing else), "
+              "or add --checkpointing.", file=sys.stderr)
         sys.exit(1)
     except OSError as error:                                                # a disk is full, a folder vanished
-        print(f"rtdmd: {error}: mend that, and the same command goes on from the newest checkpoint.", file=sys.stderr)
+        print(f"rtdmd: {error}: mend that, or choose another folder; the same command goes on from the newest "
+              "checkpoint.", file=sys.stderr)
         sys.exit(2)
     finally:
         if dist.is_initialized():

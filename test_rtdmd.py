@@ -3678,7 +3678,7 @@ def very_slow(output):
 def test_two_runs_on_one_folder(flags, tmp_path, capfd):
     processes = start(flags(1), tmp_path / "log", before="slow")
     wait_for(tmp_path / "run/stage1/metrics.jsonl", processes)
-    refused(capfd, flags(1), "another run is writing")
+    refused(capfd, flags(1), "Another run is writing")
     assert finish(processes) == [0]
     R.main(flags(1, "--iterations", 4))                         # the lock went with the process, and goes with main
     R.main(flags(1, "--iterations", 5))
@@ -3759,8 +3759,8 @@ def test_a_full_disk(size, flags, tmp_path, capfd):
 
 def test_folders_that_cannot_be_written(flags, tmp_path, capfd, monkeypatch):
     file = Path(written(tmp_path, "file", "x"))
-    refused(capfd, flags(1, "--out", file / "run"), "Cannot write to .*Not a directory")
-    refused(capfd, flags(1, "--out", "/proc/run"), "Cannot write to /proc/run")
+    refused(capfd, flags(1, "--out", file / "run"), "Not a directory: .*run.*choose another folder")
+    refused(capfd, flags(1, "--out", "/proc/run"), "/proc/run")
     refused(capfd, flags(1, "--out", tmp_path / ("x" * 300)), "File name too long")
     refused(capfd, flags(1, "--cache", file), "Cannot write|Not a directory")
 
@@ -3768,7 +3768,7 @@ def test_folders_that_cannot_be_written(flags, tmp_path, capfd, monkeypatch):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(Path, "mkdir", read_only)               # root may write anywhere, so the refusal is played
-    refused(capfd, flags(1), "Cannot write to .*Permission denied")
+    refused(capfd, flags(1), "Permission denied: .*run.*choose another folder")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]
 
 
@@ -4047,7 +4047,7 @@ WRONG = [line.split(" | ") for line in r"""
 2 --init TMP/cut/checkpoint-000003 | No stage-1 checkpoint
 2 --init TMP/other | model 'sd3m' -> 'tiny'
 2 --init TMP/bare | not of this version
-1 --out TMP/file/run | Cannot write to
+1 --out TMP/file/run | Not a directory
 1 --prompts TMP/nothing.txt | cannot be read|No such file
 1 --prompts TMP | cannot be read|none of .txt|Is a directory
 1 --prompts TMP/empty.txt | holds no prompt
