@@ -1472,11 +1472,11 @@ def save_checkpoint(run):
         sampling = {n: getattr(cfg, n) for n in ("model", "stage", "recipe", "steps", "eta", "resolution")}
         sampling.update(iteration=run.done, base=backbone.base, shift=backbone.shift, guidance=1.0,
                         sigmas=run.times[:-1].tolist(), text_length=getattr(backbone, "text_length", 0))
-        counters = dict(zip(COUNTERS, (run.done, run.ema_updates, run.bad, run.skipped)))
-        facts = counters | dict(prompts=run.prompt_hash, config=vars(cfg))
         average = dict(zip(run.roles.named["generator"], run.ema))
         save_lora(beside, average, cfg.lora_rank, cfg.lora_alpha, backbone.lora_targets, sampling)
         write_atomic(beside / "state/state.safetensors", safetensors_bytes(training_state(run)))
+        counters = zip(COUNTERS, (run.done, run.ema_updates, run.bad, run.skipped))
+        facts = dict(counters, prompts=run.prompt_hash, config=vars(cfg))
         write_atomic(beside / "state/run.json", json.dumps(facts, indent=1))
         write_atomic(beside / "state/manifest.json", json.dumps(digests(beside), indent=1))
         shutil.rmtree(target, ignore_errors=True)
@@ -2034,7 +2034,7 @@ def main(argv=None):
         print(f"rtdmd: {error}", file=sys.stderr)
         sys.exit(error.code)
     except torch.OutOfMemoryError:
-        print(f"rtdmd: out of GPU memory: lower --micro_batch (it was {cfg.micro_batch}, and changes nothing else), "
+        print(f"rtdmd: out of GPU memory: lower --micro_batch (it was {cfg.micro_batch}; it changes nothing else), "
               "or add --checkpointing.", file=sys.stderr)
         sys.exit(1)
     except OSError as error:                                                # a disk is full, a folder vanished

@@ -3391,6 +3391,11 @@ def same(a, b):
     assert R.find_checkpoint(a).name == R.find_checkpoint(b).name and repr(rows_of(a)) == repr(rows_of(b))
 
 
+def nothing_in(folder):
+    """No file below, but for the lock of a run that was refused."""
+    return not [p for p in folder.rglob("*") if p.is_file() and p.name != ".lock"]
+
+
 def refused(capfd, argv, words, code=2):
     """The run ends with this code and one sentence, the last line of stderr."""
     capfd.readouterr()
@@ -3527,7 +3532,7 @@ def test_processes_that_differ_are_refused(flags, tmp_path):
     assert finish(start(flags(1), tmp_path / "log", 2, "another_seed")) == [2, 2]
     for rank in (0, 1):
         one_sentence((tmp_path / f"log/rank-{rank}").read_text(), 2, "processes differ")
-    assert not (tmp_path / "run").exists()
+    assert nothing_in(tmp_path / "run")
 
 
 def another_seed(output):
@@ -3769,7 +3774,8 @@ def test_folders_that_cannot_be_written(flags, tmp_path, capfd, monkeypatch):
 
     monkeypatch.setattr(Path, "mkdir", read_only)               # root may write anywhere, so the refusal is played
     refused(capfd, flags(1), "Permission denied: .*run.*choose another folder")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]
+    file.unlink()
+    assert nothing_in(tmp_path)
 
 
 def test_truncated_caches(cache, flags, tmp_path, capfd):
@@ -3835,7 +3841,7 @@ def test_a_run_without_numbers_stops(name, stage, flags, tmp_path, monkeypatch, 
     monkeypatch.setattr(R, name, spoil(name, lambda: True))
     argv = flags(stage, "--max_bad_steps", 2, "--watch", "")
     text = refused(capfd, argv, "2 updates of the .* in a row were not finite", code=1)
-    assert {"dmd_loss": "(dm;", "score": "reward_attributes", "ambient_dsm_loss": "(dsm;"}[name] in text
+    assert {"dmd_loss": "(dm)", "score": "reward_attributes", "ambient_dsm_loss": "(dsm)"}[name] in text
 
 
 # ---- Roles ----
@@ -4087,7 +4093,7 @@ def test_wrong_input_is_one_sentence(line, words, flags, wrong_files, cache, tmp
     stage, *more = line.replace("TMP", str(wrong_files)).replace("WORLD", Path(__file__).stem).split()
     before = snapshot(wrong_files), snapshot(cache)
     refused(capfd, flags(int(stage), *more), words)
-    assert before == (snapshot(wrong_files), snapshot(cache)) and not list(tmp_path.iterdir())
+    assert before == (snapshot(wrong_files), snapshot(cache)) and nothing_in(tmp_path)
 
 
 def test_other_wrong_input(flags, tmp_path, capfd, monkeypatch):
@@ -4099,7 +4105,7 @@ def test_other_wrong_input(flags, tmp_path, capfd, monkeypatch):
         refused(capfd, flags(1, "--device", "cuda"), "sees 0 here")
     monkeypatch.setenv("WORLD_SIZE", "3")
     refused(capfd, flags(2), "--groups 4 does not split over 3 processes: take 6")
-    assert not list(tmp_path.iterdir())
+    assert nothing_in(tmp_path)
 
 
 def test_zero_is_the_stages_own(flags):
