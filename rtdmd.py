@@ -1573,7 +1573,7 @@ def prepare(cfg):
     rewards = parse_rewards(cfg.rewards, own)
     watched = parse_rewards(cfg.watch, own, "--watch") if cfg.watch else []
     run.prompts = [f"prompt {i}" for i in range(8)] if cfg.random_weights else read_prompts(cfg.prompts, cfg.seed)
-    run.prompts = run.prompts[:64 if cfg.dry_run else cfg.max_prompts]      # to encode 25,000 takes an hour
+    run.prompts = run.prompts[:cfg.max_prompts][:64 if cfg.dry_run else None]      # to encode 25,000 takes an hour
     run.prompt_hash = f"{len(run.prompts)} prompts, {key(run.prompts):016x}"
     start = None if cfg.dry_run else find_start(run)
     run.device = start_processes(cfg.device)
@@ -1594,7 +1594,7 @@ def prepare(cfg):
     for role, lr, decay in (("generator", cfg.lr, cfg.weight_decay), ("fake", cfg.lr_fake, 0.0)):
         params = run.roles.parameters(role)
         run.optimizers[role] = torch.optim.AdamW(params, lr, betas=(0.9, 0.999), weight_decay=decay)
-        for p in params:                                                    # now: every checkpoint has them
+        for p in params:                                                    # from the start: checkpoints have them
             run.optimizers[role].state[p] = dict(step=torch.tensor(0.0), exp_avg=torch.zeros_like(p),
                                                  exp_avg_sq=torch.zeros_like(p))
     run.ema = [p.detach().clone() for p in run.roles.parameters("generator")]
