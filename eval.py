@@ -47,12 +47,12 @@ import os
 import operator
 import random
 import re
+import subprocess
 import sys
 import time
 import weakref
 from collections import namedtuple
 from pathlib import Path
-from types import SimpleNamespace
 
 import huggingface_hub
 import numpy as np
@@ -1255,8 +1255,8 @@ class Sampler:
 
     def wear(self, name):
         """Puts a row's adapter on; a row without one gets the untrained adapter, which does nothing."""
-        tensors, *_ = self.adapters.get(name, (self.blank,))
-        rtdmd.load_adapter(SimpleNamespace(roles=self.roles, cfg=self.cfg), "generator", tensors)
+        tensors = self.adapters.get(name, (self.blank,))[0]
+        rtdmd.copy_tensors(tensors, self.roles.named["generator"], f"The adapter of {name}")
 
     @torch.no_grad()
     def batch(self, row, prompts, keys):
@@ -1296,11 +1296,8 @@ class Sampler:
 
 def gathered(pairs):
     """Values of all processes' (index, value) in the order of the index, a picture's place in the set."""
-    pairs = [list(pairs)]
-    if torch.distributed.is_initialized():
-        own, pairs = pairs[0], [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(pairs, own)
-    return [value for _, value in sorted(itertools.chain(*pairs), key=operator.itemgetter(0))]
+    pairs = itertools.chain(*rtdmd.everyone(list(pairs)))
+    return [value for _, value in sorted(pairs, key=operator.itemgetter(0))]
 
 
 def score_rows(pictures, captions, flags, cfg, own=()):
@@ -1335,6 +1332,16 @@ def number(mean, error):
     return f"{mean:.4g}" if math.isnan(error) else f"{mean:.3f}+-{error:.3f}"
 
 
+def provenance():
+    """Versions of the packages; commit of the source, marked if it has changed since (none outside a repository)."""
+    packages = ("torch", "diffusers", "transformers", "peft", "open_clip_torch", "hpsv2")
+    ask = "git describe --always --abbrev=40 --dirty --exclude *".split()
+    git = None
+    with contextlib.suppress(FileNotFoundError):                             # there may be no git
+        git = subprocess.run(ask, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    return dict(versions={n: importlib.metadata.version(n) for n in packages}, git=git)
+
+
 def table(rows):
     """rows {name: {metric: (mean, error)}} as text, in the order and with the columns of the paper."""
     columns = {**TINY_COLUMNS, **{name: metric["column"] for name, metric in METRICS.items()}}
@@ -1351,11 +1358,10 @@ def report(flags, results, scores, failures, note="", **facts):
     """The table, and OUT/report.json: rows, their errors, every score, and what made them. Rank 0 only."""
     if rtdmd.dist_info()[0] != 0:
         return
-    packages = ("torch", "diffusers", "transformers", "open_clip_torch", "hpsv2")
     used = [m for m in METRICS if any(m in row for row in results.values())]
     content = dict(rows={n: {m: value for m, (value, _) in row.items()} for n, row in results.items()},
                    errors={n: {m: error for m, (_, error) in row.items()} for n, row in results.items()},
-                   scores=scores, versions={n: importlib.metadata.version(n) for n in packages},
+                   scores=scores, **provenance(),
                    scorers={m: {k: METRICS[m][k] for k in ("repo", "scale", "licence")} for m in used},
                    per_prompt=flags.per_prompt, failures=failures, **facts)
     rtdmd.write_atomic(Path(flags.out) / "report.json", json.dumps(content, indent=1, default=str))
@@ -1384,7 +1390,7 @@ def evaluate(flags, cfg):
         results[name]["seconds_per_image"] = (seconds[name], math.nan)
         panels += gathered((i, image) for i, image in zip(index, images) if i in shown)
     if rtdmd.dist_info()[0] == 0:
-        rtdmd.save_grid(Path(flags.out) / "grid.png", torch.stack(panels).float() / 255, columns=len(shown))
+        save_grid(Path(flags.out) / "grid.png", torch.stack(panels).float() / 255, columns=len(shown))
         if flags.run_folder:
             draw_run_curves(Path(flags.run_folder), Path(flags.out) / "curves.png")
     if flags.save_images:
@@ -1466,12 +1472,76 @@ def one_picture(flags, cfg):
     sampler = Sampler(cfg, {name: row}, [flags.prompt])
     sampler.wear(name)
     image = sampler.batch(row, [flags.prompt], [rtdmd.key("eval", cfg.seed, flags.prompt, 0)])
-    rtdmd.save_grid(Path(flags.out) / "prompt.png", image, columns=1)
+    save_grid(Path(flags.out) / "prompt.png", image, columns=1)
     print(f"{flags.out}/prompt.png: {flags.prompt}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 12. What training costs (rtdmd.py --dry_run)
+# 12. The records of a training run: what made it, and the panel that is looked at
+# ----------------------------------------------------------------------------------------------------------------------
+
+def save_grid(path, images, columns):
+    """Writes images (B, 3, H, W) in [0, 1] as one PNG; small ones are enlarged to 64 pixels."""
+    from PIL import Image
+    zoom = max(1, 64 // images.shape[-1])
+    images = F.pad(images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3), (1, 1, 1, 1), value=1.0)
+    blank = images.new_ones(-len(images) % columns, *images.shape[1:])
+    B, _, H, W = (images := torch.cat([images, blank])).shape
+    canvas = images.view(B // columns, columns, 3, H, W).permute(0, 3, 1, 4, 2).reshape(B // columns * H, columns * W, 3)
+    buffer = io.BytesIO()
+    Image.fromarray((canvas.cpu().numpy() * 255).round().astype(np.uint8)).save(buffer, "PNG")
+    rtdmd.write_atomic(path, buffer.getvalue())
+
+
+def open_log(run):
+    """The run folder begins with what made it: settings, versions, and the source. metrics.jsonl loses the lines that a resumed
+    run will write again."""
+    facts = dict(config=vars(run.cfg), processes=rtdmd.dist_info()[2], prompts=run.prompt_hash, **provenance(),
+                 device=torch.cuda.get_device_name() if "cuda" in run.device else run.device)
+    rtdmd.write_atomic(run.folder / "run.json", json.dumps(facts, indent=1))
+    rtdmd.write_atomic(run.folder / "rtdmd.py", Path(rtdmd.__file__).read_bytes())
+    path = run.folder / "metrics.jsonl"
+    lines = re.findall(r'({"iteration": (\d+), .*}\n)', path.read_text(errors="replace") if path.exists() else "")
+    rtdmd.write_atomic(path, "".join(line for line, iteration in lines if int(iteration) <= run.done))
+    with contextlib.suppress(ImportError):                                   # the same numbers as curves, if it is installed
+        from torch.utils.tensorboard import SummaryWriter
+        run.board = SummaryWriter(run.folder / "tensorboard", purge_step=run.done + 1)
+
+
+@contextlib.contextmanager
+def ema_weights(run):
+    """The averaged generator in place of the raw one."""
+    params = [p.data for p in run.roles.parameters("generator")]
+    raw = [p.clone() for p in params]
+    torch._foreach_copy_(params, run.ema)
+    try:
+        yield
+    finally:
+        torch._foreach_copy_(params, raw)
+
+
+def panel(run):
+    """OUT/stageN/samples/000100.png: fixed prompts and noise through the averaged generator. Returns the watched rewards, and
+    numbers that move when a reward is hacked: saturation (max - min over channels), contrast (std of grey), edges (mean
+    difference of neighbours)."""
+    prompts = sorted(run.prompts, key=lambda prompt: rtdmd.key("panel", prompt))[:16]
+    keys = [rtdmd.key("panel", p) for p in prompts]
+    _, normal = rtdmd.draw(keys, 0, run.cfg.steps, run.backbone.latent_shape, run.device)
+    with ema_weights(run), torch.no_grad():
+        states, _ = rtdmd.roll_out(run, normal[0], normal[1:], prompts)
+        parts = rtdmd.chunks(len(prompts), run.cfg.micro_batch)
+        images = torch.cat([run.backbone.decode(states[-1][rows]).float() for rows in parts])
+        watched = {f"watch_{n}": rtdmd.score(r, images, prompts).mean().item() for n, r in run.watched.items()}
+    if rtdmd.dist_info()[0] == 0:
+        save_grid(run.folder / "samples" / f"{run.done:06d}.png", images, columns=8)
+    grey = images.mean(1)
+    edges = grey.diff(dim=1).abs().mean() + grey.diff(dim=2).abs().mean()
+    return dict(watched, saturation=(images.amax(1) - images.amin(1)).mean().item(), edges=edges.item(),
+                contrast=grey.flatten(1).std(1).mean().item())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 13. What training costs (rtdmd.py --dry_run)
 # ----------------------------------------------------------------------------------------------------------------------
 
 class CostMeter(TorchDispatchMode):
@@ -1596,14 +1666,9 @@ def networks(run):
 
 
 def start_counting(run):
-    """Prepares the run: Adam's moments exist from the start, as from the second iteration on, and hooks tell which
-    part is at work: the last one whose layer was entered, in a forward or a backward pass."""
+    """Prepares the run: hooks tell which part is at work, the last one whose layer was entered, in a forward or a
+    backward pass."""
     run.costs, run.forwards, run.part, run.live = {}, {}, "network", dict(now=0, peak=0, held=set())
-    for role, optimizer in run.optimizers.items():
-        for p in run.roles.parameters(role):
-            p.grad = torch.zeros_like(p)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
 
     def watch(module, part, counted):
         def enter(module, args, kwargs):
@@ -1634,9 +1699,13 @@ def start_counting(run):
 CLIP_SIZES = {"hpsv2": "ViT-H-14", "clipscore": "ViT-L-14", "pickscore": "ViT-H-14"}
 
 
-def random_reward(name, cfg):
-    """A CLIP reward of full size with random weights (--random_weights): its cost without its download."""
+def random_reward(name, cfg, extra):
+    """load_reward for --random_weights: a CLIP reward of full size, its cost without its download. None if that cannot be."""
     import open_clip
+    if name in extra or ":" in name:
+        return load_reward(name, cfg, extra)
+    if name not in CLIP_SIZES:
+        return rtdmd.log(f"--random_weights: {name} cannot be made without a download, and is left out.")
     with torch.device(cfg.device):
         net = open_clip.create_model(CLIP_SIZES[name], device=cfg.device)
     tokenise = open_clip.get_tokenizer(CLIP_SIZES[name])

@@ -93,14 +93,13 @@ import functools
 import hashlib
 import importlib
 import importlib.metadata
-import io
+import importlib.util
 import json
 import math
 import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import warnings
@@ -109,7 +108,6 @@ from types import SimpleNamespace
 
 import diffusers
 import huggingface_hub
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -121,6 +119,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
+from tqdm import tqdm
 
 
 class UsageError(Exception):
@@ -253,58 +252,60 @@ def resolve(flags):
     for kind, name, table in (("model", model, MODELS), ("recipe", recipe, RECIPES), ("stage", stage, STAGES)):
         if name not in table:
             raise UsageError(f"--{kind} {name} is unknown: take one of {', '.join(map(str, table))}.")
-    values = dict(STAGES[stage])
+    values = dict(STAGES[stage], out=f"runs/{model}")
     for row in (MODELS[model], RECIPES[recipe]):
         values.update({n: v for n, v in row.items() if isinstance(n, str)}, **row.get(stage, {}))
-    given = {n: v for n, v in flags.items() if v != 0 or n not in STAGES[stage]}         # there 0 means the stage's own
-    cfg = Config(**{**values, "out": f"runs/{model}", **given})
+    values.update({n: v for n, v in flags.items() if v != 0 or n not in STAGES[stage]})     # 0: the stage's own
+    cfg = Config(**values)
     cfg.device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     cfg.dtype = cfg.dtype or ("fp32" if cfg.device == "cpu" else "bf16")
     check(cfg)
     return cfg
 
 
+# A whole number is at least 1, another number at least 0, and neither has an upper bound, but for these.
+LEAST = dict(seed=0, text_length=0, dry_run=0, steps=2, group_size=2, resolution=8)
+MOST = dict(eta=1, ema=1, delta=1)
+
+
 def check(cfg):
-    """Contradictions and values out of range, before anything is loaded. Raises UsageError."""
-    least = dict(iterations=1, batch=1, groups=1, micro_batch=1, steps=2, lora_rank=1, lora_alpha=1, keep=1,
-                 save_every=1, sample_every=1, fake_updates=1, inner_epochs=1, max_bad_steps=1, max_prompts=1,
-                 group_size=2, tiny_steps=1, resolution=8, dry_run=0, seed=0, gamma=0, beta=0,
-                 policy_weight=0, det_weight=0, dm_weight=0,
-                 guidance=0, weight_decay=0, text_length=0, std_floor=0)
+    """Values out of range and contradictions, before anything is loaded. Raises UsageError."""
     for field in dataclasses.fields(cfg):
-        value, choices = getattr(cfg, field.name), field.metadata["choices"]
+        name, value, choices = field.name, getattr(cfg, field.name), field.metadata["choices"]
+        least = LEAST.get(name, dict(int=1, float=0).get(field.type, value))
         if choices and value not in choices:
-            raise UsageError(f"--{field.name} {value!r}: take one of {', '.join(repr(c) for c in choices if c != '')}.")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UsageError(f"--{field.name} must be a finite number, not {value}.")
-        if field.name in least and value < least[field.name]:
-            raise UsageError(f"--{field.name} must be at least {least[field.name]}, not {value}.")
-    for name in ("lr", "lr_fake", "grad_clip", "clip", "delta"):
-        if getattr(cfg, name) <= 0:
-            raise UsageError(f"--{name} must be positive, not {getattr(cfg, name)}.")
-    for name, top in (("eta", 1.0), ("ema", 1.0), ("delta", 1.0)):
-        if not 0 <= getattr(cfg, name) <= top:
-            raise UsageError(f"--{name} must lie in [0, {top:g}], not {getattr(cfg, name)}.")
-    if cfg.renoise == "dmd2" and cfg.consistency_times == "schedule":
-        raise UsageError("--consistency_times schedule has no meaning with --renoise dmd2, whose level is 0: take local.")
-    if cfg.stage == 2 and not 1 <= cfg.subset_size <= cfg.steps - 1:
-        raise UsageError(f"--subset_size must lie in 1..{cfg.steps - 1} (the stochastic steps), not {cfg.subset_size}.")
-    if cfg.stage == 1 and cfg.batch % cfg.steps:
-        raise UsageError(f"--batch {cfg.batch} must be a multiple of --steps {cfg.steps}: every k gets an equal share.")
-    if cfg.stage == 2 and cfg.eta == 0 and not cfg.no_policy:
-        raise UsageError("--eta 0 leaves no stochastic step to reinforce: give --eta above 0 or --no_policy.")
-    if cfg.stage == 2 and cfg.no_policy and cfg.no_det and cfg.no_dmd:
-        raise UsageError("--no_policy --no_det --no_dmd together leave nothing to train: drop one of them.")
-    if cfg.stage == 2 and "geneval" in cfg.rewards and not cfg.prompts.endswith(".jsonl") and not cfg.random_weights:
-        raise UsageError("--rewards geneval must know what a picture has to show: give --prompts FILE.jsonl of GenEval's metadata "
-                         "rows (README says how to make one), or other --rewards.")
-    if cfg.device not in ("cpu", "meta") and not cfg.device.startswith("cuda"):
-        raise UsageError(f"--device {cfg.device} is unknown: take cuda, cpu or meta.")
-    if cfg.device.startswith("cuda") and torch.cuda.device_count() <= dist_info()[1]:
-        raise UsageError(f"--device cuda needs a GPU for each process, and PyTorch sees {torch.cuda.device_count()} here: "
-                         "start fewer processes, or take --device cpu.")
-    if cfg.device == "meta" and not (cfg.dry_run and cfg.random_weights):
-        raise UsageError("--device meta only counts: add --dry_run 1 --random_weights.")
+            raise UsageError(f"--{name} {value!r}: take one of {', '.join(repr(c) for c in choices if c)}.")
+        if field.type in ("int", "float") and not least <= value < math.inf:
+            raise UsageError(f"--{name} must be finite and at least {least}, not {value}.")
+        if value > MOST.get(name, value):
+            raise UsageError(f"--{name} must be at most {MOST[name]}, not {value}.")
+    stage2, gpus, (_, local, world) = cfg.stage == 2, torch.cuda.device_count(), dist_info()
+    for wrong, sentence in (
+            (0 in (cfg.clip, cfg.grad_clip, cfg.delta), "--clip, --grad_clip and --delta must be above 0."),
+            (cfg.renoise == "dmd2" and cfg.consistency_times == "schedule",
+             "--consistency_times schedule has no meaning with --renoise dmd2, whose level is 0: take local."),
+            (not stage2 and cfg.batch % cfg.steps,
+             f"--batch {cfg.batch} must be a multiple of --steps {cfg.steps}: every k gets an equal share."),
+            (stage2 and cfg.subset_size >= cfg.steps,
+             f"--subset_size {cfg.subset_size}: there are only {cfg.steps - 1} stochastic steps to choose from."),
+            (stage2 and cfg.groups % world, f"--groups {cfg.groups} does not split over {world} processes: take "
+             f"{-(-cfg.groups // world) * world}."),
+            (stage2 and cfg.eta == 0 and not cfg.no_policy,
+             "--eta 0 leaves no stochastic step to reinforce: give --eta above 0 or --no_policy."),
+            (stage2 and cfg.no_policy and cfg.no_det and cfg.no_dmd,
+             "--no_policy --no_det --no_dmd together leave nothing to train: drop one of them."),
+            (stage2 and "geneval" in cfg.rewards and not cfg.prompts.endswith(".jsonl") and not cfg.random_weights,
+             "--rewards geneval must know what a picture has to show: give --prompts FILE.jsonl of GenEval's rows "
+             "(README says how to make one), or other --rewards."),
+            (not re.fullmatch(r"cpu|meta|cuda(:\d+)?", cfg.device),
+             f"--device {cfg.device} is unknown: take cuda, cpu or meta."),
+            (cfg.device.startswith("cuda") and gpus <= local,
+             f"--device cuda needs a GPU for each process, and PyTorch sees {gpus} here: start fewer processes, "
+             "or take --device cpu."),
+            (cfg.device == "meta" and not (cfg.dry_run and cfg.random_weights),
+             "--device meta only counts: add --dry_run 1 --random_weights.")):
+        if wrong:
+            raise UsageError(sentence)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1097,45 +1098,49 @@ def load_lora(folder):
 
 def dist_info():
     """(rank, local rank, world size). A plain `python rtdmd.py` is world 1 of the same code."""
-    return tuple(int(os.environ.get(n, default)) for n, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    return tuple(int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
 
 
 def start_processes(device):
     """Joins the processes that torchrun started: NCCL on GPUs, gloo on CPUs. Returns this process's device."""
-    _, local, world = dist_info()
+    rank, local, world = dist_info()
     device = f"cuda:{local}" if device == "cuda" else device
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
-        store, rank, world = next(dist.rendezvous("env://"))
         # torchrun keeps one store over restarts, where a restarted gloo would find the addresses of the dead.
-        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", store=store, rank=rank, world_size=world)
+        life = f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+        store = dist.PrefixStore(life, next(dist.rendezvous("env://"))[0])
+        backend = "nccl" if device.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     return device
 
 
-def barrier():
-    """Waits for all processes."""
+def everyone(value):
+    """The values of all processes, by rank, on each of them: what they decide from it they decide together."""
+    values = [value]
     if dist.is_initialized():
-        dist.barrier()
+        values = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+    return values
+
+
+barrier = functools.partial(everyone, None)                                 # nobody goes on before all are here
 
 
 def share(total):
-    """Global indices that this process owns: every world-th. What is computed for an index never depends on its owner."""
-    rank, _, world = dist_info()
-    return list(range(rank, total, world))
+    """Global indices of this process: every world-th. What is computed for an index never depends on its owner."""
+    return list(range(dist_info()[0], total, dist_info()[2]))
 
 
 def log(text):
     """One line on rank 0, beside a progress bar instead of through it."""
     if dist_info()[0] == 0:
-        from tqdm import tqdm
         tqdm.write(text, file=sys.stderr)
 
 
 def progress(iterable, total, label, start=0):
-    """Progress bar with the time left, on rank 0 only. A file instead of a terminal gets a line every ten seconds."""
-    from tqdm import tqdm
+    """Progress bar with the time left, on rank 0. A file instead of a terminal gets a line every ten seconds."""
     return tqdm(iterable, total=total, desc=label, initial=start, dynamic_ncols=True, disable=dist_info()[0] != 0,
                 mininterval=0.5 if sys.stderr.isatty() else 10)
 
@@ -1143,7 +1148,7 @@ def progress(iterable, total, label, start=0):
 def key(*parts):
     """A 63-bit seed from anything printable.
 
-    Every draw names its purpose, so that there is no random state to save: the same numbers come out after a restart,
+    Every draw names its purpose, so there is no random state to save: the same numbers come out after a restart,
     with any number of processes and with any micro-batch.
     """
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
@@ -1151,7 +1156,7 @@ def key(*parts):
 
 def draw(keys, uniforms, normals, shape, device):
     """One generator per sample -> U[0,1) (uniforms, B) on the CPU, N(0,1) (normals, B, *shape) on `device`.
-    Drawn on the CPU: equal on all devices."""
+    Drawn on the CPU, and so equal on all devices."""
     u, n = torch.empty(uniforms, len(keys)), torch.empty(normals, len(keys), *shape)
     for i, seed in enumerate(keys):
         generator = torch.Generator().manual_seed(seed)
@@ -1171,8 +1176,7 @@ def level(values, like):
 
 
 def write_atomic(path, data):
-    """Writes bytes or text beside the target, flushes to disk, renames: a reader sees all of it or the old file. Raises
-    UsageError."""
+    """Writes bytes or text beside the target, flushes, renames: a reader sees all of it or the old file."""
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -1184,9 +1188,8 @@ def write_atomic(path, data):
         os.replace(beside, path)
     except OSError as error:
         with contextlib.suppress(OSError):
-            beside.unlink()                                                 # half a file would fill the disk further
-        raise UsageError(f"Cannot write {path} ({error.strerror}): make room, or choose another folder; what was saved "
-                         "before is whole, and the same command goes on from it.") from error
+            beside.unlink()                                                 # it would fill the disk further
+        raise UsageError(f"Cannot write {path} ({error.strerror}): make room, or take another folder.") from error
 
 
 class Roles:
@@ -1201,62 +1204,51 @@ class Roles:
         self.backbone, self.guidance, self.active = backbone, cfg.guidance, None
         score = backbone.nets["score"]
         self.nets = {"generator": backbone.nets["generator"], "fake": score, "teacher": score}
-        unique = list(dict.fromkeys(self.nets.values()))
-        for net in unique:
-            net.requires_grad_(False)
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two adapters are what we want
+        config = LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, init_lora_weights="gaussian",
+                            target_modules=backbone.lora_targets)
         for role in ("generator", "fake"):
             torch.manual_seed(key(cfg.seed, "lora", role))                  # the same A on every process; B is 0
-            self.nets[role].add_adapter(LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, init_lora_weights="gaussian",
-                                                   target_modules=backbone.lora_targets), adapter_name=role)
-        for net in unique:
-            net.to(next(net.parameters()).device)                           # PEFT leaves them on the CPU for `meta`
-            for name, p in net.named_parameters():
-                if ".lora_" in name:                                        # PEFT makes them in the base's bf16
-                    p.data = p.data.float()
-        self.layers = [m for net in unique for m in net.modules() if isinstance(m, BaseTunerLayer)]
-        self.named = {role: {n.replace(f".{role}.", "."): p.requires_grad_() for n, p in self.nets[role].named_parameters()
-                             if f".lora_A.{role}." in n or f".lora_B.{role}." in n} for role in ("generator", "fake")}
-        for layer in self.layers:                                           # computed in the base's dtype, as deployed
-            layer.cast_input_dtype_enabled = False
-            for matrix in [*layer.lora_A.values(), *layer.lora_B.values()]:
-                matrix.forward = functools.partial(lora_product, matrix)
-        for net in unique:
+            self.nets[role].add_adapter(config, adapter_name=role)
+        self.layers = []
+        for net in dict.fromkeys(self.nets.values()):
+            net.to(next(net.parameters()).device)                           # PEFT has them on the CPU for `meta`
+            for name, p in net.named_parameters():                          # PEFT: the last one alone, in bf16
+                p.requires_grad_(".lora_" in name)
+                p.data = p.data.float() if ".lora_" in name else p.data
+            self.layers += [m for m in net.modules() if isinstance(m, BaseTunerLayer)]
             if cfg.checkpointing:
                 net.enable_gradient_checkpointing(self.checkpoint)
             if cfg.compile:
-                torch._dynamo.config.recompile_limit = 32                   # roles x with and without gradient x shapes
+                torch._dynamo.config.recompile_limit = 32                   # roles x (no) gradient x shapes
                 net.compile()
+        for layer in self.layers:                                           # in the base's dtype, as deployed
+            layer.cast_input_dtype_enabled = False
+            for matrix in [*layer.lora_A.values(), *layer.lora_B.values()]:
+                matrix.forward = functools.partial(lora_product, matrix)
+        self.named = {role: {n.replace(f".{role}.", "."): p for n, p in self.nets[role].named_parameters()
+                             if re.search(rf"\.lora_[AB]\.{role}\.", n)} for role in ("generator", "fake")}
 
     def parameters(self, role):
         """The LoRA matrices of "generator" or "fake"."""
         return list(self.named[role].values())
 
     def switch(self, role):
-        """Sets flags only. peft's set_adapter would also freeze the other adapter: called between a forward and its
-        backward pass, it makes the gradient vanish without an error."""
+        """Sets flags only. peft's set_adapter would also freeze the other adapter: called between a forward and
+        its backward pass, it makes the gradient vanish without an error."""
         for layer in self.layers:
-            layer._disable_adapters = role == "teacher"
-            if role != "teacher":
-                layer._active_adapter = [role]
+            layer._disable_adapters, layer._active_adapter = role == "teacher", [role]
         self.active = role
 
-    @contextlib.contextmanager
-    def as_role(self, role):
-        """That role inside the block, the former one after it."""
-        before = self.active
-        self.switch(role)
-        try:
-            yield
-        finally:
-            self.switch(before)
-
     def checkpoint(self, module, *args):
-        """Gradient checkpointing that recomputes under the adapter of the forward pass, not under the latest one: with
-        the latest one gradients come out wrong, and silently."""
+        """Gradient checkpointing that recomputes under the adapter of the forward pass: under the latest one,
+        gradients come out wrong, and silently."""
         role = self.active
-        contexts = lambda: (contextlib.nullcontext(), self.as_role(role))
-        return torch.utils.checkpoint.checkpoint(module, *args, use_reentrant=False, context_fn=contexts)
+
+        def as_role(*args):
+            self.switch(role)
+            return module(*args)
+        return torch.utils.checkpoint.checkpoint(as_role, *args, use_reentrant=False)
 
     def velocity(self, role, x, t, cond):
         """v_theta, v_phi or v_psi without guidance. x (B, ...) fp32, t (B,) or (B, 1, ..) -> (B, ...) fp32."""
@@ -1279,16 +1271,14 @@ def lora_product(matrix, x):
 
 
 def optimizer_step(run, role):
-    """Sums the gradient over processes, clips it, steps. Returns whether it did: a gradient that is not finite is skipped.
-
-    The sum carries one process's nan to all of them, so that they skip together without asking each other.
-    """
+    """Sums the gradient over processes, clips it, steps. Returns whether it did: it skips one that is not finite.
+    The sum carries one process's nan to all of them, so that they skip together without asking each other."""
     params, optimizer = run.roles.parameters(role), run.optimizers[role]
     flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in params])
     if dist.is_initialized():
         dist.all_reduce(flat)
     norm = flat.norm()
-    good = run.device == "meta" or bool(norm.isfinite())                    # the only wait for the GPU in an update
+    good = run.device == "meta" or bool(norm.isfinite())                    # the only wait for the GPU
     if good:
         flat *= (run.cfg.grad_clip / (norm + 1e-6)).clamp(max=1)
         for p, g in zip(params, flat.split([p.numel() for p in params])):
@@ -1298,12 +1288,12 @@ def optimizer_step(run, role):
     optimizer.zero_grad(set_to_none=True)
     run.bad[role], run.skipped = 0 if good else run.bad[role] + 1, run.skipped + (not good)
     if not good:
-        terms = gather(run)                                                 # of all processes: one of them has the culprit
-        source = [n for n, value in terms.items() if not math.isfinite(value)] or [f"backward pass of the {role}"]
-        log(f"Iteration {run.done + 1}: the {role}'s gradient is not finite ({', '.join(source)}); this update is skipped.")
+        # Terms of all processes: one of them has the culprit.
+        source = ", ".join(n for n, v in gather(run).items() if not math.isfinite(v)) or "its backward pass"
+        log(f"Iteration {run.done + 1}: the {role}'s gradient is not finite ({source}); this update is skipped.")
         if run.bad[role] >= run.cfg.max_bad_steps:
-            raise UsageError(f"{run.bad[role]} updates of the {role} in a row were not finite ({', '.join(source)}; all terms: "
-                             f"{terms}). The last checkpoint is sound: look at what is named here, or resume with a lower --lr.", code=1)
+            raise UsageError(f"{run.bad[role]} updates of the {role} in a row were not finite ({source}): look at "
+                             "what is named, or go on from the last checkpoint with a lower --lr.", code=1)
     return good
 
 
@@ -1314,62 +1304,49 @@ def update_ema(run):
     torch._foreach_lerp_(run.ema, [p.detach() for p in run.roles.parameters("generator")], 1 - decay)
 
 
-@contextlib.contextmanager
-def ema_weights(run):
-    """The averaged generator in place of the raw one."""
-    params = [p.data for p in run.roles.parameters("generator")]
-    raw = [p.clone() for p in params]
-    torch._foreach_copy_(params, run.ema)
-    try:
-        yield
-    finally:
-        torch._foreach_copy_(params, raw)
-
-
 # Settings that do not change what is computed (beyond the order of a sum): a run may be resumed with others.
-FREE_SETTINGS = {"out", "init", "iterations", "device", "cache", "weights_dir", "checkpointing", "no_vae_checkpointing",
-                 "compile", "micro_batch", "max_bad_steps", "save_every", "keep", "sample_every", "watch", "force_resume",
-                 "dry_run"}
+FREE_SETTINGS = set("out init iterations device cache weights_dir checkpointing no_vae_checkpointing compile "
+                    "dry_run micro_batch max_bad_steps save_every keep sample_every watch force_resume".split())
+CHECKPOINT_FILES = (LORA_FILE, "state/state.safetensors", "state/run.json")    # and a manifest of their digests
+COUNTERS = ("iteration", "ema_updates", "bad", "skipped")
+
+
+def training_state(run):
+    """All tensors that a run goes on from, by their names in a checkpoint: to be saved, or to be copied into."""
+    state = {f"ema.{n}": p for n, p in zip(run.roles.named["generator"], run.ema)}
+    for role, optimizer in run.optimizers.items():
+        for i, (name, p) in enumerate(run.roles.named[role].items()):
+            state[f"{role}.{name}"] = p.data
+            state.update({f"adam.{role}.{i}.{n}": moment for n, moment in optimizer.state[p].items()})
+    return state
 
 
 def save_checkpoint(run):
     """OUT/stageN/checkpoint-000100: the averaged generator for diffusers, and state/ with all that resuming needs.
+    Rank 0 writes, since all processes hold the same numbers.
 
-    Built beside under another name, flushed, renamed: a kill at any moment leaves whole checkpoints only. There is no
-    random state in it because there is none (see key). Rank 0 writes: the other processes hold the same numbers.
+    Built beside under another name, flushed, renamed: a kill at any moment leaves whole checkpoints only. There is
+    no random state in it because there is none (see key).
     """
+    cfg, backbone = run.cfg, run.backbone
     if dist_info()[0] == 0:
         target = run.folder / f"checkpoint-{run.done:06d}"
         beside = run.folder / f".{target.name}.partial"
-        shutil.rmtree(beside, ignore_errors=True)
+        sampling = {n: getattr(cfg, n) for n in ("model", "stage", "recipe", "steps", "eta", "resolution")}
+        sampling.update(iteration=run.done, base=backbone.base, shift=backbone.shift, guidance=1.0,
+                        sigmas=run.times[:-1].tolist(), text_length=getattr(backbone, "text_length", 0))
         average = dict(zip(run.roles.named["generator"], run.ema))
-        tensors = {f"ema.{n}": p for n, p in average.items()}
-        for role, optimizer in run.optimizers.items():
-            tensors.update({f"{role}.{n}": p.detach() for n, p in run.roles.named[role].items()})
-            for i, moments in optimizer.state_dict()["state"].items():
-                tensors.update({f"adam.{role}.{i}.{n}": m for n, m in moments.items()})
-        counters = dict(iteration=run.done, ema_updates=run.ema_updates, bad=run.bad, skipped=run.skipped,
-                        prompts=run.prompt_hash, config=dataclasses.asdict(run.cfg))
-        save_lora(beside, average, run.cfg.lora_rank, run.cfg.lora_alpha, run.backbone.lora_targets, sampling_facts(run))
-        write_atomic(beside / "state/state.safetensors", safetensors_bytes(tensors))
-        write_atomic(beside / "state/run.json", json.dumps(counters, indent=1))
-        files = [p for p in sorted(beside.rglob("*")) if p.is_file()]
-        digests = {str(p.relative_to(beside)): file_hash(p) for p in files}
-        write_atomic(beside / "state/manifest.json", json.dumps(digests, indent=1))
+        save_lora(beside, average, cfg.lora_rank, cfg.lora_alpha, backbone.lora_targets, sampling)
+        write_atomic(beside / "state/state.safetensors", safetensors_bytes(training_state(run)))
+        counters = zip(COUNTERS, (run.done, run.ema_updates, run.bad, run.skipped))
+        facts = dict(counters, prompts=run.prompt_hash, config=vars(cfg))
+        write_atomic(beside / "state/run.json", json.dumps(facts, indent=1))
+        write_atomic(beside / "state/manifest.json", json.dumps(digests(beside), indent=1))
         shutil.rmtree(target, ignore_errors=True)
         os.replace(beside, target)
-        older = [p for p in list_checkpoints(run.folder) if p.name <= target.name]      # a damaged newer one counts for nothing
-        for old in older[run.cfg.keep:]:
+        for old in [p for p in list_checkpoints(run.folder) if p <= target][cfg.keep:]:     # newer is damaged
             shutil.rmtree(old, ignore_errors=True)                          # NFS refuses while somebody reads it
     barrier()
-
-
-def sampling_facts(run):
-    """What a user of the exported adapter must know; it travels in the file's metadata."""
-    cfg = run.cfg
-    return dict(model=cfg.model, base=run.backbone.base, stage=cfg.stage, iteration=run.done, steps=cfg.steps, eta=cfg.eta,
-                shift=run.backbone.shift, sigmas=run.times[:-1].tolist(), guidance=1.0, resolution=cfg.resolution,
-                text_length=getattr(run.backbone, "text_length", 0), recipe=cfg.recipe)
 
 
 def list_checkpoints(folder):
@@ -1377,214 +1354,121 @@ def list_checkpoints(folder):
     return sorted(Path(folder).glob("checkpoint-" + 6 * "[0-9]"), reverse=True)
 
 
-def file_hash(path):
-    """SHA-256 of a file, hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def digests(folder):
+    """SHA-256 of each file of a checkpoint."""
+    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in CHECKPOINT_FILES}
 
 
 def find_checkpoint(path):
-    """The newest whole checkpoint at or below a path, None if there is none. A damaged one is named and passed over."""
+    """The newest whole checkpoint at or below a path, else None. A damaged one is named and passed over."""
     path = Path(path)
     for folder in [path] if path.name.startswith("checkpoint-") else list_checkpoints(path):
-        try:
-            manifest = dict(json.loads((folder / "state/manifest.json").read_text()))
-            files = [LORA_FILE, "state/run.json", "state/state.safetensors"]
-            damage = [name for name in files if file_hash(folder / name) != manifest.get(name)]
-        except (OSError, TypeError, ValueError) as error:
-            damage = [str(error)]
-        if not damage:
-            return folder
-        log(f"Checkpoint {folder} is damaged ({damage[0]}): looking for an older one.")
+        with contextlib.suppress(OSError, ValueError):
+            if json.loads((folder / "state/manifest.json").read_text()) == digests(folder):
+                return folder
+        log(f"Checkpoint {folder} is damaged: looking for an older one.")
     return None
 
 
-def load_adapter(run, role, tensors):
-    """Copies LoRA matrices into a role, by name. Raises UsageError if they belong to another network or rank."""
-    params = run.roles.named[role]
-    if tensors.keys() != params.keys() or any(tensors[n].shape != p.shape for n, p in params.items()):
-        raise UsageError(f"The checkpoint's {role} adapter does not fit --model {run.cfg.model} with --lora_rank "
-                         f"{run.cfg.lora_rank}: take the model and the rank that it was trained with.")
-    with torch.no_grad():
-        for name, p in params.items():
-            p.copy_(tensors[name])
+def find_start(run):
+    """The checkpoint to go on from: the run's own newest, else for stage 2 stage 1's. Sets the counters. Refuses
+    one that was made with other settings, if they change the result: before a weight is loaded."""
+    cfg, init = run.cfg, Path(run.cfg.init or Path(run.cfg.out) / "stage1")
+    own = find_checkpoint(run.folder)
+    start = own or (find_checkpoint(init) if cfg.stage == 2 else None)
+    if not start and cfg.stage == 2:
+        raise UsageError(f"No stage-1 checkpoint at {init}: run --stage 1 with the same --out, or give --init.")
+    if start:
+        saved = json.loads((start / "state/run.json").read_text())
+        if missing := {"config", "prompts", *COUNTERS} - set(saved):
+            raise UsageError(f"{start} is not of this version of rtdmd.py (no {', '.join(sorted(missing))}): take "
+                             "another --out or --init.")
+        then, now = dict(saved["config"], prompts=saved["prompts"]), dict(vars(cfg), prompts=run.prompt_hash)
+        matter = now.keys() - FREE_SETTINGS if own else {"model", "lora_rank", "lora_alpha"}
+        changed = [f"{n} {then.get(n)!r} -> {v!r}" for n, v in now.items() if n in matter and then.get(n) != v]
+        if changed and not cfg.force_resume:
+            raise UsageError(f"{start} was made with other settings ({'; '.join(changed)}): take those, or "
+                             "another --out or --init, or --force_resume.")
+        if own:
+            run.done, run.ema_updates, run.bad, run.skipped = (saved[n] for n in COUNTERS)
+    return start
 
 
-def reads_checkpoint(function):
-    """What a whole checkpoint lacks, another version of this program left out: one sentence instead of a KeyError."""
-    @functools.wraps(function)
-    def guarded(run, folder):
-        try:
-            function(run, folder)
-        except (AttributeError, KeyError, TypeError, ValueError, SafetensorError) as error:
-            raise UsageError(f"{folder} is not of this version of rtdmd.py ({error!r}): take another --out or --init.") from error
-    return guarded
+def load_start(run, start):
+    """Copies a checkpoint's tensors: all to resume; averaged generator and raw fake score to begin stage 2."""
+    wanted = lambda tensors: {n: p for n, p in tensors.items() if run.done or n.startswith(("ema.", "fake."))}
+    copy_tensors(wanted(load_file(start / "state/state.safetensors")), wanted(training_state(run)), start)
+    if not run.done:
+        torch._foreach_copy_([p.data for p in run.roles.parameters("generator")], run.ema)
+    log(f"{'Resumed' if run.done else 'Begun from'} {start}; {run.done} iterations are done.")
 
 
-@reads_checkpoint
-def check_init(run, folder):
-    """Refuses a stage-1 checkpoint whose matrices would mean something else here. Before a weight is loaded."""
-    info = load_lora(folder)[1]
-    for flag, then in (("model", info["model"]), ("lora_rank", info["rank"]), ("lora_alpha", info["alpha"])):
-        if then != getattr(run.cfg, flag):
-            raise UsageError(f"{folder} was made with --{flag} {then}, not {getattr(run.cfg, flag)}: take that, or another --init.")
-
-
-@reads_checkpoint
-def load_init(run, folder):
-    """Stage 2 goes on from stage 1: its averaged generator (what was looked at) and its raw fake score."""
-    tensors = load_file(folder / "state/state.safetensors")
-    pick = lambda kind: {n.removeprefix(kind): p for n, p in tensors.items() if n.startswith(kind)}
-    load_adapter(run, "generator", pick("ema."))
-    load_adapter(run, "fake", pick("fake."))
-    log(f"Stage {run.cfg.stage} starts from {folder}.")
-
-
-@reads_checkpoint
-def check_settings(run, folder):
-    """Refuses to resume with other settings than a checkpoint's, if they change the result. Before a weight is loaded."""
-    saved = json.loads((folder / "state/run.json").read_text())
-    now = dict(dataclasses.asdict(run.cfg), prompts=run.prompt_hash)
-    then = dict(saved["config"], prompts=saved["prompts"])
-    changed = [f"{n} {then.get(n)!r} -> {v!r}" for n, v in now.items() if n not in FREE_SETTINGS and then.get(n) != v]
-    if changed and not run.cfg.force_resume:
-        raise UsageError(f"{folder} was made with other settings ({'; '.join(changed)}): take those, or another --out, "
-                         "or --force_resume.")
-
-
-@reads_checkpoint
-def load_state(run, folder):
-    """Resumes a run where a checkpoint left it."""
-    saved = json.loads((folder / "state/run.json").read_text())
-    tensors = load_file(folder / "state/state.safetensors")
-    pick = lambda kind: {n.removeprefix(kind): p for n, p in tensors.items() if n.startswith(kind)}
-    for role, optimizer in run.optimizers.items():
-        load_adapter(run, role, pick(f"{role}."))
-        moments = {}
-        for name, value in pick(f"adam.{role}.").items():
-            i, moment = name.split(".")
-            moments.setdefault(int(i), {})[moment] = value
-        optimizer.load_state_dict(dict(state=moments, param_groups=optimizer.state_dict()["param_groups"]))
-    torch._foreach_copy_(run.ema, [tensors[f"ema.{n}"].to(run.device) for n in run.roles.named["generator"]])
-    run.done, run.ema_updates, run.bad, run.skipped = (saved[n] for n in ("iteration", "ema_updates", "bad", "skipped"))
-    log(f"Resumed {folder}: both adapters, both optimisers, the average; {run.done} iterations are done.")
+@torch.no_grad()
+def copy_tensors(source, target, folder):
+    """Copies tensors by name. Raises UsageError if those of `folder` belong to another network or rank."""
+    if source.keys() != target.keys() or any(source[n].shape != p.shape for n, p in target.items()):
+        raise UsageError(f"{folder} does not fit: take the --model, --pretrained and --lora_rank of its training.")
+    for name, tensor in target.items():
+        tensor.copy_(source[name])
 
 
 @contextlib.contextmanager
 def claim(cfg):
-    """Makes the run folder and locks it: two runs that write to one folder would destroy each other's checkpoints.
-
-    Sweeps up what a killed run left half-written. A start that is refused leaves no new folder behind.
-    """
-    if cfg.dry_run or dist_info()[0] > 0:
-        yield
-        return
+    """Makes and locks the run folder: two runs in one would destroy each other's checkpoints. Sweeps up what a
+    killed run left half-written."""
     folder = Path(cfg.out) / f"stage{cfg.stage}"
-    try:
-        made = next((p for p in [*reversed(folder.parents), folder] if not p.exists()), None)
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"Another run is writing to {folder}: wait for it, or take another --out.") from None
         for rest in [*folder.rglob(".*.partial")]:
             shutil.rmtree(rest) if rest.is_dir() else rest.unlink(missing_ok=True)
-    except BlockingIOError:
-        raise UsageError(f"Another run is writing to {folder}: wait for it, or take another --out.") from None
-    except OSError as error:
-        raise UsageError(f"Cannot write to {folder} ({error.strerror}): choose another --out.") from None
-    try:
         yield
-    finally:
-        lock.close()
-        if made and [p.name for p in folder.iterdir()] == [".lock"]:
-            shutil.rmtree(made)
 
 
 def prepare(cfg):
-    """Everything that a stage needs, in one namespace. What can be refused is refused before a weight is loaded."""
-    rank, _, world = dist_info()
-    if cfg.stage == 2 and cfg.groups % world:
-        raise UsageError(f"--groups {cfg.groups} does not split over {world} processes: take {-(-cfg.groups // world) * world}.")
+    """All that a stage needs, in one namespace. What can be refused is refused before a weight is loaded."""
     run = SimpleNamespace(cfg=cfg, folder=Path(cfg.out) / f"stage{cfg.stage}", done=0, ema_updates=0, skipped=0,
                           bad=dict(generator=0, fake=0), terms={}, stop=False, board=None)
     own, ev = TINY_REWARDS if cfg.model == "tiny" else (), eval_module()
     rewards, watched = ev.parse_rewards(cfg.rewards, own), ev.parse_rewards(cfg.watch, own, "--watch")
-    if cfg.random_weights and any(name not in (*REWARDS, *own) and ":" not in name for name, _ in rewards):
-        rewards = [pair for pair in rewards if pair[0] in (*REWARDS, *own) or ":" in pair[0]]
-        log(f"--random_weights: only {', '.join(name for name, _ in rewards)} can be made without a download.")
-    few = min(cfg.max_prompts, 64) if cfg.dry_run else cfg.max_prompts      # embeddings of 25,000 take an hour
-    run.prompts = [f"prompt {i}" for i in range(8)] if cfg.random_weights else ev.read_prompts(cfg.prompts, cfg.seed)[:few]
+    run.prompts = [f"prompt {i}" for i in range(8)] if cfg.random_weights else ev.read_prompts(cfg.prompts, cfg.seed)
+    run.prompts = run.prompts[:cfg.max_prompts][:64 if cfg.dry_run else None]      # to encode 25,000 takes an hour
     run.prompt_hash = f"{len(run.prompts)} prompts, {key(run.prompts):016x}"
-    found, init = None if cfg.dry_run else find_checkpoint(run.folder), None
-    if found:
-        check_settings(run, found)
-    elif cfg.stage == 2 and not cfg.dry_run:
-        start = Path(cfg.init or Path(cfg.out) / "stage1")
-        if not (init := find_checkpoint(start)):
-            raise UsageError(f"No stage-1 checkpoint at {start}: run --stage 1 with the same --out first, or give --init.")
-        check_init(run, init)
-    device = start_processes(cfg.device)
-    agree(run, found or init)
-    run.device = cfg.device = device
+    start = None if cfg.dry_run else find_start(run)
+    run.device = start_processes(cfg.device)
+    if len(set(everyone(key(vars(cfg), run.prompt_hash, start and start.name)))) > 1:
+        raise UsageError("The processes differ in flags, prompts or the newest checkpoint: start all of them with "
+                         "one command, and give an --out that all nodes see.")
+    cfg.device = run.device
     run.backbone = load_backbone(cfg)
     run.roles = Roles(run.backbone, cfg)
     run.times = timestep_schedule(cfg.steps, run.backbone.shift)
     run.text = TextCache(run.backbone, Path(cfg.cache) / "text")
     run.text.prepare(run.prompts)
-    find = lambda name: (eval_module().random_reward(name, cfg) if cfg.random_weights and name in REWARDS else
-                         load_reward(name, cfg, getattr(run.backbone, "rewards", None)))
-    run.rewards = {name: (find(name), weight) for name, weight in rewards} if cfg.stage == 2 else {}
-    run.watched = {name: find(name) for name, _ in watched}
-    rates = dict(generator=(cfg.lr, cfg.weight_decay), fake=(cfg.lr_fake, 0.0))
-    run.optimizers = {role: torch.optim.AdamW(run.roles.parameters(role), lr, betas=(0.9, 0.999), weight_decay=decay)
-                      for role, (lr, decay) in rates.items()}
-    if init:
-        load_init(run, init)
+    load = eval_module().random_reward if cfg.random_weights else load_reward
+    find = lambda name: load(name, cfg, getattr(run.backbone, "rewards", {}))
+    run.rewards = {n: (reward, weight) for n, weight in rewards if cfg.stage == 2 and (reward := find(n))}
+    run.watched = {n: reward for n, _ in watched if (reward := find(n))}
+    run.optimizers = {}
+    for role, lr, decay in (("generator", cfg.lr, cfg.weight_decay), ("fake", cfg.lr_fake, 0.0)):
+        params = run.roles.parameters(role)
+        run.optimizers[role] = torch.optim.AdamW(params, lr, betas=(0.9, 0.999), weight_decay=decay)
+        for p in params:                                                    # from the start: checkpoints have them
+            run.optimizers[role].state[p] = dict(step=torch.tensor(0.0), exp_avg=torch.zeros_like(p),
+                                                 exp_avg_sq=torch.zeros_like(p))
     run.ema = [p.detach().clone() for p in run.roles.parameters("generator")]
-    if found:
-        load_state(run, found)
-    if rank == 0 and not cfg.dry_run:
-        open_log(run)
+    if start:
+        load_start(run, start)
+    if dist_info()[0] == 0 and not cfg.dry_run:
+        eval_module().open_log(run)
     return run
 
 
-def agree(run, start):
-    """Refuses processes with other flags, prompts or another checkpoint to start from: their gradients would be added up
-    all the same. (Several nodes need one --out that all of them see.)"""
-    if dist.is_initialized():
-        mine, all_of = (dataclasses.asdict(run.cfg), run.prompt_hash, start and start.name), [None] * dist.get_world_size()
-        dist.all_gather_object(all_of, mine)
-        if any(other != mine for other in all_of):
-            raise UsageError("The processes differ in flags, prompts or the newest checkpoint: start all of them with one "
-                             "command, and give an --out that all nodes see.")
-
-
-def open_log(run):
-    """The run folder begins with what made it: settings, versions, and this very file. metrics.jsonl loses the lines that
-    a resumed run will write again."""
-    versions = {n: importlib.metadata.version(n) for n in ("torch", "diffusers", "transformers", "peft", "open_clip_torch")}
-    facts = dict(config=dataclasses.asdict(run.cfg), versions=versions, processes=dist_info()[2], prompts=run.prompt_hash,
-                 git=git_state(), device=torch.cuda.get_device_name() if "cuda" in run.device else run.device)
-    write_atomic(run.folder / "run.json", json.dumps(facts, indent=1))
-    write_atomic(run.folder / "rtdmd.py", Path(__file__).read_bytes())
-    path = run.folder / "metrics.jsonl"
-    lines = re.findall(r'({"iteration": (\d+), .*}\n)', path.read_text(errors="replace") if path.exists() else "")
-    write_atomic(path, "".join(line for line, iteration in lines if int(iteration) <= run.done))
-    with contextlib.suppress(ImportError):                                  # the same numbers as curves, if it is installed
-        from torch.utils.tensorboard import SummaryWriter
-        run.board = SummaryWriter(run.folder / "tensorboard", purge_step=run.done + 1)
-
-
-def git_state():
-    """Commit of the source, with a + if it has changed since; empty outside a repository."""
-    ask = lambda *words: subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True).stdout
-    try:
-        return ask("rev-parse", "HEAD").strip() + ("+" if ask("status", "--porcelain").strip() else "")
-    except FileNotFoundError:
-        return ""
-
-
 def note(run, n, **values):
-    """Adds means over n samples to this iteration's log. Tensors stay on the device: nothing waits for the GPU here."""
+    """Adds means over n samples to this iteration's log. Tensors stay on the device: nothing waits for the GPU."""
     for name, value in values.items():
         total, count = run.terms.get(name, (0.0, 0))
         run.terms[name] = (total + n * (value.detach() if torch.is_tensor(value) else value), count + n)
@@ -1592,17 +1476,14 @@ def note(run, n, **values):
 
 def gather(run):
     """This iteration's terms as floats, averaged over the samples of all processes."""
-    sums = {n: (float(total), count) for n, (total, count) in run.terms.items()}
-    parts = [sums]
-    if dist.is_initialized():
-        parts = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, sums)
-    pairs = {n: [p[n] for p in parts if n in p] for n in sorted(set().union(*parts))}
-    return {n: sum(total for total, _ in pair) / sum(count for _, count in pair) for n, pair in pairs.items()}
+    parts = everyone({n: (float(total), count) for n, (total, count) in run.terms.items()})
+    pairs = {n: zip(*(p[n] for p in parts if n in p)) for n in sorted(set().union(*parts))}
+    return {n: sum(totals) / sum(counts) for n, (totals, counts) in pairs.items()}
 
 
 def iterations(run):
-    """Yields the iterations that are left. After each: a line in the log, now and then a panel, a checkpoint; a look at signals."""
+    """Yields the iterations that are left; after each a line in the log, a look at signals, if due a panel and a
+    checkpoint. The panel: pictures of fixed prompts and noise, and numbers that move when a reward is hacked."""
     cfg = run.cfg
     last = cfg.dry_run or cfg.iterations
     bar = progress(range(run.done, last), last, f"stage {cfg.stage}", start=run.done)
@@ -1614,10 +1495,10 @@ def iterations(run):
             continue
         row = dict(iteration=run.done, **gather(run), skipped=run.skipped)
         if run.done % cfg.sample_every == 0 or run.done == last:
-            row.update(panel(run))
+            row.update(eval_module().panel(run))
         row["seconds"] = time.perf_counter() - start
         bar.set_postfix_str(record(run, row))
-        stop = agreed(run)
+        stop = any(everyone(run.stop))                                      # all of them, or one waits for ever
         if run.done % cfg.save_every == 0 or run.done == last or stop:
             save_checkpoint(run)
         if stop:
@@ -1625,28 +1506,18 @@ def iterations(run):
             return
 
 
-def agreed(run):
-    """Whether any process was asked to stop; all of them learn it, so that nobody waits for one that has left."""
-    flag = torch.tensor(float(run.stop), device=run.device)
-    if dist.is_initialized():
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-    return bool(flag)
-
-
 def watch_signals(run):
-    """SIGTERM and SIGINT end the run after this iteration, with a checkpoint and exit 0; a second SIGINT ends it at once.
-
-    A second SIGTERM does not: a cluster sends it to every process, and torchrun sends it on to its own.
-    """
+    """SIGTERM and SIGINT end the run after this iteration, with a checkpoint and exit 0; a second SIGINT at once.
+    A second SIGTERM does not: a cluster sends it to every process, and torchrun sends it on to its own."""
     def handler(number, _):
         run.stop = True
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, handler)
-    signal.signal(signal.SIGINT, handler)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handler)
 
 
 def record(run, row):
-    """Appends one JSON object to metrics.jsonl; returns the few numbers that tell a healthy run from a sick one."""
+    """Appends a JSON object to metrics.jsonl; returns the few numbers that tell a healthy run from a sick one."""
     row = {n: float(f"{v:.6g}") if isinstance(v, float) else v for n, v in row.items() if math.isfinite(v)}
     if dist_info()[0] == 0:
         with open(run.folder / "metrics.jsonl", "a") as file:
@@ -1657,39 +1528,8 @@ def record(run, row):
     return " ".join(f"{n} {row[n]:.3g}" for n in show)
 
 
-def panel(run):
-    """Pictures of fixed prompts and noise from the averaged generator, and numbers that move when a reward is hacked:
-    saturation (max - min over channels), contrast (std of grey), edges (mean difference of neighbours), the watched rewards."""
-    prompts = sorted(run.prompts, key=lambda prompt: key("panel", prompt))[:16]
-    _, normal = draw([key("panel", p) for p in prompts], 0, run.cfg.steps, run.backbone.latent_shape, run.device)
-    with ema_weights(run), torch.no_grad():
-        states, _ = roll_out(run, normal[0], normal[1:], prompts)
-        parts = chunks(len(prompts), run.cfg.micro_batch)
-        images = torch.cat([run.backbone.decode(states[-1][rows]).float() for rows in parts])
-        watched = {f"watch_{n}": score(r, images, prompts).mean().item() for n, r in run.watched.items()}
-    if dist_info()[0] == 0:
-        save_grid(run.folder / "samples" / f"{run.done:06d}.png", images, columns=8)
-    grey = images.mean(1)
-    edges = grey.diff(dim=1).abs().mean() + grey.diff(dim=2).abs().mean()
-    return dict(watched, saturation=(images.amax(1) - images.amin(1)).mean().item(), edges=edges.item(),
-                contrast=grey.flatten(1).std(1).mean().item())
-
-
-def save_grid(path, images, columns):
-    """Writes images (B, 3, H, W) in [0, 1] as one PNG; small ones are enlarged to 64 pixels."""
-    from PIL import Image
-    zoom = max(1, 64 // images.shape[-1])
-    images = F.pad(images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3), (1, 1, 1, 1), value=1.0)
-    blank = images.new_ones(-len(images) % columns, *images.shape[1:])
-    B, _, H, W = (images := torch.cat([images, blank])).shape
-    canvas = images.view(B // columns, columns, 3, H, W).permute(0, 3, 1, 4, 2).reshape(B // columns * H, columns * W, 3)
-    buffer = io.BytesIO()
-    Image.fromarray((canvas.cpu().numpy() * 255).round().astype(np.uint8)).save(buffer, "PNG")
-    write_atomic(path, buffer.getvalue())
-
-
 def phase(run, name):
-    """A named part of an iteration. It costs nothing, but in a dry run eval.py's meter counts what happens inside."""
+    """A named part of an iteration. In a dry run eval.py's meter counts what happens inside."""
     return eval_module().CostMeter(run, name) if run.cfg.dry_run else contextlib.nullcontext()
 
 
@@ -2040,15 +1880,16 @@ def pathwise_terms(run, x_0, prompts, scales):
 # 10. Command line
 # ----------------------------------------------------------------------------------------------------------------------
 
+# Titles in --help, each at the first of its fields.
 GROUPS = dict(stage="what to run", pretrained="network", steps="sampler (App. C)", gamma="AC-DMD (3.1)",
-              rewards="hybrid policy gradient (3.2)", lr="optimisation (App. J)", save_every="records")     # first fields
+              rewards="hybrid policy gradient (3.2)", lr="optimisation (App. J)", save_every="records")
 
 
 class FlagParser(argparse.ArgumentParser):
     """argparse whose errors are UsageErrors."""
 
     def error(self, message):
-        raise UsageError(f"{message[0].upper()}{message[1:]}: see --help.")
+        raise UsageError(f"{message}: see --help.")
 
 
 def parse_flags(argv):
@@ -2057,7 +1898,7 @@ def parse_flags(argv):
     group = parser
     for field in dataclasses.fields(Config):
         group = parser.add_argument_group(GROUPS[field.name]) if field.name in GROUPS else group
-        kind = dict(action="store_true") if isinstance(field.default, bool) else dict(type=type(field.default), metavar="")
+        kind = dict(type=type(field.default), metavar="") if field.type != "bool" else dict(action="store_true")
         choices = f" ({' | '.join(map(str, field.metadata['choices']))})" if field.metadata["choices"] else ""
         text = f"{field.metadata['help']}{choices} [{field.default}]"
         group.add_argument(f"--{field.name}", help=text.replace("%", "%%"), **kind)
@@ -2068,7 +1909,7 @@ def main(argv=None):
     """One stage, from the command line."""
     try:
         cfg = resolve(parse_flags(argv))
-        with claim(cfg):
+        with claim(cfg) if dist_info()[0] == 0 and not cfg.dry_run else contextlib.nullcontext():
             run = prepare(cfg)
             watch_signals(run)
             (stage1 if cfg.stage == 1 else stage2)(run)
@@ -2078,11 +1919,12 @@ def main(argv=None):
         print(f"rtdmd: {error}", file=sys.stderr)
         sys.exit(error.code)
     except torch.OutOfMemoryError:
-        print(f"rtdmd: out of GPU memory: lower --micro_batch (it was {cfg.micro_batch} and changes nothing else), then add "
-              "--checkpointing.", file=sys.stderr)
+        print(f"rtdmd: out of GPU memory: lower --micro_batch (it was {cfg.micro_batch}; it changes nothing else), "
+              "or add --checkpointing.", file=sys.stderr)
         sys.exit(1)
     except OSError as error:                                                # a disk is full, a folder vanished
-        print(f"rtdmd: {error}: mend that, and the same command goes on from the newest checkpoint.", file=sys.stderr)
+        print(f"rtdmd: {error}: mend that, or choose another folder; the same command goes on from the newest "
+              "checkpoint.", file=sys.stderr)
         sys.exit(2)
     finally:
         if dist.is_initialized():
