@@ -2026,8 +2026,7 @@ def fake_from_zero(start):
     def prepare(cfg):
         run = original(cfg)
         if run.done == 0:
-            rtdmd.load_init(run, rtdmd.find_checkpoint(start))
-            run.ema = [p.detach().clone() for p in run.roles.parameters("generator")]
+            rtdmd.load_start(run, rtdmd.find_checkpoint(start))
             for name, p in run.roles.named["fake"].items():
                 if ".lora_B" in name:
                     p.data.zero_()
