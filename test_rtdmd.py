@@ -3918,12 +3918,13 @@ def test_three_roles_on_one_base(cache):
     assert all(len(roles.parameters(role)) == 2 * len(roles.backbone.lora_targets) for role in ("generator", "fake"))
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradients_survive_the_other_roles(cache, checkpointing):
+@pytest.mark.parametrize("checkpointing, compiled", [(False, False), (True, False), (True, True)])
+def test_gradients_survive_the_other_roles(cache, checkpointing, compiled, monkeypatch):
     """A teacher and a fake pass between the generator's forward and backward change no bit of its gradient."""
-    gradients = []
+    compile_net, gradients = nn.Module.compile, []
+    monkeypatch.setattr(nn.Module, "compile", lambda net: compile_net(net, backend="aot_eager"))      # without a compiler
     for between in ((), ("teacher", "fake")):
-        roles, x, t, cond, _ = tiny_roles(cache, checkpointing=checkpointing)
+        roles, x, t, cond, _ = tiny_roles(cache, checkpointing=checkpointing, compile=compiled)
         roles.nets["generator"].train()                         # diffusers checkpoints whenever gradients are on
         shake(roles, "generator")
         shake(roles, "fake", 1)
