@@ -3295,6 +3295,28 @@ def test_checkpointing_saves_memory_and_costs_a_forward(tmp_path, monkeypatch):
     assert plain["tflop_per_sample"] < less["tflop_per_sample"] < 1.5 * plain["tflop_per_sample"]
 
 
+def test_the_peak_is_what_a_gpu_would_hold(tmp_path, monkeypatch):
+    """Beside the weights, and nothing twice: the table has Adam's moments and the average by themselves. The norm of q and k
+    keeps no fp32 copy of them, as its CUDA kernel does not."""
+    costs, run = dry_run(tmp_path, monkeypatch, "flux2-4b", 1, "--batch", "4", "--fake_updates", "1")
+    assert run.live["now"] < 0.01 * costs["bytes"]["adapters"]              # all that is left over: the log's numbers
+    x, meter = torch.empty(1, 64, 2, 128, device="meta", dtype=torch.bfloat16, requires_grad=True), rtdmd.eval_module().CostMeter
+    norm, before = nn.RMSNorm(128, device="meta", dtype=torch.bfloat16).requires_grad_(False), run.live["now"]
+    run.done = 0
+    with meter(run, "norm"):
+        y = norm(x)
+        kept = run.live["now"] - before
+        y.sum().backward()
+    assert kept == y.nbytes == x.nbytes and x.grad.shape == x.shape
+
+
+def test_flux2_4b_trains_on_a_24_gb_card(tmp_path):
+    """Stage 1, full size, 512 x 512, without recomputation. Fewer steps and samples: the peak is that of one sample."""
+    rtdmd.main(f"--stage 1 --model flux2-4b --device meta --random_weights --dry_run 1 --steps 2 --batch 2 --fake_updates 1 --micro_batch 1 "
+               f"--out {tmp_path} --cache {tmp_path}".split())
+    assert json.loads((tmp_path / "stage1/dry_run.json").read_text())["peak_bytes"] < 24e9
+
+
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_dry_run_keeps_nothing_but_its_report(folders, tmp_path, monkeypatch, stage):
     """On the CPU with a real repository: the contract's keys, finite numbers, and neither a checkpoint nor a log."""
