@@ -2883,19 +2883,48 @@ def test_text_cache(tmp_path, capsys):
     assert R.TextCache(backbone, tmp_path).folder != cache.folder
 
 
-def test_text_cache_keeps_rows_in_memory_up_to_its_budget(tmp_path):
+def test_text_cache_reads_ahead_each_row_once_and_keeps_the_latest(tmp_path, monkeypatch):
     backbone, prompts = Letters(), [f"prompt {i}" for i in range(5)]
-    cache, truth = R.TextCache(backbone, tmp_path), backbone.encode(prompts)
+    cache, truth, read, go = R.TextCache(backbone, tmp_path), backbone.encode(prompts), [], threading.Event()
     cache.prepare(prompts)
-    cache.room = 3 * (8 * 4 + 2) + 5            # three rows of 8 fp32 and one bf16, and not a fourth
-    for _ in range(2):
-        cond = cache.batch(prompts, "cpu")
-        assert all(torch.equal(cond[name], truth[name]) for name in truth)
-        assert list(cache.rows) == prompts[:3] and cache.room == 5
+    load_file = R.load_file
+    monkeypatch.setattr(R, "load_file", lambda path: go.wait(60) and read.append(path) or load_file(path))
+    cache.keep = 3
+    cache.prefetch(prompts[:3])                 # returns although nothing can be read yet
+    assert not read and list(cache.rows) == prompts[:3]
+    go.set()
+    for wanted in ([0, 1], [2, 0, 2], [3], [2, 0]):       # the fourth row pushes out the one that was not asked for longest
+        cond = cache.batch([prompts[i] for i in wanted], "cpu")
+        assert all(torch.equal(cond[name], truth[name][wanted]) for name in truth)
+    assert read == [cache.path(prompts[i]) for i in (0, 1, 2, 3)] and list(cache.rows) == [prompts[i] for i in (3, 2, 0)]
+    assert threading.main_thread() not in cache.reader._threads
     shutil.rmtree(cache.folder)
-    assert torch.equal(cache.batch(prompts[:3][::-1], "cpu")["text"], truth["text"][:3].flip(0))
-    with pytest.raises(R.UsageError, match="cannot be read"):
+    cache.prefetch(prompts)                     # a file that is not there is nobody's concern
+    assert torch.equal(cache.batch([prompts[0]], "cpu")["text"], truth["text"][:1]) and cache.keep == 5
+    with pytest.raises(R.UsageError, match="cannot be read"):       # before it is wanted
         cache.batch(prompts, "cpu")
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_an_iteration_waits_for_no_text_but_the_first(stage, flags, monkeypatch):
+    """Whatever batch is asked for was prefetched an iteration before, but for "" and the panel's prompts."""
+    asked, ahead, batch, prefetch = [], [], R.TextCache.batch, R.TextCache.prefetch
+    monkeypatch.setattr(R.TextCache, "batch", lambda self, prompts, device: (asked.append((len(ahead), set(prompts))),
+                                                                             batch(self, prompts, device))[1])
+    monkeypatch.setattr(R, "read_ahead", lambda run, *more, read_ahead=R.read_ahead: (ahead.append(set()), read_ahead(run, *more))[1])
+
+    def spy(self, prompts):
+        if inspect.currentframe().f_back.f_code.co_name == "read_ahead":
+            ahead[-1] |= set(prompts)
+        return prefetch(self, prompts)
+
+    monkeypatch.setattr(R.TextCache, "prefetch", spy)
+    R.main(flags(stage, "--sample_every", 9, "--iterations", 2, "--max_prompts", 400))
+    assert len(ahead) == 2
+    for call, prompts in asked:
+        assert prompts <= ahead[0] | {""} or len(prompts) == 16 or call == 2 and prompts <= ahead[1] | {""}
+    own = set().union(*(prompts for call, prompts in asked if call == 2 and len(prompts) != 16)) - {""}
+    assert own and own <= ahead[0] & ahead[1]             # the second iteration's were known in the first
 
 
 def test_text_cache_refuses_a_full_disk_and_splits_over_ranks(tmp_path, monkeypatch):
