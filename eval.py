@@ -1568,7 +1568,7 @@ class CostMeter(TorchDispatchMode):
             super().__enter__()
             self.run.live["peak"] = self.run.live["now"]
             if self.kind == "meta":
-                F.scaled_dot_product_attention = fused_attention
+                F.scaled_dot_product_attention, F.rms_norm = fused_attention, fused_norm
         if self.kind == "cuda":
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
@@ -1584,7 +1584,7 @@ class CostMeter(TorchDispatchMode):
         self.cost["seconds"] += time.perf_counter() - self.start
         self.cost["peak_bytes"] = max(self.cost["peak_bytes"], self.run.live["peak"])
         if self.counts:
-            F.scaled_dot_product_attention = PLAIN_ATTENTION
+            F.scaled_dot_product_attention, F.rms_norm = PLAIN_ATTENTION, PLAIN_NORM
             super().__exit__(*error)
             grown = {n: c - self.before.get(n, 0) for n, c in self.run.forwards.items()}
             self.cost["forwards"] = {n: c for n, c in grown.items() if c}
@@ -1639,7 +1639,7 @@ def shapes_only(operation, args, kwargs):
     return form(made) if form in (tuple, list) else made[0]
 
 
-PLAIN_ATTENTION = F.scaled_dot_product_attention
+PLAIN_ATTENTION, PLAIN_NORM = F.scaled_dot_product_attention, F.rms_norm
 
 
 def fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **options):
@@ -1648,6 +1648,24 @@ def fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=
         return PLAIN_ATTENTION(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **options)
     fused = torch.ops.aten._scaled_dot_product_flash_attention
     return fused(query, key, value, dropout_p, is_causal, scale=scale)[0]
+
+
+class FusedNorm(torch.autograd.Function):
+    """RMS norm on `meta` as a GPU computes it, by a kernel that keeps its input, and no fp32 copy of that."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return torch.empty_like(gradient), None
+
+
+def fused_norm(x, normalized_shape, weight=None, eps=None):
+    """F.rms_norm in that form."""
+    return FusedNorm.apply(x, weight)
 
 
 def tensors_of(nets):
@@ -1693,6 +1711,8 @@ def start_counting(run):
         for i, layer in enumerate(layers):
             watch(layer, part, counted=part == "network" or i == 0)
         run.live["held"].update(t.untyped_storage()._cdata for t in tensors_of(nets))
+    standing = [*run.ema, *(m for o in run.optimizers.values() for state in o.state.values() for m in state.values())]
+    run.live["held"].update(t.untyped_storage()._cdata for t in standing)     # in the table they stand beside the peak
     run.standing_bytes = torch.cuda.memory_allocated() if "cuda" in run.device else 0
 
 

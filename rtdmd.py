@@ -103,6 +103,7 @@ import signal
 import sys
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -1013,10 +1014,11 @@ def decode_chunks(vae, z, pixels=2**20):
 class TextCache:
     """Text embeddings on disk, so that the encoders need not live beside the network while it trains.
     FOLDER/<hash of text_key>/<hash of prompt>.safetensors is encode([prompt]) of any backbone without batch axis. A
-    file that is cut short is known by its size, and made anew. The first GiB that is read stays in memory."""
+    file that is cut short is known by its size, and made anew. One thread reads, ahead of the network if it is told to."""
 
     def __init__(self, backbone, folder):
-        self.backbone, self.rows, self.room = backbone, {}, 2**30        # prompt -> embedding; bytes left for more
+        self.backbone, self.reader = backbone, ThreadPoolExecutor(1)
+        self.rows, self.keep = {}, 512       # prompt -> future of its row, the latest last; at most so many (SD3: 1.4 GB)
         self.folder = Path(folder) / hashlib.sha256(backbone.text_key.encode()).hexdigest()[:16]
 
     def path(self, prompt):
@@ -1050,20 +1052,31 @@ class TextCache:
             for i, prompt in enumerate(chunk):
                 write_atomic(self.path(prompt), safetensors_bytes({name: rows[i] for name, rows in cond.items()}))
         self.backbone.free_text()
+        self.rows.clear()                                  # a file that could not be read is whole now
         barrier()
 
+    def read(self, prompt):
+        """One row from its file. Cloned: load_file gives views of the open file, and 65,530 of those are allowed."""
+        try:
+            return {name: x.clone() for name, x in load_file(self.path(prompt)).items()}
+        except (OSError, SafetensorError) as error:
+            raise UsageError(f"{self.path(prompt)} cannot be read: start again, and it is made anew (several nodes "
+                             "need one --cache that all of them see).") from error
+
+    def prefetch(self, prompts):
+        """Has the thread read `prompts` in this order, each once, and returns at once. A loop that asks here for this
+        iteration and the next one finds in `batch` what was read while the network worked."""
+        prompts = list(dict.fromkeys(prompts))
+        self.rows |= {p: self.rows.pop(p, None) or self.reader.submit(self.read, p) for p in prompts}
+        self.keep = max(self.keep, len(prompts))
+        for old in list(self.rows)[:-self.keep]:
+            del self.rows[old]
+
     def batch(self, prompts, device):
-        """cond of `prompts`, batch first, on `device`. A prompt that comes N times is read once."""
-        rows = {}
-        for prompt in dict.fromkeys(prompts):
-            try:                   # cloned: load_file gives views of the open file, and 65,530 of those are allowed
-                rows[prompt] = self.rows.get(prompt) or {n: x.clone() for n, x in load_file(self.path(prompt)).items()}
-            except (OSError, SafetensorError) as error:
-                raise UsageError(f"{self.path(prompt)} cannot be read: start again, and it is made anew (several nodes "
-                                 "need one --cache that all of them see).") from error
-            if prompt not in self.rows and (size := sum(x.nbytes for x in rows[prompt].values())) <= self.room:
-                self.rows[prompt], self.room = rows[prompt], self.room - size
-        cond = {name: torch.stack([rows[prompt][name] for prompt in prompts]) for name in rows[prompts[0]]}
+        """cond of `prompts`, batch first, on `device`."""
+        self.prefetch(prompts)
+        rows = [self.rows[prompt].result() for prompt in prompts]
+        cond = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
         pin = torch.device(device).type == "cuda"         # a copy from pinned memory does not stop the host
         return {name: (x.pin_memory() if pin else x).to(device, non_blocking=True) for name, x in cond.items()}
 
@@ -1554,6 +1567,7 @@ def stage1(run):
         # Line 2: roll out G_theta from noise.
         ids = share(block * cfg.fake_updates)
         prompts = [prompt_at(run, it * prompts_per_iteration(cfg) + i) for i in ids]
+        read_ahead(run, it, prompts_per_iteration(cfg), [*ids, *(block * cfg.fake_updates + i for i in share(cfg.batch))])
         with phase(run, "rollout"):
             _, normal = draw([key(cfg.seed, 1, it, "rollout", i) for i in ids], 0, K, run.backbone.latent_shape, run.device)
             states, predictions = roll_out(run, normal[0], normal[1:], prompts)
@@ -1581,6 +1595,12 @@ def prompt_at(run, position):
     """The prompt at a position of an endless stream: the whole set over and over, each time in another order."""
     epoch, i = divmod(position, len(run.prompts))
     return run.prompts[epoch_order(run.cfg.seed, epoch, len(run.prompts))[i]]
+
+
+def read_ahead(run, it, period, own):
+    """Has the embeddings of this iteration, and then of the next, read while the network works. own: which of an
+    iteration's `period` prompts are this process's."""
+    run.text.prefetch([prompt_at(run, i * period + j) for i in (it, it + 1) for j in own])
 
 
 @functools.lru_cache(maxsize=4)
@@ -1720,6 +1740,7 @@ def stage2(run):
         groups = share(cfg.groups)
         b = SimpleNamespace(ids=[g * N + n for g in groups for n in range(N)],
                             prompts=[prompt_at(run, it * cfg.groups + g) for g in groups for _ in range(N)])
+        read_ahead(run, it, cfg.groups, groups)
         # Lines 7-9: for each prompt a subset S, noise by Eq. 16, N trajectories.
         with phase(run, "rollout"):
             start, noise, b.subsets = group_draws(run, it, groups)
