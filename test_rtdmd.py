@@ -919,7 +919,7 @@ def toy_run(monkeypatch, stage, iterations):
 
     velocity = lambda role, x, t, cond: weights[role][0] * x + weights[role][1]
     run = SimpleNamespace(
-        cfg=cfg, device="cpu", times=rtdmd.timestep_schedule(cfg.steps), terms={}, prompts=["a", "b"],
+        cfg=cfg, device="cpu", times=rtdmd.timestep_schedule(cfg.steps), terms={}, rewards={}, prompts=["a", "b"],
         text=SimpleNamespace(batch=lambda prompts, device: {}, prefetch=lambda prompts: None),
         backbone=SimpleNamespace(latent_shape=(128,), quantise=lambda t: t),
         roles=SimpleNamespace(velocity=velocity, teacher=lambda x, t, cond, null: velocity("teacher", x, t, cond)))
