@@ -880,7 +880,8 @@ DEFAULT_METRICS = {"tiny": ",".join(TINY_COLUMNS), "real": "clipscore,aesthetic,
 def parse_rewards(text, extra=(), flag="--rewards"):
     """"hpsv2=1,ocr=.5,my_module:score=2" -> [(name, weight), ...]. extra: names that the backbone brings.
 
-    No weight means 1, a negative one makes a penalty; 0 would load a network for nothing. Only --watch may be empty.
+    No weight means 1, a negative one makes a penalty; 0 would load a network for nothing. Only --watch may be
+    empty.
     """
     pairs = {}
     for item in text.split(",") if text or flag != "--watch" else ():
@@ -1039,7 +1040,7 @@ KNOWN_PROMPTS = {        # name: (data set on the hub, its files)
     "pickapic": ("yuvalkirstain/pickapic_v1_no_images", "data/train-*.parquet"),       # 584k rows, 168 MB
     "drawbench": ("sayakpaul/drawbench", "*.csv"),                                     # 200 rows
     "partiprompts": ("nateraw/parti-prompts", "PartiPrompts.tsv"),                     # 1,632 rows
-    "hpdv2": None, "tiny": None, "tiny-test": None}            # 3,200 through hpsv2; the captions of the tiny world
+    "hpdv2": None, "tiny": None, "tiny-test": None}           # 3,200 through hpsv2; the captions of the tiny world
 PROMPT_COLUMNS = ("prompt", "prompts", "caption", "text")      # in any case; the first that a table has
 LONGEST_PROMPT = 20_000          # characters; the encoders read some 2,000, more is a broken file
 
@@ -1055,7 +1056,7 @@ def read_prompts(name_or_path, seed=None):
     except OSError as error:
         raise UsageError(f"--prompts {name_or_path} cannot be read ({error.strerror or error}): give a file, or "
                          f"one of {known}.") from error
-    except (ValueError, RuntimeError, csv.Error) as error:               # pyarrow's are subclasses of the first two
+    except (ValueError, RuntimeError, csv.Error) as error:              # pyarrow's are subclasses of the first two
         line = len(texts) + (2 if table else 1)                          # a table has a header
         reason = " ".join(str(getattr(error, "msg", error)).split())[:150]
         raise UsageError(f"--prompts {name_or_path}, line {line}: {reason}; mend it, or give {known}.") from error
@@ -1105,7 +1106,8 @@ def prompt_rows(source):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 9. Command line. About the model itself eval.py has rtdmd.py's flags; a run folder and a checkpoint bring theirs.
+# 9. Command line. About the model itself eval.py has rtdmd.py's flags; a run folder and a checkpoint bring
+# theirs.
 # ----------------------------------------------------------------------------------------------------------------------
 
 @dataclasses.dataclass
@@ -1333,7 +1335,8 @@ def number(mean, error):
 
 
 def provenance():
-    """Versions of the packages; commit of the source, marked if it has changed since (none outside a repository)."""
+    """Versions of the packages; commit of the source, marked if it has changed since (none outside a
+    repository)."""
     packages = ("torch", "diffusers", "transformers", "peft", "open_clip_torch", "hpsv2")
     ask = "git describe --always --abbrev=40 --dirty --exclude *".split()
     git = None
@@ -1369,7 +1372,8 @@ def report(flags, results, scores, failures, note="", **facts):
 
 
 def evaluate(flags, cfg):
-    """--run_folder, --lora, --teacher: samples the rows of a plan, scores them, writes the report and grid.png."""
+    """--run_folder, --lora, --teacher: samples the rows of a plan, scores them, writes the report and
+    grid.png."""
     check_names(flags.metrics.split(","), TINY_COLUMNS if cfg.model == "tiny" else (), "--metrics")
     rows, pictures, seconds = plan(flags, cfg), {}, {}
     prompts = read_prompts(cfg.prompts, cfg.seed)[:flags.max_prompts]
@@ -1494,8 +1498,8 @@ def save_grid(path, images, columns):
 
 
 def open_log(run):
-    """The run folder begins with what made it: settings, versions, and the source. metrics.jsonl loses the lines that a resumed
-    run will write again."""
+    """The run folder begins with what made it: settings, versions, and the source. metrics.jsonl loses the lines
+    that a resumed run will write again."""
     facts = dict(config=vars(run.cfg), processes=rtdmd.dist_info()[2], prompts=run.prompt_hash, **provenance(),
                  device=torch.cuda.get_device_name() if "cuda" in run.device else run.device)
     rtdmd.write_atomic(run.folder / "run.json", json.dumps(facts, indent=1))
@@ -1503,7 +1507,7 @@ def open_log(run):
     path = run.folder / "metrics.jsonl"
     lines = re.findall(r'({"iteration": (\d+), .*}\n)', path.read_text(errors="replace") if path.exists() else "")
     rtdmd.write_atomic(path, "".join(line for line, iteration in lines if int(iteration) <= run.done))
-    with contextlib.suppress(ImportError):                                   # the same numbers as curves, if it is installed
+    with contextlib.suppress(ImportError):                         # the same numbers as curves, if it is installed
         from torch.utils.tensorboard import SummaryWriter
         run.board = SummaryWriter(run.folder / "tensorboard", purge_step=run.done + 1)
 
@@ -1521,9 +1525,9 @@ def ema_weights(run):
 
 
 def panel(run):
-    """OUT/stageN/samples/000100.png: fixed prompts and noise through the averaged generator. Returns the watched rewards, and
-    numbers that move when a reward is hacked: saturation (max - min over channels), contrast (std of grey), edges (mean
-    difference of neighbours)."""
+    """OUT/stageN/samples/000100.png: fixed prompts and noise through the averaged generator. Returns the watched
+    rewards, and numbers that move when a reward is hacked: saturation (max - min over channels), contrast (std of
+    grey), edges (mean difference of neighbours)."""
     prompts = sorted(run.prompts, key=lambda prompt: rtdmd.key("panel", prompt))[:16]
     keys = [rtdmd.key("panel", p) for p in prompts]
     _, normal = rtdmd.draw(keys, 0, run.cfg.steps, run.backbone.latent_shape, run.device)
@@ -1548,11 +1552,11 @@ class CostMeter(TorchDispatchMode):
     """What happens inside a block of a training iteration, added to run.costs[name].
 
     Of the first iteration: forwards by role; FLOPs of the transformers ("network"), of the VAE's decoder and of
-    each reward, by torch's formulas (a product of (n, m) and (m, k) is 2 n m k, all else nothing); and the peak of
-    bytes beside the weights: what an operation makes lives until its last reference is gone, as in the allocator
-    of a GPU. Of the others, or of the first if it is alone: seconds. On `meta` nothing is computed, so that
-    full-size networks can be counted on a laptop. What a fused attention kernel recomputes in its backward pass is
-    not counted.
+    each reward, by torch's formulas (a product of (n, m) and (m, k) is 2 n m k, all else nothing); and the peak
+    of bytes beside the weights: what an operation makes lives until its last reference is gone, as in the
+    allocator of a GPU. Of the others, or of the first if it is alone: seconds. On `meta` nothing is computed, so
+    that full-size networks can be counted on a laptop. What a fused attention kernel recomputes in its backward
+    pass is not counted.
     """
 
     def __init__(self, run, name):
@@ -1590,7 +1594,8 @@ class CostMeter(TorchDispatchMode):
             self.cost["forwards"] = {n: c for n, c in grown.items() if c}
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        """torch calls this instead of every operation: runs it, counts its FLOPs and the storages that it made."""
+        """torch calls this instead of every operation: runs it, counts its FLOPs and the storages that it
+        made."""
         kwargs, live = kwargs or {}, self.run.live
         result = shapes_only(operation, args, kwargs) if self.kind == "meta" else operation(*args, **kwargs)
         if operation.overloadpacket in flop_registry:
@@ -1720,7 +1725,8 @@ CLIP_SIZES = {"hpsv2": "ViT-H-14", "clipscore": "ViT-L-14", "pickscore": "ViT-H-
 
 
 def random_reward(name, cfg, extra):
-    """load_reward for --random_weights: a CLIP reward of full size, its cost without its download. None if that cannot be."""
+    """load_reward for --random_weights: a CLIP reward of full size, its cost without its download. None if that
+    cannot be."""
     import open_clip
     if name in extra or ":" in name:
         return load_reward(name, cfg, extra)
@@ -1797,9 +1803,9 @@ def cost_lines(run, phases, total, weights, samples):
 # ----------------------------------------------------------------------------------------------------------------------
 # The paper's questions, asked on the tiny world (bash train.sh ablations)
 #
-# A question is a dict {row: words}: flags of rtdmd.py, and @names of VARIANTS, which are none of its flags: experiments
-# beyond the paper, small functions that stand in for one of rtdmd's. Rows of stage 2 start from the stage-1 student of
-# the row BASE of their seed. Held-out judges decide, not the trained reward.
+# A question is a dict {row: words}: flags of rtdmd.py, and @names of VARIANTS, which are none of its flags:
+# experiments beyond the paper, small functions that stand in for one of rtdmd's. Rows of stage 2 start from the
+# stage-1 student of the row BASE of their seed. Held-out judges decide, not the trained reward.
 # ----------------------------------------------------------------------------------------------------------------------
 
 BASE = "base (gamma .01)"
@@ -1850,10 +1856,12 @@ QUICK = {1: ["Table 3: the consistency term"], 2: ["Table 4: the hybrid policy g
 
 
 def ablations(flags, cfg):
-    """Trains and evaluates every row for every seed, --jobs at a time; prints mean and standard error over the seeds.
+    """Trains and evaluates every row for every seed, --jobs at a time; prints mean and standard error over the
+    seeds.
 
-    A row that is done is not done again: stop it whenever you like. OUT/NAME.json has one result, OUT/results.json and
-    OUT/table.md all of them, OUT/curves.png reward and held-out judge of Table 4 while they train.
+    A row that is done is not done again: stop it whenever you like. OUT/NAME.json has one result,
+    OUT/results.json and OUT/table.md all of them, OUT/curves.png reward and held-out judge of Table 4 while they
+    train.
     """
     out = Path(flags.out if "out" in flags.given else "runs/ablations")
     seeds = range(flags.seeds if "seeds" in flags.given or not flags.quick else 2)
@@ -1866,13 +1874,13 @@ def ablations(flags, cfg):
     threads = max(1, (os.cpu_count() or 1) // flags.jobs)
     with concurrent.futures.ProcessPoolExecutor(flags.jobs, multiprocessing.get_context("spawn"), torch.set_num_threads,
                                                 (threads,)) as pool:
-        for stage in ([(1, BASE, base, seed) for seed in seeds], jobs):                      # all others start from these
+        for stage in ([(1, BASE, base, seed) for seed in seeds], jobs):               # all others start from these
             waiting = [pool.submit(ablation, out, cfg, *job) for job in stage if not result_of(out, job[1], job[3]).exists()]
             try:
                 for done in rtdmd.progress(concurrent.futures.as_completed(waiting), len(waiting), "ablations"):
                     done.result()
             except BaseException as error:
-                pool.shutdown(cancel_futures=True)                          # those at work stop after their iteration
+                pool.shutdown(cancel_futures=True)                       # those at work stop after their iteration
                 if isinstance(error, KeyboardInterrupt):
                     raise UsageError("Stopped: the same command goes on from here.", code=130) from None
                 raise
@@ -1924,7 +1932,8 @@ def read_log(folder):
 
 
 def best_checkpoint(folder):
-    """The checkpoint where the held-out judge's score of the fixed-seed panel, averaged with its two neighbours, is highest."""
+    """The checkpoint where the held-out judge's score of the fixed-seed panel, averaged with its two neighbours,
+    is highest."""
     curve = {line["iteration"]: line["watch_heldout"] for line in read_log(folder) if "watch_heldout" in line}
     near = lambda it: np.mean([score for other, score in curve.items() if abs(other - it) <= 10])
     return max(rtdmd.list_checkpoints(folder), key=lambda path: near(int(path.name[-6:])))
@@ -1976,8 +1985,8 @@ def antithetic(start):
 
 
 def pathwise(steps):
-    """Eq. 15 through the last `steps` steps with the noise held fixed (as DRaFT-K does), where the paper has 1. Exact for
-    all that these steps do, so no policy term may act on them: use with --no_policy."""
+    """Eq. 15 through the last `steps` steps with the noise held fixed (as DRaFT-K does), where the paper has 1.
+    Exact for all that these steps do, so no policy term may act on them: use with --no_policy."""
     def variant(start):
         original = rtdmd.reinforce_slot
 
@@ -1986,7 +1995,7 @@ def pathwise(steps):
             if slot == cfg.subset_size and reward_term:
                 x, prompts = b.states[K - steps, rows], [b.prompts[r] for r in rows]
                 cond = run.text.batch(prompts, run.device)
-                for k in range(K - steps + 1, K + 1):                       # the rollout's states, with their gradient
+                for k in range(K - steps + 1, K + 1):                   # the rollout's states, with their gradient
                     t, t_next = (rtdmd.level(run.times[[j]], x).expand(len(x), 1, 1, 1) for j in (k - 1, k))
                     v = run.roles.velocity("generator", x, t, cond)
                     mean, _ = rtdmd.cps_mean_std(x, v, t, t_next, cfg.eta)
@@ -2001,7 +2010,8 @@ def pathwise(steps):
 
 
 def fake_knows_k(start):
-    """DEPARTURE 18 undone: a learned vector per step k joins the fake score's pooled text embedding, zero at first."""
+    """DEPARTURE 18 undone: a learned vector per step k joins the fake score's pooled text embedding, zero at
+    first."""
     velocity, teacher, roles = rtdmd.Roles.velocity, rtdmd.Roles.teacher, rtdmd.Roles.__init__
     batch, fake, matching = rtdmd.TextCache.batch, rtdmd.update_fake, rtdmd.matching_loss
 
@@ -2040,7 +2050,8 @@ def pairs_across(start):
 
 
 def fake_from_zero(start):
-    """Stage 1 begins with the generator of `start` and a fake score that is still the teacher: as far behind as can be."""
+    """Stage 1 begins with the generator of `start` and a fake score that is still the teacher: as far behind as
+    can be."""
     original = rtdmd.prepare
 
     def prepare(cfg):
@@ -2076,7 +2087,8 @@ def draw_ablation_curves(out, seeds):
 
 
 def draw_run_curves(run, path):
-    """README's healthy run as a picture: the gap between fake score and teacher of both stages, the rewards of stage 2."""
+    """README's healthy run as a picture: the gap between fake score and teacher of both stages, the rewards of
+    stage 2."""
     logs = {stage: read_log(run / f"stage{stage}") for stage in (1, 2) if (run / f"stage{stage}/metrics.jsonl").exists()}
     panels = {f"stage {stage}: dm, the gap between fake score and teacher": {"dm": mean_curve([log], "dm")}
               for stage, log in logs.items() if "dm" in log[-1]}

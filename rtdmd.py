@@ -1,86 +1,94 @@
 """RTDMD in one file: a 50-step text-to-image flow model becomes a 4-step one and is tuned to human preference.
 
-Stage 1 distils (AC-DMD): the generator's noisy boundary states are matched to the teacher's, on every sub-interval.
+Stage 1 distils (AC-DMD): the generator's noisy boundary states are matched to the teacher's, interval by interval.
 Stage 2 reinforces (hybrid policy gradient): SubGRPO on the stochastic steps, reward gradients through the last,
-deterministic step, and distribution matching to stay near the teacher. It follows "Reinforcing Few-step Generators
-via Reward-Tilted Distribution Matching" and is meant to be read beside it. Not a framework: copy what you need.
+deterministic step, and distribution matching to stay near the teacher. It follows "Reinforcing Few-step
+Generators via Reward-Tilted Distribution Matching" and is meant to be read beside it. Not a framework: copy what
+you need.
 
-    laptop      bash train.sh                                       # the tiny world: both stages, a table, a picture
+    laptop      bash train.sh                                     # the tiny world: both stages, a table, a picture
     1 GPU       python rtdmd.py --stage 1 --model sd3m
-    8 GPUs      torchrun --nproc_per_node 8 rtdmd.py --stage 1 --model sd3m                # then --stage 2, same --out
-    2 nodes     NNODES=2 NODE_RANK=0 MASTER_ADDR=host bash train.sh sd3m 8            # on the other node NODE_RANK=1
-    no weights  python rtdmd.py --stage 1 --model sd3m --random_weights --dry_run 1    # will it fit, how fast will it be
+    8 GPUs      torchrun --nproc_per_node 8 rtdmd.py --stage 1 --model sd3m            # then --stage 2, same --out
+    2 nodes     NNODES=2 NODE_RANK=0 MASTER_ADDR=host bash train.sh sd3m 8          # on the other node NODE_RANK=1
+    no weights  python rtdmd.py --stage 1 --model sd3m --random_weights --dry_run 1     # will it fit, how fast is it
 
 Map  section  paper                functions
      2        2.1                  x0_from_velocity, eps_from_velocity, score_from_velocity
      3        App. C               timestep_schedule, cps_mean_std, cps_step, rollout, CPSScheduler
-     4        3.1, App. B, D-F     renoise, ambient_dsm_loss, reverse_step, consistency_loss, boundary_mean, dmd_loss
+     4        3.1, App. B, D-F     renoise, ambient_dsm_loss, reverse_step, consistency_loss, boundary_mean,
+                                   dmd_loss
      5        3.2, App. G, H       choose_steps, group_noise, gaussian_log_prob, group_advantages, subgrpo_loss,
                                    pathwise_loss
      6        App. I, Algorithm 1  stage1, stage2
      A reader of the paper can stop there. 7 rewards, 8 backbones, 9 plumbing, 10 command line, and the tiny world.
 
-Symbols  theta generator | psi frozen teacher, guided with weight w | phi fake score | steps k = 1..K | t_k level after
-         step k, t_0 = 1, t_K = 0 | eta randomness of the sampler, eps_k the noise of its step k
-         x_s state after step k ("boundary state"), s = t_k | x_t = a x_s + kappa n the same at a level t in [s, 1], n
-         new noise | m = E[x_s | x_t] | t' > t'' two such levels, x', x'' states there, t' - t'' <= delta
+Symbols  theta generator | psi frozen teacher, guided with weight w | phi fake score
+         steps k = 1..K | t_k level after step k, t_0 = 1, t_K = 0 | eta randomness of the sampler, eps_k its noise
+         x_s state after step k ("boundary state"), s = t_k | x_t = a x_s + kappa n the same at level t in [s, 1],
+         n new noise | m = E[x_s | x_t] | t' > t'' two such levels, x', x'' states there, t' - t'' <= delta
          v(x, t) = E[eps - x_0 | x_t = x] | h = x - t v the x-prediction | gamma weight of Eq. 12's second term
          S chosen stochastic steps, |S| = M | N group size | r reward, A advantage | d dimensions of a sample
-         beta reward strength: the target is p_psi exp(beta r) / Z (Eq. 6); its gradient is that of distribution
+         beta reward strength: the target is p_psi exp(beta r) / Z (Eq. 6), whose gradient is that of distribution
          matching (DM) minus beta times that of E r (Eq. 7)
 
-DEPARTURES  [P] from the paper, [C] from its released code, [-] from neither: what the paper leaves open or what both
-share. 1-7, 11, 12 and 17 have tests that show them in numbers.
- 1. [P] The std of re-noising is kappa = sqrt(t^2 - a^2 s^2). The paper's (t-s)/(1-s) (above Eq. 8, App. B) adds standard
-    deviations, which is right only if the new noise is the old one: at s = .5, t = .7 its noise has variance .25
-    where the teacher expects .49. --renoise paper has it.
+DEPARTURES  [P] from the paper, [C] from its released code, [-] from neither: what the paper leaves open or what
+both share. 1-7, 11, 12 and 17 have tests that show them in numbers.
+ 1. [P] The std of re-noising is kappa = sqrt(t^2 - a^2 s^2). The paper's (t-s)/(1-s) (above Eq. 8, App. B) adds
+    standard deviations, which is right only if the new noise is the old one: at s = .5, t = .7 its noise has
+    variance .25 where the teacher expects .49. --renoise paper has it.
  2. [-] With this kappa the self-consistency of App. E holds for noisy x_s too: h(x_t, t) is a martingale of the
-    reversed chain iff kappa^2 = t^2 - a^2 s^2. (App. E's display ends in E[x_0 | x_t']; it should be E[x_0 | x_t''].)
- 3. [C] The paper does not say which reverse kernel Eqs. 11 and 22 use. Ours is the Gaussian posterior: at the true
-    score the loss falls like (t' - t'')^4. At a fixed eta = .9 (released; --kernel cps) the loss at the true score
-    does not fall at all, so it pulls the fake score away from the truth.
- 4. [PC] t' is the re-noising level and t'' lies within delta below it, "close" as 3.1 asks, with no boundary level
-    t_j between them: one phi learns the laws of all steps with t_k < t (18), and that mixture changes at every t_j,
-    so even the perfect phi is not self-consistent across one. App. F's t' = t_k, t'' = t_{k+1} (--consistency_times
-    schedule) crosses by definition, to where states of step k never train phi.
- 5. [C] The fake loss is in velocity form, over the variance of its target given x_0: exactly Eq. 5 at s = 0, and of
-    order one for all s < t, up to t = s and t = 1. The released weight min(1, 10 kappa^2) is not Eq. 5 at s = 0.
- 6. [C] The generator's gradient is the difference of the boundary means m under the two scores, over D, the mean
-    distance from x_s to the teacher's: Eq. 9's score difference times kappa^2 / (a D) > 0. D depends on the sample,
-    as in DMD: this has the zero of Eq. 8's gradient, but is not that gradient. The released code adds one noise draw
-    to both means: it cancels in the difference, not in D, which weakens the early steps.
- 7. [PC] log pi is the exact Gaussian log-density averaged over the d dimensions: the ratio is the d-th root of the
-    likelihood ratio, its gradient at 1 is Eq. 17 over d, and one clip suits every resolution. The released code also
-    drops 1 / (2 std^2), which weights each step by its variance (--log_prob unscaled).
- 8. [C] The ratio is exactly 1 in the first update of a rollout: old and new log-probability come from one forward. A
-    second forward of another batch shape differs in bf16 by more than the clip of 1e-5.
+    reversed chain iff kappa^2 = t^2 - a^2 s^2. (App. E's display ends in E[x_0 | x_t']; it should be E[x_0 |
+    x_t''].)
+ 3. [C] The paper does not say which reverse kernel Eqs. 11 and 22 use. Ours is the Gaussian posterior: at the
+    true score the loss falls like (t' - t'')^4. At a fixed eta = .9 (released; --kernel cps) the loss at the
+    true score does not fall at all, so it pulls the fake score away from the truth.
+ 4. [PC] t' is the re-noising level and t'' lies within delta below it, "close" as 3.1 asks, with no boundary
+    level t_j between them: one phi learns the laws of all steps with t_k < t (18), and that mixture changes at
+    every t_j, so even the perfect phi is not self-consistent across one. App. F's t' = t_k, t'' = t_{k+1}
+    (--consistency_times schedule) crosses by definition, to where states of step k never train phi.
+ 5. [C] The fake loss is in velocity form, over the variance of its target given x_0: exactly Eq. 5 at s = 0,
+    and of order one for all s < t, up to t = s and t = 1. The released weight min(1, 10 kappa^2) is not Eq. 5
+    at s = 0.
+ 6. [C] The generator's gradient is the difference of the boundary means m under the two scores, over D, the
+    mean distance from x_s to the teacher's: Eq. 9's score difference times kappa^2 / (a D) > 0. D depends on
+    the sample, as in DMD: this has the zero of Eq. 8's gradient, but is not that gradient. The released code
+    adds one noise draw to both means: it cancels in the difference, not in D, which weakens the early steps.
+ 7. [PC] log pi is the exact Gaussian log-density averaged over the d dimensions: the ratio is the d-th root of
+    the likelihood ratio, its gradient at 1 is Eq. 17 over d, and one clip suits every resolution. The released
+    code also drops 1 / (2 std^2), which weights each step by its variance (--log_prob unscaled).
+ 8. [C] The ratio is exactly 1 in the first update of a rollout: old and new log-probability come from one
+    forward. A second forward of another batch shape differs in bf16 by more than the clip of 1e-5.
  9. [C] (K-1)/M of Eq. 17 is kept; the released code has no such factor.
 10. [C] S is drawn for every prompt, as Algorithm 1 says; the released code draws one per iteration.
-11. [PC] Eqs. 15 and 17 share units: each reward is divided by the same std in both, and all of Eq. 18 is a mean over
-    dimensions. Otherwise the two reward terms change their balance with resolution and with each reward's unit. The
-    price: a group's std holds the noise of its S only, so the pathwise term weighs more for prompts whose S moves the
-    picture little. --advantage_std global shares one std over all prompts.
+11. [PC] Eqs. 15 and 17 share units: each reward is divided by the same std in both, and all of Eq. 18 is a mean
+    over dimensions. Otherwise the two reward terms change their balance with resolution and with each reward's
+    unit. The price: a group's std holds the noise of its S only, so the pathwise term weighs more for prompts
+    whose S moves the picture little. --advantage_std global shares one std over all prompts.
 12. [P] A baseline that contains r_i itself multiplies the stochastic term by (N-1)/N against the pathwise one.
-    Unscaled advantages (--advantage_std none) therefore use the mean of the N-1 others. Scaled ones keep App. H's
-    form (4 % at N = 24), with a floor under the std: see reward_scale.
-13. [C] DM in stage 2 acts on every step k equally often on average and reuses the forwards of the reward terms; the
-    fake score trains on all boundary states. The released code does both at the last step only (--dm_steps last).
-14. [C] Adapters, gradients, Adam and EMA are fp32: bf16 rounds a step of 1e-6 away from every weight above 5e-4.
-    Stage 2 goes on with stage 1's adapters (averaged generator, raw fake score) instead of merging them.
-15. [-] Three roles by adapters: the teacher is the frozen base without any, the fake score an adapter on it, the
-    generator another: on the same base (SD3) or on the distilled network that it starts from (FLUX.2, App. J).
-16. [P] k is stratified: every update trains each step on an equal share of its samples. (Only the DM term of stage 2
-    draws its k, which must be K or in S.)
-17. [C] Levels are drawn from the inner 98 % of (s, 1), not clamped into it. Clamping t at .98 (released) puts half
-    of FLUX.2's first-step draws on that one level (t_1 = .958 at 512 pixels; 62 % at 1024).
-18. [-] One fake score serves all k, as in the paper and the released code: at t it learns the mixture of the step-k
-    laws with t_k < t, which is each p^(k) of Eq. 9 only where they agree. Conditioning it on k would remove this.
-19. [P] Eq. 9 is differentiated through step k alone, as released: x_{t_{k-1}} is a constant. Eq. 8's gradient also
-    runs through steps 1 .. k-1, which share theta; that would take k graphs at once.
-20. [P] beta is a relative weight, not the exponent of Eq. 6: DM is divided by its own size, a reward by its std.
-21. [P] The draws x'' of Eq. 22 are constants: no gradient flows into them, though Eq. 11's kernel depends on phi.
-    (Released: the same.) The teacher is guided, as released; 2.2 and 3 speak of the plain p_psi. What is exported is
-    the generator's average over updates.
+    Unscaled advantages (--advantage_std none) therefore use the mean of the N-1 others. Scaled ones keep App.
+    H's form (4 % at N = 24), with a floor under the std: see reward_scale.
+13. [C] DM in stage 2 acts on every step k equally often on average and reuses the forwards of the reward terms;
+    the fake score trains on all boundary states. The released code does both at the last step only (--dm_steps
+    last).
+14. [C] Adapters, gradients, Adam and EMA are fp32: bf16 rounds a step of 1e-6 away from every weight above
+    5e-4. Stage 2 goes on with stage 1's adapters (averaged generator, raw fake score) instead of merging them.
+15. [-] Three roles by adapters: the teacher is the frozen base without any, the fake score an adapter on it,
+    the generator another: on the same base (SD3) or on the distilled network that it starts from (FLUX.2, App.
+    J).
+16. [P] k is stratified: every update trains each step on an equal share of its samples. (Only the DM term of
+    stage 2 draws its k, which must be K or in S.)
+17. [C] Levels are drawn from the inner 98 % of (s, 1), not clamped into it. Clamping t at .98 (released) puts
+    half of FLUX.2's first-step draws on that one level (t_1 = .958 at 512 pixels; 62 % at 1024).
+18. [-] One fake score serves all k, as in the paper and the released code: at t it learns the mixture of the
+    step-k laws with t_k < t, which is each p^(k) of Eq. 9 only where they agree. Conditioning it on k would
+    remove this.
+19. [P] Eq. 9 is differentiated through step k alone, as released: x_{t_{k-1}} is a constant. Eq. 8's gradient
+    also runs through steps 1 .. k-1, which share theta; that would take k graphs at once.
+20. [P] beta is a relative weight, not the exponent of Eq. 6: DM is divided by its own size, a reward by its
+    std.
+21. [P] The draws x'' of Eq. 22 are constants: no gradient flows into them, though Eq. 11's kernel depends on
+    phi. (Released: the same.) The teacher is guided, as released; 2.2 and 3 speak of the plain p_psi. What is
+    exported is the generator's average over updates.
 """
 
 from __future__ import annotations
@@ -142,7 +150,8 @@ def opt(default, help, choices=None):
 
 @dataclasses.dataclass
 class Config:
-    """Every setting: type, default, unit and source. The command line is made from it, and nothing else has defaults."""
+    """Every setting: type, default, unit and source. The command line is made from it, and nothing else has
+    defaults."""
 
     # ---- What to run
     stage: int = opt(1, "1 distils (AC-DMD), 2 reinforces (hybrid policy gradient)", (1, 2))
@@ -150,10 +159,11 @@ class Config:
     recipe: str = opt("paper", "named set of differences from these defaults: paper, official")
     out: str = opt("runs/MODEL", "run folder; stage 1 and stage 2 share it")
     init: str = opt("", "stage 2: checkpoint of stage 1 to start from (default: the newest under --out)")
-    iterations: int = opt(0, "passes of Algorithm 1's loop; 0: the stage's own number (paper 4.1: 1500, then 1000)")
+    iterations: int = opt(0, "passes of Algorithm 1's loop; 0: the stage's own (paper 4.1: 1500, then 1000)")
     seed: int = opt(0, "the only source of randomness")
     device: str = opt("", "cuda, cpu or meta (counting only); default: cuda if there is one")
-    prompts: str = opt("pickapic", "file (.txt .jsonl .csv .tsv .parquet) or pickapic (released), drawbench, partiprompts, hpdv2")
+    prompts: str = opt("pickapic", "file (.txt .jsonl .csv .tsv .parquet) or pickapic (released), drawbench, "
+                         "partiprompts, hpdv2")
     max_prompts: int = opt(25000, "prompts taken from the set: their text embeddings go to disk, 2 to 8 MB each")
     cache: str = opt("runs/cache", "text embeddings and the tiny world's teacher, shared by all runs")
     # ---- Network
@@ -166,8 +176,8 @@ class Config:
     dtype: str = opt("", "of the frozen network; default: bf16 on cuda, fp32 on cpu", ("", "bf16", "fp32"))
     lora_rank: int = opt(64, "r (paper 4.1)")
     lora_alpha: int = opt(32, "alpha (paper 4.1): the update is scaled by alpha / r")
-    checkpointing: bool = opt(False, "recompute the network's activations in the backward pass: less memory, slower")
-    no_vae_checkpointing: bool = opt(False, "keep the VAE decoder's activations in the pathwise term: faster, gigabytes")
+    checkpointing: bool = opt(False, "recompute the network's activations going back: less memory, slower")
+    no_vae_checkpointing: bool = opt(False, "keep the decoder's activations in Eq. 15: faster, gigabytes")
     compile: bool = opt(False, "torch.compile the network (worth it on a GPU, after some minutes of compilation)")
     # ---- Sampler (App. C)
     steps: int = opt(4, "K (paper 3.1)")
@@ -175,10 +185,10 @@ class Config:
     # ---- AC-DMD (3.1)
     gamma: float = opt(0.01, "weight of the consistency term in Eq. 12 (paper 4.1); 0 is A-DMD")
     kernel: str = opt("posterior", "reverse kernel of Eq. 11; cps: fixed eta, as released", ("posterior", "cps"))
-    consistency_times: str = opt("local", "t'' within delta of t'; schedule: App. F's t_{k+1}", ("local", "schedule"))
+    consistency_times: str = opt("local", "t'' just below t'; schedule: App. F's t_{k+1}", ("local", "schedule"))
     delta: float = opt(0.1, "largest t' - t'' of the consistency term, in noise level (ours; released: 0.2)")
-    renoise: str = opt("markov", "std sigma_k(t) of 3.1: sqrt(t^2 - a^2 s^2); paper prints (t-s)/(1-s); dmd2 re-noises "
-                       "the x-prediction over [0, 1] (App. K)", ("markov", "paper", "dmd2"))
+    renoise: str = opt("markov", "std sigma_k(t) of 3.1: sqrt(t^2 - a^2 s^2); paper: its (t-s)/(1-s); "
+                       "dmd2 re-noises the x-prediction over [0, 1] (App. K)", ("markov", "paper", "dmd2"))
     batch: int = opt(72, "boundary states per update, over all processes (released: 9 x 8 GPUs)")
     fake_updates: int = opt(0, "fake updates per generator update; 0: the stage's own (released: 10, then 1)")
     # ---- Hybrid policy gradient (3.2)
@@ -198,9 +208,9 @@ class Config:
     advantage_std: str = opt("group", "divide rewards by their std over the group, over all, or not at all",
                              ("group", "global", "none"))
     std_floor: float = opt(1e-4, "least std that a reward is divided by, in its own units (ours)")
-    clip: float = opt(1e-5, "PPO clip on exp(mean over dimensions of the log-ratio) (App. J); acts from the second inner epoch")
+    clip: float = opt(1e-5, "PPO clip on exp(mean of the log-ratio over dimensions) (App. J)")
     log_prob: str = opt("exact", "unscaled drops 1 / (2 std^2), as released", ("exact", "unscaled"))
-    dm_steps: str = opt("all", "steps k of stage 2's matching term and fake score; last: as released", ("all", "last"))
+    dm_steps: str = opt("all", "steps k of stage 2's matching and fake score; last: as released", ("all", "last"))
     inner_epochs: int = opt(1, "generator updates per rollout; the ratio is exactly 1 in the first")
     # ---- Optimisation (App. J)
     lr: float = opt(0.0, "generator; 0: the stage's own (3e-5 or 1e-6, then 3e-6)")
@@ -221,29 +231,32 @@ class Config:
 
 
 # Differences from the defaults above. Numbers under 1 and 2 hold for that stage only.
-STAGES = {1: dict(iterations=1500, lr=3e-5, lr_fake=3e-5, fake_updates=10),                      # paper 4.1, App. J
-          2: dict(iterations=1000, lr=3e-6, lr_fake=3e-5, fake_updates=1)}                      # released: 10:1, 1:1
+STAGES = {1: dict(iterations=1500, lr=3e-5, lr_fake=3e-5, fake_updates=10),                     # paper 4.1, App. J
+          2: dict(iterations=1000, lr=3e-6, lr_fake=3e-5, fake_updates=1)}                    # released: 10:1, 1:1
 MODELS = {
     "tiny": {"prompts": "tiny", "resolution": 12, "guidance": 1.5, "micro_batch": 48, "rewards": "attributes=1",
-             "watch": "heldout", "sample_every": 10, "lora_rank": 32, "lora_alpha": 16, "ema": 0.97, "std_floor": 0.05,
+             "watch": "heldout", "sample_every": 10, "lora_rank": 32, "lora_alpha": 16, "ema": 0.97,
+             "std_floor": 0.05,
              1: dict(iterations=150, lr=1e-3, lr_fake=1e-3, fake_updates=3, batch=48),
-             # DM is divided by its own size, so the balance of Eq. 18 does not carry over from the paper's models (20).
-             # The tiny world gives the pathwise term ten times the weight of the others; README has both.
-             2: dict(iterations=50, lr=1e-3, lr_fake=1e-3, fake_updates=2, groups=4, group_size=12, det_weight=10.0)},
+             # DM is divided by its own size, so the balance of Eq. 18 does not carry over from the paper's models
+             # (20). The tiny world gives the pathwise term ten times the weight of the others; README has both.
+             2: dict(iterations=50, lr=1e-3, lr_fake=1e-3, fake_updates=2, groups=4, group_size=12,
+                     det_weight=10.0)},
     "sd3m": {"guidance": 7.0},
-    "sd35m": {"guidance": 4.5, "rewards": "hpsv2=1,clipscore=1,pickscore=1"},                              # paper 4.3
+    "sd35m": {"guidance": 4.5, "rewards": "hpsv2=1,clipscore=1,pickscore=1"},                           # paper 4.3
     "flux2-4b": {"guidance": 4.0, "rewards": "hpsv2=1,clipscore=1,pickscore=1,geneval=1",
-                 1: dict(lr=1e-6, lr_fake=1e-6), 2: dict(lr_fake=1e-6, groups=64)},                # App. J, paper 4.1
+                 1: dict(lr=1e-6, lr_fake=1e-6), 2: dict(lr_fake=1e-6, groups=64)},             # App. J, paper 4.1
     "flux2-9b": {"guidance": 4.0, "rewards": "hpsv2=1,clipscore=1,pickscore=1,geneval=1",
                  1: dict(lr=1e-6, lr_fake=1e-6), 2: dict(lr_fake=1e-6, groups=64)},
 }
 RECIPES = {
     "paper": {},
-    # The constants of the released code that have a flag here. Not reproduced: its raw pathwise scale (1e-4 per unit of
-    # reward, so that PickScore counts four times), its fake weight min(1, 10 kappa^2), its clamps, bf16 adapters.
+    # The constants of the released code that have a flag here. Not reproduced: its raw pathwise scale (1e-4 per
+    # unit of reward, so that PickScore counts four times), its fake weight min(1, 10 kappa^2), its clamps, bf16
+    # adapters.
     "official": {"lora_rank": 32, "lora_alpha": 64, "kernel": "cps", "delta": 0.2, "ema": 0.904,
-                 2: dict(advantage_std="global", log_prob="unscaled", dm_steps="last", weight_decay=1e-4, dm_weight=1e-3,
-                         policy_weight=2 / 3, ema=0.81)},
+                 2: dict(advantage_std="global", log_prob="unscaled", dm_steps="last", weight_decay=1e-4,
+                         dm_weight=1e-3, policy_weight=2 / 3, ema=0.81)},
 }
 
 
@@ -312,9 +325,9 @@ def check(cfg):
 # ----------------------------------------------------------------------------------------------------------------------
 # 2. Flow algebra (paper 2.1). Rectified path x_t = (1-t) x_0 + t eps, velocity v = E[eps - x_0 | x_t].
 #
-# From here to section 5 everything is a pure function: no globals, no configuration, noise comes in as an argument,
-# levels t, s are numbers or tensors that broadcast against x. All arithmetic is fp32 whatever comes in: bf16 keeps fewer
-# than three digits, so FLUX.2's t_1 = .9581 would become .957, and x - t v would be as coarse.
+# From here to section 5 everything is a pure function: no globals, no configuration, noise comes in as an
+# argument, levels t, s are numbers or tensors that broadcast against x. All arithmetic is fp32 whatever comes in:
+# bf16 keeps fewer than three digits, so FLUX.2's t_1 = .9581 would become .957, and x - t v would be as coarse.
 # ----------------------------------------------------------------------------------------------------------------------
 
 def fp32(*values):
@@ -345,7 +358,8 @@ def score_from_velocity(x, v, t):
 # ----------------------------------------------------------------------------------------------------------------------
 
 def timestep_schedule(steps, shift=1.0):
-    """t_0 = 1 > ... > t_K = 0, (K+1,) float64: the uniform grid u (App. J), shifted as shift u / (1 + (shift-1) u).
+    """t_0 = 1 > ... > t_K = 0, (K+1,) float64: the uniform grid u (App. J), shifted as shift u / (1 + (shift-1)
+    u).
 
     shift 3 (SD3) gives 1, .9, .75, .5, 0 for K = 4.
     """
@@ -356,8 +370,9 @@ def timestep_schedule(steps, shift=1.0):
 def cps_mean_std(x, v, t, t_next, eta):
     """Eqs. 20 and 21: mean (B, ...) and std of x_{t_next} given x at level t and the velocity there.
 
-    eta 0 is an Euler step, eta 1 re-noises the x-prediction; the signal and noise coefficients are (1 - t_next, t_next)
-    for every eta, which is what "coefficient preserving" means. std has the shape of t_next; it is sigma_k of Eq. 13.
+    eta 0 is an Euler step, eta 1 re-noises the x-prediction; the signal and noise coefficients are (1 - t_next,
+    t_next) for every eta, which is what "coefficient preserving" means. std has the shape of t_next; it is
+    sigma_k of Eq. 13.
     """
     x, v, t, t_next = (torch.as_tensor(a, dtype=torch.float32) for a in (x, v, t, t_next))
     x0, eps = x - t * v, x + (1 - t) * v
@@ -446,10 +461,11 @@ class CPSScheduler(FlowMatchEulerDiscreteScheduler):
 # ----------------------------------------------------------------------------------------------------------------------
 
 def renoise_coefficients(s, t, std="markov"):
-    """a = alpha_k(t) and kappa = sigma_k(t) of 3.1 (above Eq. 8) and App. B: x_t = a x_s + kappa n brings level s to level t.
+    """a = alpha_k(t) and kappa = sigma_k(t) of 3.1 (above Eq. 8) and App. B: x_t = a x_s + kappa n brings level s
+    to level t.
 
-    The new noise is independent of the old, so variances add: a^2 s^2 + kappa^2 = t^2. The root is written without the
-    difference of squares, which would cancel as t -> s. std="paper" is (t-s)/(1-s), DEPARTURE 1.
+    The new noise is independent of the old, so variances add: a^2 s^2 + kappa^2 = t^2. The root is written
+    without the difference of squares, which would cancel as t -> s. std="paper" is (t-s)/(1-s), DEPARTURE 1.
     """
     s, t = fp32(s, t)
     a = (1 - t) / (1 - s)
@@ -467,8 +483,8 @@ def renoise(x_s, s, t, noise, std="markov"):
 def ambient_scale(s, t, std="markov"):
     """c, with which the velocity that the conditional score of Eq. 10 implies is  v* = -x_s/(1-s) + c n.
 
-    Derivation: put the conditional score -n/kappa into Eq. 2 and collect; c = (t - kappa^2) / ((1-t) kappa), written
-    so that it is finite at t = 1. c >= 1; c = 1 for s = 0 (flow matching), c -> infinity as t -> s.
+    Derivation: put the conditional score -n/kappa into Eq. 2 and collect; c = (t - kappa^2) / ((1-t) kappa),
+    written so that it is finite at t = 1. c >= 1; c = 1 for s = 0 (flow matching), c -> infinity as t -> s.
     """
     s, t = fp32(s, t)
     a, kappa = renoise_coefficients(s, t, std)
@@ -477,7 +493,8 @@ def ambient_scale(s, t, std="markov"):
 
 
 def ambient_velocity_target(x_s, noise, s, t, std="markov"):
-    """Regression target v* of the fake score on x_t = a x_s + kappa n; Eq. 5's n - x_0 at s = 0. x_s, noise (B, ...)."""
+    """Regression target v* of the fake score on x_t = a x_s + kappa n; Eq. 5's n - x_0 at s = 0. x_s, noise (B,
+    ...)."""
     x_s, noise, s = fp32(x_s, noise, s)
     return -x_s / (1 - s) + ambient_scale(s, t, std) * noise
 
@@ -485,9 +502,9 @@ def ambient_velocity_target(x_s, noise, s, t, std="markov"):
 def ambient_dsm_loss(v_fake, x_s, noise, s, t, std="markov"):
     """Eq. 10 -> scalar. v_fake = v_phi(x_t, t), x_s, noise (B, ...).
 
-    |v_phi - v*|^2 is divided by the variance of v* given x_0, c^2 + s^2 / (1-s)^2: of order one at every (s, t), exactly
-    Eq. 5 at s = 0, and without singularity as t -> s, where v* grows like 1 / kappa. (So omega_k, which weighs squared
-    scores, is (t/(1-t))^2 over that variance; their product is finite at t = 1.)
+    |v_phi - v*|^2 is divided by the variance of v* given x_0, c^2 + s^2 / (1-s)^2: of order one at every (s, t),
+    exactly Eq. 5 at s = 0, and without singularity as t -> s, where v* grows like 1 / kappa. (So omega_k, which
+    weighs squared scores, is (t/(1-t))^2 over that variance; their product is finite at t = 1.)
     """
     v_fake, x_s, noise, s = fp32(v_fake, x_s, noise, s)
     c, b = ambient_scale(s, t, std), s / (1 - s)
@@ -498,9 +515,10 @@ def ambient_dsm_loss(v_fake, x_s, noise, s, t, std="markov"):
 def reverse_step(x, v, t, t_next, noise, kernel="posterior", eta=None):
     """x'' ~ p_phi(x_t'' | x_t'), the reverse kernel of Eq. 11. x, v, noise (B, ...); t' = t >= t_next = t''.
 
-    "posterior": the Gaussian bridge q(x'' | x', x_0) at the x-prediction: Eq. 20 with cos = t''(1-t') / (t'(1-t'')).
-    The 1e-9 makes cos 1 instead of 0/0 at t' = t'' = 1, where a level that is rounded to bf16 may fall.
-    "cps": Eq. 20 at a fixed eta, as released; the true score is then no fixed point of Eq. 11 (DEPARTURE 3).
+    "posterior": the Gaussian bridge q(x'' | x', x_0) at the x-prediction: Eq. 20 with cos = t''(1-t') /
+    (t'(1-t'')). The 1e-9 makes cos 1 instead of 0/0 at t' = t'' = 1, where a level that is rounded to bf16 may
+    fall. "cps": Eq. 20 at a fixed eta, as released; the true score is then no fixed point of Eq. 11 (DEPARTURE
+    3).
     """
     x, v, t, t_next, noise = fp32(x, v, t, t_next, noise)
     cos = math.cos(eta * math.pi / 2) if kernel == "cps" else t_next * (1 - t + 1e-9) / (t * (1 - t_next + 1e-9))
@@ -509,12 +527,14 @@ def reverse_step(x, v, t, t_next, noise, kernel="posterior", eta=None):
 
 
 def consistency_loss(fake, x, v, t, t_next, noise_1, noise_2, kernel="posterior", eta=None):
-    """Eq. 22 -> scalar: |h(x', t') - E h(x'', t'')|^2 with h = x - t v the x-prediction, over two draws x'' (App. F).
+    """Eq. 22 -> scalar: |h(x', t') - E h(x'', t'')|^2 with h = x - t v the x-prediction, over two draws x'' (App.
+    F).
 
     fake(x, t) -> v_phi;  x, v (B, ...) at level t' = t, v = fake(x, t) with its graph;  noise_1, noise_2 (B, ...)
-    independent. The product of two draws is unbiased for the squared norm of the mean; the square of one draw would add
-    the variance of h(x''). It may be negative. The draws are constants: a gradient into x'' would teach the kernel, not
-    the prediction. (update_fake writes the same out in two halves, to hold one graph of the network at a time.)
+    independent. The product of two draws is unbiased for the squared norm of the mean; the square of one draw
+    would add the variance of h(x''). It may be negative. The draws are constants: a gradient into x'' would teach
+    the kernel, not the prediction. (update_fake writes the same out in two halves, to hold one graph of the
+    network at a time.)
     """
     x, v, t, t_next, noise_1, noise_2 = (torch.as_tensor(a, dtype=torch.float32)
                                          for a in (x, v, t, t_next, noise_1, noise_2))
@@ -539,13 +559,13 @@ def boundary_mean(x_t, v, s, t):
 
 
 def dmd_loss(x_s, x_t, v_teacher, v_fake, s, t):
-    """Scalar; over its number of elements, its gradient in x_s is g: Eq. 9 with lambda_k alpha_k = kappa^2 / (a D), and Eq. 4
-    (ordinary DMD) at s = 0.
+    """Scalar; over its number of elements, its gradient in x_s is g: Eq. 9 with lambda_k alpha_k = kappa^2 / (a
+    D), and Eq. 4 (ordinary DMD) at s = 0.
 
-    x_s (B, ...) with its graph; x_t = renoise(x_s); velocities at (x_t, t), treated as constants.
-    g = (m_phi - m_psi) / D points from the teacher's boundary mean to the fake's, so descent moves x_s towards the
-    teacher; D = mean abs(x_s - m_psi) of the sample is DMD's normaliser. (x_s - stop(x_s - g))^2 / 2 has the gradient g;
-    its value g^2 / 2 is half the squared relative gap. a and kappa are those of "markov", also under --renoise paper:
+    x_s (B, ...) with its graph; x_t = renoise(x_s); velocities at (x_t, t), treated as constants. g = (m_phi -
+    m_psi) / D points from the teacher's boundary mean to the fake's, so descent moves x_s towards the teacher; D
+    = mean abs(x_s - m_psi) of the sample is DMD's normaliser. (x_s - stop(x_s - g))^2 / 2 has the gradient g; its
+    value g^2 / 2 is half the squared relative gap. a and kappa are those of "markov", also under --renoise paper:
     m_phi - m_psi stays a positive multiple of the score difference.
     """
     x_s, x_t, v_teacher, v_fake, s, t = (torch.as_tensor(value, dtype=torch.float32)
@@ -555,21 +575,24 @@ def dmd_loss(x_s, x_t, v_teacher, v_fake, s, t):
         m_fake, m_teacher = ((1 - s) * (x_t - t * v) + (a * s * s / t) * (x_t + (1 - t) * v)
                              for v in (v_fake, v_teacher))
         size = (x_s - m_teacher).abs().mean(dim=tuple(range(1, x_s.dim())), keepdim=True)
-        g = (m_fake - m_teacher) / size.clamp_min(1e-3)                     # a student on top of its target: no blow-up
+        g = (m_fake - m_teacher) / size.clamp_min(1e-3)                # a student on top of its target: no blow-up
     return 0.5 * (x_s - (x_s - g).detach()).square().mean()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 5. Hybrid policy gradient (3.2, App. G, H). Step k = 1 .. K-1 is a Gaussian policy, step K is deterministic (Eq. 14).
+# 5. Hybrid policy gradient (3.2, App. G, H). Step k = 1 .. K-1 is a Gaussian policy, step K is deterministic (Eq.
+# 14).
 # ----------------------------------------------------------------------------------------------------------------------
 
 def choose_steps(steps, subset_size, generator):
-    """S: sorted list of subset_size of the stochastic steps {1 .. K-1}, uniformly (3.2). generator: torch.Generator."""
+    """S: sorted list of subset_size of the stochastic steps {1 .. K-1}, uniformly (3.2). generator:
+    torch.Generator."""
     return sorted((torch.randperm(steps - 1, generator=generator)[:subset_size] + 1).tolist())
 
 
 def group_noise(shape, selected, group_size, steps, generator):
-    """Eq. 16: the noise of one group, (K-1, N, *shape), independent at the steps in `selected`, shared at all others."""
+    """Eq. 16: the noise of one group, (K-1, N, *shape), independent at the steps in `selected`, shared at all
+    others."""
     noise = torch.randn(steps - 1, group_size, *shape, generator=generator)
     for k in range(1, steps):
         if k not in selected:
@@ -580,8 +603,8 @@ def group_noise(shape, selected, group_size, steps, generator):
 def gaussian_log_prob(x_next, mean, std):
     """log pi of Eq. 13 (written out in App. H) over the number of dimensions, (B,). x_next, mean (B, ...).
 
-    The exact density with its 1 / (2 std^2), which weighs the steps; the mean makes one clip suit every resolution, and the
-    ratio the d-th root of the likelihood ratio (DEPARTURE 7).
+    The exact density with its 1 / (2 std^2), which weighs the steps; the mean makes one clip suit every
+    resolution, and the ratio the d-th root of the likelihood ratio (DEPARTURE 7).
     """
     x_next, mean, std = fp32(x_next, mean, std)
     log_density = -0.5 * ((x_next - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)
@@ -589,7 +612,8 @@ def gaussian_log_prob(x_next, mean, std):
 
 
 def reward_scale(rewards, std="group", floor=1e-4):
-    """What rewards are divided by, broadcastable to (G, N): their std (with N-1) over the group or over all; or 1.
+    """What rewards are divided by, broadcastable to (G, N): their std (with N-1) over the group or over all; or
+    1.
 
     The floor: where all members of a group score the same, their std would blow rounding noise up to +-1.
     """
@@ -601,8 +625,8 @@ def reward_scale(rewards, std="group", floor=1e-4):
 def group_advantages(rewards, std="group", floor=1e-4):
     """A_i of 3.2 and App. H: (G, N) -> (G, N), rewards of N trajectories for each of G prompts.
 
-    std="none" compares each with the mean of the N-1 others, i.e. stretches by N/(N-1): a baseline that contains r_i
-    itself would shrink the stochastic term of Eq. 14 by (N-1)/N against the pathwise one.
+    std="none" compares each with the mean of the N-1 others, i.e. stretches by N/(N-1): a baseline that contains
+    r_i itself would shrink the stochastic term of Eq. 14 by (N-1)/N against the pathwise one.
     """
     centred = rewards - rewards.mean(1, keepdim=True)
     if std == "none":
@@ -611,11 +635,11 @@ def group_advantages(rewards, std="group", floor=1e-4):
 
 
 def subgrpo_loss(log_prob, old_log_prob, advantages, steps, clip):
-    """Loss whose gradient is minus Eq. 17 (per dimension), -> scalar. log_prob, old_log_prob (B, M): a column per step of S;
-    advantages (B,).
+    """Loss whose gradient is minus Eq. 17 (per dimension), -> scalar. log_prob, old_log_prob (B, M): a column per
+    step of S; advantages (B,).
 
-    (K-1)/M makes the sum over S an unbiased stand-in for the sum over all K-1 steps, Eq. 31, of naive GRPO (M = K-1).
-    The clip is PPO's: it acts only once the ratio has left 1, i.e. from the second update of a rollout on.
+    (K-1)/M makes the sum over S an unbiased stand-in for the sum over all K-1 steps, Eq. 31, of naive GRPO (M =
+    K-1). The clip is PPO's: it acts only once the ratio has left 1, i.e. from the second update of a rollout on.
     """
     ratio, A = torch.exp(log_prob - old_log_prob), advantages[:, None]
     surrogate = torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A)
@@ -625,18 +649,369 @@ def subgrpo_loss(log_prob, old_log_prob, advantages, steps, clip):
 def pathwise_loss(reward, scale=1.0, dims=1):
     """Loss whose gradient is minus Eq. 15 over dims, -> scalar. reward (B,) = r(G(x_{t_{K-1}})).
 
-    x_{t_{K-1}} must enter detached: how it depends on theta is what the policy term measures (App. G.2), and would be
-    counted twice. scale (B,): the std that the advantage was divided by; dims: the log-probabilities and the DM loss are
-    means over dimensions, so this term is divided by their number too (DEPARTURE 11).
+    x_{t_{K-1}} must enter detached: how it depends on theta is what the policy term measures (App. G.2), and
+    would be counted twice. scale (B,): the std that the advantage was divided by; dims: the log-probabilities and
+    the DM loss are means over dimensions, so this term is divided by their number too (DEPARTURE 11).
     """
     return -(reward.float() / scale).mean() / dims
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# 6. The two stages: Algorithm 1 (App. I). The comments name its lines.
+#
+# Beyond it: fake_updates updates of phi for each update of theta (released: 10, then 1), and in stage 1 a rollout
+# of its own for line 4.
+#
+# run holds cfg, backbone, roles (theta, phi, psi), text (cached embeddings), times (K+1,), optimizers, ema. From
+# section 9: share(n): the global indices of this process; prompt_at(run, i): the i-th prompt of an endless
+# stream; draw(keys, u, m, ...): u uniforms and m normals a sample; chunks(n, size): slices; level(t, x): t to
+# broadcast against x; note(run, n, ..): means over n samples for the log; phase(run, name): counts cost in a dry
+# run. roll_out is section 3's rollout in chunks.
+# ----------------------------------------------------------------------------------------------------------------------
+
+def stage1(run):
+    """Algorithm 1, lines 1-5: AC-DMD, the cold start.
+
+    A rollout visits all K boundary states and each of them serves one fake update, so batch * fake_updates / K
+    trajectories feed all fake updates of an iteration. (The released code rolls out anew for every update and
+    keeps one state.)
+    """
+    cfg, K = run.cfg, run.cfg.steps
+    block = cfg.batch // K                                                  # trajectories per block
+    for it in iterations(run):
+        # Line 2: roll out G_theta from noise.
+        ids = share(block * cfg.fake_updates)
+        prompts = [prompt_at(run, it * prompts_per_iteration(cfg) + i) for i in ids]
+        own = [*ids, *(block * cfg.fake_updates + i for i in share(cfg.batch))]
+        read_ahead(run, it, prompts_per_iteration(cfg), own)
+        with phase(run, "rollout"):
+            keys = [key(cfg.seed, 1, it, "rollout", i) for i in ids]
+            _, normal = draw(keys, 0, K, run.backbone.latent_shape, run.device)
+            states, predictions = roll_out(run, normal[0], normal[1:], prompts)
+        # Line 3: update phi on Eq. 12. The trajectories form fake_updates blocks of batch / K. Update u takes the
+        # states after step k from block u + k (mod fake_updates): every k in equal parts, and no two states of
+        # one trajectory in one update, if there are at least K updates.
+        with phase(run, "fake"):
+            for u in range(cfg.fake_updates):
+                pick = [(row, k) for row, i in enumerate(ids) for k in range(1, K + 1)
+                        if (u + k - i // block) % cfg.fake_updates == 0]
+                rows, k = [p[0] for p in pick], torch.tensor([p[1] for p in pick], dtype=torch.long)
+                x_s, s = boundary_states(run, states[:, rows], predictions[:, rows], k)
+                update_fake(run, it, u, x_s, s, k, [prompts[r] for r in rows], [ids[r] for r in rows], cfg.batch)
+        # Line 4: update theta on Eq. 9.
+        with phase(run, "generator"):
+            update_generator(run, it)
+
+
+def prompts_per_iteration(cfg):
+    """Prompts that one iteration of stage 1 uses: for the fake score's rollout, then for the generator's."""
+    return cfg.batch // cfg.steps * cfg.fake_updates + cfg.batch
+
+
+def update_generator(run, it):
+    """Line 4: one AdamW step of theta on Eq. 9. Sample i trains step k = 1 + floor(i K / batch): k ~ U{1..K} in
+    exactly equal parts, and on every process (k = 1 + i mod K would give the long walks of k = K to every K-th of
+    them alone)."""
+    cfg, K = run.cfg, run.cfg.steps
+    ids, first = share(cfg.batch), (it + 1) * prompts_per_iteration(cfg) - cfg.batch
+    for rows in chunks(len(ids), cfg.micro_batch):
+        mine = ids[rows]
+        k = torch.tensor([1 + i * K // cfg.batch for i in mine])
+        # normal[0] starts the rollout, normal[k] is eps_k of its step k < K, normal[K] re-noises the result.
+        keys = [key(cfg.seed, 1, it, "generator", i) for i in mine]
+        uniform, normal = draw(keys, 1, K + 1, run.backbone.latent_shape, run.device)
+        cond = run.text.batch([prompt_at(run, first + i) for i in mine], run.device)
+        x = walk(run, normal, k, cond)
+        t, t_next = level(run.times[k - 1], x), level(run.times[k], x)
+        v = run.roles.velocity("generator", x, t, cond)              # the one forward of the rollout with gradient
+        if cfg.renoise == "dmd2":
+            x_s, s = x0_from_velocity(x, v, t), torch.zeros_like(t)
+        else:
+            x_s, s = cps_step(x, v, t, t_next, normal[k, range(len(mine))], cfg.eta), t_next
+        loss = matching_loss(run, x_s, s, cond, level(uniform[0], x), normal[K])
+        (loss * len(mine) / cfg.batch).backward()
+        note(run, len(mine), dm=loss)
+    if optimizer_step(run, "generator"):
+        update_ema(run)
+
+
+@torch.no_grad()
+def walk(run, normal, k, cond):
+    """x_{t_{k-1}} of each sample, k (B,) its own step: the first k - 1 steps of the rollout, by those that need
+    them."""
+    x = normal[0].clone()
+    for j in range(1, int(k.max())):
+        live = (k > j).nonzero()[:, 0].to(x.device)
+        t, t_next = run.times[j - 1].float(), run.times[j].float()
+        some = {n: c[live] for n, c in cond.items()}
+        v = run.roles.velocity("generator", x[live], t.expand(len(live)).to(x.device), some)
+        x[live] = cps_step(x[live], v, t, t_next, normal[j][live], run.cfg.eta)
+    return x
+
+
+@torch.no_grad()
+def roll_out(run, x, noise, prompts):
+    """The generator's K steps, in chunks. x (L, ...), noise (K-1, L, ...) -> states (K+1, L, ...), x-predictions
+    (K, L, ...)."""
+    parts = [(x.new_zeros(run.cfg.steps + 1, 0, *x.shape[1:]), x.new_zeros(run.cfg.steps, 0, *x.shape[1:]))]
+    for rows in chunks(len(x), 4 * run.cfg.micro_batch):               # without activations four times as many fit
+        cond = run.text.batch(prompts[rows], run.device)
+        velocity = lambda x, t: run.roles.velocity("generator", x, t, cond)
+        states, predictions = rollout(velocity, x[rows], noise[:, rows], run.times.to(run.device), run.cfg.eta)
+        parts.append((torch.stack(states), torch.stack(predictions)))
+    return (torch.cat(part, 1) for part in zip(*parts))
+
+
+def boundary_states(run, states, predictions, k):
+    """What is matched to the teacher after step k (B,), and its level: x_s = x_{t_k}, s = t_k (3.1). For
+    --renoise dmd2 the x-predictions, taken for clean samples (App. K). states (K+1, B, ...), predictions (K, B,
+    ...)."""
+    if run.cfg.renoise == "dmd2":
+        return predictions[k - 1, range(len(k))], torch.zeros(len(k))
+    return states[k, range(len(k))], run.times[k].float()
+
+
+def between(run, low, high, u):
+    """low + u (high - low), u ~ U[0, 1), rounded to what the network can be told. All (B, 1, ..)."""
+    return run.backbone.quantise(low + u * (high - low)).clamp(low, torch.as_tensor(high, device=u.device))
+
+
+def draw_level(run, s, u):
+    """t ~ U[s, 1] of Eqs. 8 and 10, 1 % off both ends (DEPARTURE 17): s, u (B, 1, ..), u ~ U[0, 1)."""
+    return between(run, s, 1.0, 0.01 + 0.98 * u)
+
+
+def draw_next_level(run, t, u):
+    """t'' of Eq. 11: within delta below t' = t, and above the next boundary level t_j (DEPARTURE 4). t, u (B, 1,
+    ..)."""
+    boundary = torch.where(run.times.to(t) < t.view(-1, 1), run.times.to(t), 0.0).amax(1)
+    return between(run, torch.maximum(t - run.cfg.delta, level(boundary, t)), t, u)
+
+
+def update_fake(run, it, u, x_s, s, k, prompts, ids, total):
+    """Lines 3 and 12: one AdamW step of phi on Eq. 12. x_s (B, ...) at levels s (B,), from step k (B,); `total`
+    samples over all processes."""
+    cfg, std = run.cfg, run.cfg.renoise                                    # dmd2 re-noises like markov, from s = 0
+    for rows in chunks(len(x_s), cfg.micro_batch):
+        keys = [key(cfg.seed, cfg.stage, it, "fake", u, i, j) for i, j in zip(ids[rows], k[rows].tolist())]
+        uniform, (n, n_1, n_2) = draw(keys, 2, 3, x_s.shape[1:], run.device)
+        x, s_x, cond = x_s[rows], level(s[rows], x_s), run.text.batch(prompts[rows], run.device)
+        fake = lambda x, t: run.roles.velocity("fake", x, t, cond)
+        t = draw_level(run, s_x, level(uniform[0], x))
+        x_t = renoise(x, s_x, t, n, std)
+        v = fake(x_t, t)
+        loss, weight = ambient_dsm_loss(v, x, n, s_x, t, std), len(x) / total
+        note(run, len(x), dsm=loss)
+        if cfg.gamma == 0:
+            (weight * loss).backward()
+            continue
+        if cfg.consistency_times == "local":
+            t_next = draw_next_level(run, t, level(uniform[1], x))
+        else:                                                               # App. F: t' = t_k, t'' = t_{k+1}
+            x_t, t, t_next = x, s_x.clamp_min(1e-6), level(run.times[(k[rows] + 1).clamp_max(cfg.steps)], x)
+            v = fake(x_t, t)
+        # Eq. 22 is E[d_1 d_2]. Both factors have the same expected gradient, so twice that through d_2 = h'' - h
+        # will do, and d_1 needs none. The part through h goes first: then there is only one graph of the network
+        # at a time.
+        h = x0_from_velocity(x_t, v, t)
+        x_1, x_2 = (reverse_step(x_t, v.detach(), t, t_next, noise, cfg.kernel, cfg.eta) for noise in (n_1, n_2))
+        with torch.no_grad():
+            d_1 = x0_from_velocity(x_1, fake(x_1, t_next), t_next) - h
+        (weight * (loss - 2 * cfg.gamma * (d_1 * h).mean())).backward()
+        d_2 = x0_from_velocity(x_2, fake(x_2, t_next), t_next) - h.detach()
+        consistency = (d_1 * d_2).mean()
+        (weight * 2 * cfg.gamma * consistency).backward()
+        note(run, len(x), consistency=consistency)
+    optimizer_step(run, "fake")
+
+
+def matching_loss(run, x_s, s, cond, u, noise):
+    """Eq. 9 at one t ~ U[s, 1] (Eq. 8) -> scalar. x_s (B, ...) with its graph; s, u (B, 1, ..), u ~ U[0, 1)."""
+    with torch.no_grad():
+        t = draw_level(run, s, u)
+        x_t = renoise(x_s, s, t, noise, run.cfg.renoise)
+        v_teacher = run.roles.teacher(x_t, t, cond, run.text.batch([""], run.device))
+        v_fake = run.roles.velocity("fake", x_t, t, cond)
+    return dmd_loss(x_s, x_t, v_teacher, v_fake, s, t)
+
+
+def stage2(run):
+    """Algorithm 1, lines 6-14: the hybrid policy gradient, with stage 1's distribution matching to stay near the
+    teacher.
+
+    A group lives on one process. Rows of everything in b: the L = groups * N trajectories of this process.
+    """
+    cfg, K, N = run.cfg, run.cfg.steps, run.cfg.group_size
+    for it in iterations(run):
+        groups = share(cfg.groups)
+        b = SimpleNamespace(ids=[g * N + n for g in groups for n in range(N)],
+                            prompts=[prompt_at(run, it * cfg.groups + g) for g in groups for _ in range(N)])
+        read_ahead(run, it, cfg.groups, groups)
+        # Lines 7-9: for each prompt a subset S, noise by Eq. 16, N trajectories.
+        with phase(run, "rollout"):
+            start, noise, b.subsets = group_draws(run, it, groups)
+            b.states, b.predictions = roll_out(run, start, noise, b.prompts)
+        # Line 10: rewards and group-normalised advantages.
+        with phase(run, "reward"):
+            judge_groups(run, b)
+        # Line 12: update phi on Eq. 12, with the states of this very rollout, every k in equal parts.
+        with phase(run, "fake"):
+            for u in range(cfg.fake_updates):
+                k = torch.tensor([K if cfg.dm_steps == "last" else 1 + (i + it + u) % K for i in b.ids])
+                x_s, s = boundary_states(run, b.states, b.predictions, k)
+                update_fake(run, it, u, x_s, s, k, b.prompts, b.ids, cfg.groups * N)
+        # Line 13: update theta on Eq. 18.
+        with phase(run, "generator"):
+            b.old = torch.zeros(len(b.ids), cfg.subset_size, device=run.device)    # log pi, set in the first epoch
+            for epoch in range(cfg.inner_epochs):
+                reinforce(run, it, epoch, b)
+
+
+def group_draws(run, it, groups):
+    """Lines 8 and 9 -> x_{t_0} (L, ...), noise by Eq. 16 (K-1, L, ...), S (L, M)."""
+    cfg, shape = run.cfg, run.backbone.latent_shape
+    start, noise, subsets = [], [], []
+    for g in groups:
+        generator = torch.Generator().manual_seed(key(cfg.seed, 2, it, "group", g))
+        S = choose_steps(cfg.steps, cfg.subset_size, generator)
+        own = range(1, cfg.steps) if cfg.independent_noise else S
+        noise.append(group_noise(shape, own, cfg.group_size, cfg.steps, generator))
+        first = torch.randn(1 if cfg.share_initial else cfg.group_size, *shape, generator=generator)
+        start.append(first.expand(cfg.group_size, *shape))
+        subsets += [S] * cfg.group_size
+    return torch.cat(start).to(run.device), torch.cat(noise, 1).to(run.device), torch.tensor(subsets)
+
+
+@torch.no_grad()
+def judge_groups(run, b):
+    """Line 10. b.advantages (L,): the sum over rewards of weight times A_i; b.scales: by reward, what its A_i was
+    divided by (L,).
+
+    Every process sees all rewards: for the global std, and for one log.
+    """
+    cfg, (rank, _, world) = run.cfg, dist_info()
+    values = {name: [] for name in run.rewards}
+    for rows in chunks(len(b.ids), 4 * cfg.micro_batch):                    # all images at once would be gigabytes
+        images = run.backbone.decode(b.states[-1][rows])
+        for name, (reward, _) in run.rewards.items():
+            values[name].append(score(reward, images, b.prompts[rows]))
+    b.advantages, b.scales = 0.0, {}
+    for name, (_, weight) in run.rewards.items():
+        rewards = gather_groups(torch.cat(values[name]).view(-1, cfg.group_size))
+        scale = reward_scale(rewards, cfg.advantage_std, cfg.std_floor).expand(rewards.shape)
+        advantages = group_advantages(rewards, cfg.advantage_std, cfg.std_floor)
+        b.scales[name] = scale[rank::world].flatten()
+        b.advantages = b.advantages + weight * advantages[rank::world].flatten()
+        spread = rewards.std(1)
+        note(run, 1, **{f"reward_{name}": rewards.mean(), f"std_{name}": spread.mean(),
+                        f"flat_{name}": (spread <= cfg.std_floor).float().mean()})
+
+
+def gather_groups(rewards):
+    """(G / world, N) of each process -> (G, N) on all, in the order of the global group index."""
+    if not dist.is_initialized():
+        return rewards
+    parts = [torch.empty_like(rewards) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, rewards.contiguous())
+    return torch.stack(parts, 1).flatten(0, 1)
+
+
+def reinforce(run, it, epoch, b):
+    """Line 13: one AdamW step of theta on Eq. 18.
+
+    Its reward part is Eq. 14 (proved as Eqs. 23-30 in App. G). Each trajectory costs M + 1 forwards with
+    gradient, called slots: slot j < M is the j-th step of S, slot M is step K. The policy term lives on S, the
+    pathwise term on K, the DM term on one slot of the M + 1, chosen so that every k is matched equally often.
+    """
+    cfg, M = run.cfg, run.cfg.subset_size
+    total, pathwise = cfg.groups * cfg.group_size, any(reward.differentiable for reward, _ in run.rewards.values())
+    for part in chunks(len(b.ids), cfg.micro_batch):
+        keys = [key(cfg.seed, 2, it, "generator", epoch, i) for i in b.ids[part]]
+        uniform, (noise,) = draw(keys, 2, 1, run.backbone.latent_shape, run.device)
+        matched = matched_slots(cfg, uniform[0].tolist())
+        for slot in range(M + 1):
+            needed = pathwise and not cfg.no_det if slot == M else not cfg.no_policy
+            use = [i for i, m in enumerate(matched) if m == slot or needed]
+            if use:
+                rows, here = [part.start + i for i in use], [j for j, i in enumerate(use) if matched[i] == slot]
+                reinforce_slot(run, b, slot, needed, rows, here, uniform[1][use], noise[use], epoch == 0, total)
+    if optimizer_step(run, "generator"):
+        update_ema(run)
+
+
+def matched_slots(cfg, u):
+    """Which of its M + 1 forwards each trajectory's DM term uses, -1 for none. u list of U[0, 1).
+
+    Step K with probability 1/K, else one of S; S is uniform, so every k is matched equally often, as in stage 1.
+    """
+    if cfg.no_dmd:
+        return [-1] * len(u)
+    if cfg.dm_steps == "last":
+        return [cfg.subset_size] * len(u)
+    K, M = cfg.steps, cfg.subset_size
+    return [M if x * K < 1 else int((x * K - 1) / (K - 1) * M) for x in u]
+
+
+def reinforce_slot(run, b, slot, reward_term, rows, here, u, noise, first, total):
+    """Gradient of Eq. 18 through one step of each trajectory in rows; `here` picks those whose DM term falls on
+    it.
+
+    All losses are taken down to the velocity first, and then through the network once: so the share of each term
+    in the gradient is known at no cost, and decoder and reward are freed before the network's backward pass.
+    """
+    cfg, K, M = run.cfg, run.cfg.steps, run.cfg.subset_size
+    k = torch.full((len(rows),), K) if slot == M else b.subsets[rows, slot]
+    x, x_next, prompts = b.states[k - 1, rows], b.states[k, rows], [b.prompts[r] for r in rows]
+    t, t_next, cond = level(run.times[k - 1], x), level(run.times[k], x), run.text.batch(prompts, run.device)
+    output = run.roles.velocity("generator", x, t, cond)
+    v = output.detach().requires_grad_()
+    mean, std = cps_mean_std(x, v, t, t_next, cfg.eta)
+    gradient = torch.zeros_like(v)
+
+    def push(name, loss, n):
+        """Adds the gradient at v of a loss that is a mean over n of the `total` samples. The pathwise term comes
+        last, so that the decoder's activations are freed on the way back; the others leave the graph of `mean` to
+        those that follow."""
+        part, = torch.autograd.grad(loss * n / total, v, retain_graph=name != "det")
+        note(run, n, **{f"push_{name}": total / n * part.flatten(1).norm(dim=1).sum()})
+        gradient.add_(part)
+
+    if slot < M and reward_term:                                            # Eq. 17
+        log_prob = gaussian_log_prob(x_next, mean, std)
+        if cfg.log_prob == "unscaled":                                      # released: no 1 / (2 std^2)
+            log_prob = -(x_next - mean).square().flatten(1).mean(1)
+        if first:
+            b.old[rows, slot] = log_prob.detach()                  # the same forward: the ratio is 1, not nearly 1
+        # One column of S at a time: the function's (K-1)/M is (K-1)/1 here, hence the / M.
+        policy = subgrpo_loss(log_prob[:, None], b.old[rows, slot][:, None], b.advantages[rows], K, cfg.clip) / M
+        push("policy", cfg.beta * cfg.policy_weight * policy, len(rows))
+        note(run, len(rows), ratio_off=(log_prob.detach() - b.old[rows, slot]).expm1().abs().mean())
+    if here:                                                                # Eq. 9
+        x_s, s = (x_next + mean - mean.detach())[here], t_next[here]    # the rollout's state; its noise knows no theta
+        if cfg.renoise == "dmd2":
+            x_s, s = x0_from_velocity(x, v, t)[here], torch.zeros_like(s)
+        dm = matching_loss(run, x_s, s, {n: c[here] for n, c in cond.items()}, level(u[here], x), noise[here])
+        push("dm", cfg.dm_weight * dm, len(here))
+        note(run, len(here), dm=dm)
+    if slot == M and reward_term:                                           # Eq. 15; mean is x_0 here
+        scales = {name: scale[rows] for name, scale in b.scales.items()}
+        push("det", cfg.beta * cfg.det_weight * pathwise_terms(run, mean, prompts, scales), len(rows))
+    output.backward(gradient)
+
+
+def pathwise_terms(run, x_0, prompts, scales):
+    """Eq. 15 for each differentiable reward, divided by the std of its own advantage, weighted and added up."""
+    images = run.backbone.decode(x_0)
+    return sum(weight * pathwise_loss(score(reward, images, prompts), scales[name], x_0[0].numel())
+               for name, (reward, weight) in run.rewards.items() if reward.differentiable)
+
+
 # -----------------------------------------------------------------------------------------------------------------
-# 6. Rewards r(x): reward(images (B, 3, H, W) in [0, 1], prompts) -> (B,)
+# 7. Rewards r(x): reward(images (B, 3, H, W) in [0, 1], prompts) -> (B,)
 #
 # Every reward enters SubGRPO (Eq. 17); one whose .differentiable is true also enters the pathwise term (Eq. 15).
-# The CLIP family is here, the paper's other metrics are in eval.py, and your own is `--rewards module:function=1`.
+# The CLIP family is here, the paper's other metrics are in eval.py, and your own is `--rewards
+# module:function=1`.
 # -----------------------------------------------------------------------------------------------------------------
 
 CLIP_MEAN, CLIP_STD = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)
@@ -741,7 +1116,8 @@ def eval_module():
 
 
 def load_reward(name, cfg, extra=None):
-    """The reward of that name: the backbone's own (extra), one of REWARDS, one of eval.py, or module:attribute."""
+    """The reward of that name: the backbone's own (extra), one of REWARDS, one of eval.py, or
+    module:attribute."""
     if extra and name in extra:
         return extra[name]
     if name in REWARDS:
@@ -751,7 +1127,8 @@ def load_reward(name, cfg, extra=None):
 
 def score(reward, images, prompts):
     """reward(images, prompts), checked: (B,) fp32 on the images' device; nan and inf are left to the caller.
-    Whatever it raises becomes one sentence. When a batch fails, its images are tried singly to name the prompt."""
+    Whatever it raises becomes one sentence. When a batch fails, its images are tried singly to name the
+    prompt."""
     name = getattr(reward, "name", type(reward).__name__)
     try:
         values = torch.as_tensor(reward(images, prompts), device=images.device)
@@ -767,7 +1144,7 @@ def score(reward, images, prompts):
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# 7. Backbones: all that the loops know of a model
+# 8. Backbones: all that the loops know of a model
 #
 #   nets             {"generator": net, "score": net}, frozen. The fake adapter lives on "score", which without it
 #                    is the teacher. The same object twice where both share weights (SD3)
@@ -915,8 +1292,8 @@ class Flux2Backbone:
 
 
 def load_networks(cfg, net_class, pipeline):
-    """(base, nets) of --pretrained GENERATOR,TEACHER, or one for both, or of the hub. UsageError if one of them is
-    no whole `pipeline`: one that was saved without its T5 works too, with zeros in its place."""
+    """(base, nets) of --pretrained GENERATOR,TEACHER, or one for both, or of the hub. UsageError if one of them
+    is no whole `pipeline`: one that was saved without its T5 works too, with zeros in its place."""
     row = BACKBONES[cfg.model]
     paths = [path.strip() for path in (cfg.pretrained or row["hub"]).split(",")]
     for path in [] if cfg.random_weights else paths:
@@ -1013,12 +1390,13 @@ def decode_chunks(vae, z, pixels=2**20):
 
 class TextCache:
     """Text embeddings on disk, so that the encoders need not live beside the network while it trains.
-    FOLDER/<hash of text_key>/<hash of prompt>.safetensors is encode([prompt]) of any backbone without batch axis. A
-    file that is cut short is known by its size, and made anew. One thread reads, ahead of the network if it is told to."""
+    FOLDER/<hash of text_key>/<hash of prompt>.safetensors is encode([prompt]) of any backbone without batch axis.
+    A file that is cut short is known by its size, and made anew. One thread reads, ahead of the network if it is
+    told to."""
 
     def __init__(self, backbone, folder):
         self.backbone, self.reader = backbone, ThreadPoolExecutor(1)
-        self.rows, self.keep = {}, 512       # prompt -> future of its row, the latest last; at most so many (SD3: 1.4 GB)
+        self.rows, self.keep = {}, 512     # prompt -> future of its row, latest last; at most so many (SD3 1.4 GB)
         self.folder = Path(folder) / hashlib.sha256(backbone.text_key.encode()).hexdigest()[:16]
 
     def path(self, prompt):
@@ -1045,7 +1423,7 @@ class TextCache:
             need = sum(row.nbytes for row in self.backbone.encode([""]).values()) * len(missing) / 1e9
             log(f"text embeddings: {len(missing):,} prompts, {need:.2f} GB in {self.folder} ({free:.0f} free)")
             if 1.1 * need > free:
-                raise UsageError(f"{need:.1f} GB of text embeddings, {free:.1f} GB free: --cache needs a larger disk.")
+                raise UsageError(f"{need:.1f} GB of text embeddings, {free:.1f} GB free: --cache needs more room.")
         chunks = [missing[i:i + batch] for i in range(rank * batch, len(missing), world * batch)]
         for chunk in progress(chunks, len(chunks), "text embeddings"):
             cond = self.backbone.encode(chunk)
@@ -1056,16 +1434,17 @@ class TextCache:
         barrier()
 
     def read(self, prompt):
-        """One row from its file. Cloned: load_file gives views of the open file, and 65,530 of those are allowed."""
+        """One row from its file. Cloned: load_file gives views of the open file, and 65,530 of those are
+        allowed."""
         try:
             return {name: x.clone() for name, x in load_file(self.path(prompt)).items()}
         except (OSError, SafetensorError) as error:
-            raise UsageError(f"{self.path(prompt)} cannot be read: start again, and it is made anew (several nodes "
-                             "need one --cache that all of them see).") from error
+            raise UsageError(f"{self.path(prompt)} cannot be read: start again, and it is made anew (several "
+                             "nodes need one --cache that all of them see).") from error
 
     def prefetch(self, prompts):
-        """Has the thread read `prompts` in this order, each once, and returns at once. A loop that asks here for this
-        iteration and the next one finds in `batch` what was read while the network worked."""
+        """Has the thread read `prompts` in this order, each once, and returns at once. A loop that asks here for
+        this iteration and the next one finds in `batch` what was read while the network worked."""
         prompts = list(dict.fromkeys(prompts))
         self.rows |= {p: self.rows.pop(p, None) or self.reader.submit(self.read, p) for p in prompts}
         self.keep = max(self.keep, len(prompts))
@@ -1106,7 +1485,7 @@ def load_lora(folder):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 8. Plumbing: processes, keyed randomness, LoRA roles, optimiser step, checkpoints, log
+# 9. Plumbing: processes, keyed randomness, LoRA roles, optimiser step, checkpoints, log
 # ----------------------------------------------------------------------------------------------------------------------
 
 def dist_info():
@@ -1142,8 +1521,27 @@ barrier = functools.partial(everyone, None)                                 # no
 
 
 def share(total):
-    """Global indices of this process: every world-th. What is computed for an index never depends on its owner."""
+    """Global indices of this process: every world-th. What is computed for an index never depends on its
+    owner."""
     return list(range(dist_info()[0], total, dist_info()[2]))
+
+
+def prompt_at(run, position):
+    """The prompt at a position of an endless stream: the whole set over and over, each time in another order."""
+    epoch, i = divmod(position, len(run.prompts))
+    return run.prompts[epoch_order(run.cfg.seed, epoch, len(run.prompts))[i]]
+
+
+@functools.lru_cache(maxsize=4)
+def epoch_order(seed, epoch, n):
+    """A permutation of range(n)."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(key("order", seed, epoch))).tolist()
+
+
+def read_ahead(run, it, period, own):
+    """Has the embeddings of this iteration, and then of the next, read while the network works. own: which of an
+    iteration's `period` prompts are this process's."""
+    run.text.prefetch([prompt_at(run, i * period + j) for i in (it, it + 1) for j in own])
 
 
 def log(text):
@@ -1269,7 +1667,8 @@ class Roles:
         return self.backbone.velocity(self.nets[role], x, t.flatten(), cond).float()
 
     def teacher(self, x, t, cond, null):
-        """v_psi with classifier-free guidance, v_u + w (v_c - v_u), in one batch. null: the embedding of "", batch 1."""
+        """v_psi with classifier-free guidance, v_u + w (v_c - v_u), in one batch. null: the embedding of "",
+        batch 1."""
         if self.guidance == 1:
             return self.velocity("teacher", x, t, cond)
         both = {n: torch.cat([null[n].expand_as(c), c]) for n, c in cond.items()}
@@ -1278,8 +1677,9 @@ class Roles:
 
 
 def lora_product(matrix, x):
-    """x A^T of an fp32 LoRA matrix, in the dtype of x: just what the deployed pipeline computes. PEFT would copy x to fp32
-    instead, once for each of q, k and v; autocast would compute every norm of the base in fp32, and keep it."""
+    """x A^T of an fp32 LoRA matrix, in the dtype of x: just what the deployed pipeline computes. PEFT would copy
+    x to fp32 instead, once for each of q, k and v; autocast would compute every norm of the base in fp32, and
+    keep it."""
     return F.linear(x, matrix.weight.to(x.dtype))
 
 
@@ -1335,11 +1735,11 @@ def training_state(run):
 
 
 def save_checkpoint(run):
-    """OUT/stageN/checkpoint-000100: the averaged generator for diffusers, and state/ with all that resuming needs.
-    Rank 0 writes, since all processes hold the same numbers.
+    """OUT/stageN/checkpoint-000100: the averaged generator for diffusers, and state/ with all that resuming
+    needs. Rank 0 writes, since all processes hold the same numbers.
 
-    Built beside under another name, flushed, renamed: a kill at any moment leaves whole checkpoints only. There is
-    no random state in it because there is none (see key).
+    Built beside under another name, flushed, renamed: a kill at any moment leaves whole checkpoints only. There
+    is no random state in it because there is none (see key).
     """
     cfg, backbone = run.cfg, run.backbone
     if dist_info()[0] == 0:
@@ -1447,7 +1847,7 @@ def prepare(cfg):
                           bad=dict(generator=0, fake=0), terms={}, stop=False, board=None)
     own, ev = TINY_REWARDS if cfg.model == "tiny" else (), eval_module()
     rewards, watched = ev.parse_rewards(cfg.rewards, own), ev.parse_rewards(cfg.watch, own, "--watch")
-    run.prompts = [f"prompt {i}" for i in range(8)] if cfg.random_weights else ev.read_prompts(cfg.prompts, cfg.seed)
+    run.prompts = [*map(str, range(8))] if cfg.random_weights else ev.read_prompts(cfg.prompts, cfg.seed)
     run.prompts = run.prompts[:cfg.max_prompts][:64 if cfg.dry_run else None]      # to encode 25,000 takes an hour
     run.prompt_hash = f"{len(run.prompts)} prompts, {key(run.prompts):016x}"
     start = None if cfg.dry_run else find_start(run)
@@ -1481,7 +1881,8 @@ def prepare(cfg):
 
 
 def note(run, n, **values):
-    """Adds means over n samples to this iteration's log. Tensors stay on the device: nothing waits for the GPU."""
+    """Adds means over n samples to this iteration's log. Tensors stay on the device: nothing waits for the
+    GPU."""
     for name, value in values.items():
         total, count = run.terms.get(name, (0.0, 0))
         run.terms[name] = (total + n * (value.detach() if torch.is_tensor(value) else value), count + n)
@@ -1547,357 +1948,6 @@ def phase(run, name):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 9. The two stages: Algorithm 1 (App. I), line for line
-#
-# run: cfg, backbone, roles (theta, phi, psi), text (cached embeddings), times (K+1,), optimizers, ema. From section 8:
-# share(n) global indices of this process; draw(keys, u, m, ...) u uniforms and m normals a sample; chunks(n, size) slices;
-# level(t, x) broadcasts t; note(run, n, ...) logs means over n samples; phase(run, ...) counts cost in a dry run.
-# rollout is the mathematics, roll_out the same in chunks.
-# ----------------------------------------------------------------------------------------------------------------------
-
-def stage1(run):
-    """Algorithm 1, lines 1-5: AC-DMD, the cold start.
-
-    A rollout visits all K boundary states and each of them serves one fake update, so batch * fake_updates / K trajectories
-    feed all fake updates of an iteration. (The released code rolls out anew for every update and keeps one state.)
-    """
-    cfg, K = run.cfg, run.cfg.steps
-    block = cfg.batch // K                                                  # trajectories per block
-    for it in iterations(run):
-        # Line 2: roll out G_theta from noise.
-        ids = share(block * cfg.fake_updates)
-        prompts = [prompt_at(run, it * prompts_per_iteration(cfg) + i) for i in ids]
-        read_ahead(run, it, prompts_per_iteration(cfg), [*ids, *(block * cfg.fake_updates + i for i in share(cfg.batch))])
-        with phase(run, "rollout"):
-            _, normal = draw([key(cfg.seed, 1, it, "rollout", i) for i in ids], 0, K, run.backbone.latent_shape, run.device)
-            states, predictions = roll_out(run, normal[0], normal[1:], prompts)
-        # Line 3: update phi on Eq. 12. The trajectories form fake_updates blocks of batch / K. Update u takes the states
-        # after step k from block u + k (mod fake_updates): every k in equal parts, and no two states of one trajectory
-        # in one update, if there are at least K updates.
-        with phase(run, "fake"):
-            for u in range(cfg.fake_updates):
-                pick = [(row, k) for row, i in enumerate(ids) for k in range(1, K + 1)
-                        if (u + k - i // block) % cfg.fake_updates == 0]
-                rows, k = [p[0] for p in pick], torch.tensor([p[1] for p in pick], dtype=torch.long)
-                x_s, s = boundary_states(run, states[:, rows], predictions[:, rows], k)
-                update_fake(run, it, u, x_s, s, k, [prompts[r] for r in rows], [ids[r] for r in rows], cfg.batch)
-        # Line 4: update theta on Eq. 9.
-        with phase(run, "generator"):
-            update_generator(run, it)
-
-
-def prompts_per_iteration(cfg):
-    """Prompts that one iteration of stage 1 uses: for the fake score's rollout, then for the generator's."""
-    return cfg.batch // cfg.steps * cfg.fake_updates + cfg.batch
-
-
-def prompt_at(run, position):
-    """The prompt at a position of an endless stream: the whole set over and over, each time in another order."""
-    epoch, i = divmod(position, len(run.prompts))
-    return run.prompts[epoch_order(run.cfg.seed, epoch, len(run.prompts))[i]]
-
-
-def read_ahead(run, it, period, own):
-    """Has the embeddings of this iteration, and then of the next, read while the network works. own: which of an
-    iteration's `period` prompts are this process's."""
-    run.text.prefetch([prompt_at(run, i * period + j) for i in (it, it + 1) for j in own])
-
-
-@functools.lru_cache(maxsize=4)
-def epoch_order(seed, epoch, n):
-    """A permutation of range(n)."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(key("order", seed, epoch))).tolist()
-
-
-@torch.no_grad()
-def roll_out(run, x, noise, prompts):
-    """The generator's K steps, in chunks. x (L, ...), noise (K-1, L, ...) -> states (K+1, L, ...), x-predictions (K, L, ...)."""
-    parts = [(x.new_zeros(run.cfg.steps + 1, 0, *x.shape[1:]), x.new_zeros(run.cfg.steps, 0, *x.shape[1:]))]
-    for rows in chunks(len(x), 4 * run.cfg.micro_batch):                    # without activations four times as many fit
-        cond = run.text.batch(prompts[rows], run.device)
-        velocity = lambda x, t: run.roles.velocity("generator", x, t, cond)
-        states, predictions = rollout(velocity, x[rows], noise[:, rows], run.times.to(run.device), run.cfg.eta)
-        parts.append((torch.stack(states), torch.stack(predictions)))
-    return (torch.cat(part, 1) for part in zip(*parts))
-
-
-def boundary_states(run, states, predictions, k):
-    """What is matched to the teacher after step k (B,), and its level: x_s = x_{t_k}, s = t_k (3.1). For --renoise dmd2 the
-    x-predictions, taken for clean samples (App. K). states (K+1, B, ...), predictions (K, B, ...)."""
-    if run.cfg.renoise == "dmd2":
-        return predictions[k - 1, range(len(k))], torch.zeros(len(k))
-    return states[k, range(len(k))], run.times[k].float()
-
-
-def between(run, low, high, u):
-    """low + u (high - low), u ~ U[0, 1), rounded to what the network can be told. All (B, 1, ..)."""
-    return run.backbone.quantise(low + u * (high - low)).clamp(low, torch.as_tensor(high, device=u.device))
-
-
-def draw_level(run, s, u):
-    """t ~ U[s, 1] of Eqs. 8 and 10, 1 % off both ends (DEPARTURE 17): s, u (B, 1, ..), u ~ U[0, 1)."""
-    return between(run, s, 1.0, 0.01 + 0.98 * u)
-
-
-def draw_next_level(run, t, u):
-    """t'' of Eq. 11: within delta below t' = t, and above the next boundary level t_j (DEPARTURE 4). t, u (B, 1, ..)."""
-    boundary = torch.where(run.times.to(t) < t.view(-1, 1), run.times.to(t), 0.0).amax(1)
-    return between(run, torch.maximum(t - run.cfg.delta, level(boundary, t)), t, u)
-
-
-def update_fake(run, it, u, x_s, s, k, prompts, ids, total):
-    """Lines 3 and 12: one AdamW step of phi on Eq. 12. x_s (B, ...) at levels s (B,), from step k (B,); `total` samples
-    over all processes."""
-    cfg, std = run.cfg, run.cfg.renoise                                     # dmd2 re-noises like markov, from s = 0
-    for rows in chunks(len(x_s), cfg.micro_batch):
-        keys = [key(cfg.seed, cfg.stage, it, "fake", u, i, j) for i, j in zip(ids[rows], k[rows].tolist())]
-        uniform, (n, n_1, n_2) = draw(keys, 2, 3, x_s.shape[1:], run.device)
-        x, s_x, cond = x_s[rows], level(s[rows], x_s), run.text.batch(prompts[rows], run.device)
-        fake = lambda x, t: run.roles.velocity("fake", x, t, cond)
-        t = draw_level(run, s_x, level(uniform[0], x))
-        x_t = renoise(x, s_x, t, n, std)
-        v = fake(x_t, t)
-        loss, weight = ambient_dsm_loss(v, x, n, s_x, t, std), len(x) / total
-        note(run, len(x), dsm=loss)
-        if cfg.gamma == 0:
-            (weight * loss).backward()
-            continue
-        if cfg.consistency_times == "local":
-            t_next = draw_next_level(run, t, level(uniform[1], x))
-        else:                                                               # App. F: t' = t_k, t'' = t_{k+1}
-            x_t, t, t_next = x, s_x.clamp_min(1e-6), level(run.times[(k[rows] + 1).clamp_max(cfg.steps)], x)
-            v = fake(x_t, t)
-        # Eq. 22 is E[d_1 d_2]. Both factors have the same expected gradient, so twice that through d_2 = h'' - h will do,
-        # and d_1 needs none. The part through h goes first: then there is only one graph of the network at a time.
-        h = x0_from_velocity(x_t, v, t)
-        x_1, x_2 = (reverse_step(x_t, v.detach(), t, t_next, noise, cfg.kernel, cfg.eta) for noise in (n_1, n_2))
-        with torch.no_grad():
-            d_1 = x0_from_velocity(x_1, fake(x_1, t_next), t_next) - h
-        (weight * (loss - 2 * cfg.gamma * (d_1 * h).mean())).backward()
-        d_2 = x0_from_velocity(x_2, fake(x_2, t_next), t_next) - h.detach()
-        consistency = (d_1 * d_2).mean()
-        (weight * 2 * cfg.gamma * consistency).backward()
-        note(run, len(x), consistency=consistency)
-    optimizer_step(run, "fake")
-
-
-def matching_loss(run, x_s, s, cond, u, noise):
-    """Eq. 9 at one t ~ U[s, 1] (Eq. 8) -> scalar. x_s (B, ...) with its graph; s, u (B, 1, ..), u ~ U[0, 1)."""
-    with torch.no_grad():
-        t = draw_level(run, s, u)
-        x_t = renoise(x_s, s, t, noise, run.cfg.renoise)
-        v_teacher = run.roles.teacher(x_t, t, cond, run.text.batch([""], run.device))
-        v_fake = run.roles.velocity("fake", x_t, t, cond)
-    return dmd_loss(x_s, x_t, v_teacher, v_fake, s, t)
-
-
-def update_generator(run, it):
-    """Line 4: one AdamW step of theta on Eq. 9. Sample i trains step k = 1 + floor(i K / batch): k ~ U{1..K} in exactly equal
-    parts, and on every process (k = 1 + i mod K would give the long walks of k = K to every K-th of them alone)."""
-    cfg, K = run.cfg, run.cfg.steps
-    ids, first = share(cfg.batch), (it + 1) * prompts_per_iteration(cfg) - cfg.batch
-    for rows in chunks(len(ids), cfg.micro_batch):
-        mine = ids[rows]
-        k = torch.tensor([1 + i * K // cfg.batch for i in mine])
-        # normal[0] starts the rollout, normal[k] is eps_k of its step k < K, normal[K] re-noises the result.
-        keys = [key(cfg.seed, 1, it, "generator", i) for i in mine]
-        uniform, normal = draw(keys, 1, K + 1, run.backbone.latent_shape, run.device)
-        cond = run.text.batch([prompt_at(run, first + i) for i in mine], run.device)
-        x = walk(run, normal, k, cond)
-        t, t_next = level(run.times[k - 1], x), level(run.times[k], x)
-        v = run.roles.velocity("generator", x, t, cond)                     # the one forward of the rollout with gradient
-        if cfg.renoise == "dmd2":
-            x_s, s = x0_from_velocity(x, v, t), torch.zeros_like(t)
-        else:
-            x_s, s = cps_step(x, v, t, t_next, normal[k, range(len(mine))], cfg.eta), t_next
-        loss = matching_loss(run, x_s, s, cond, level(uniform[0], x), normal[K])
-        (loss * len(mine) / cfg.batch).backward()
-        note(run, len(mine), dm=loss)
-    if optimizer_step(run, "generator"):
-        update_ema(run)
-
-
-@torch.no_grad()
-def walk(run, normal, k, cond):
-    """x_{t_{k-1}} of each sample, k (B,) its own step: the first k - 1 steps of the rollout, by those that need them."""
-    x = normal[0].clone()
-    for j in range(1, int(k.max())):
-        live = (k > j).nonzero()[:, 0].to(x.device)
-        t, t_next = run.times[j - 1].float(), run.times[j].float()
-        some = {n: c[live] for n, c in cond.items()}
-        v = run.roles.velocity("generator", x[live], t.expand(len(live)).to(x.device), some)
-        x[live] = cps_step(x[live], v, t, t_next, normal[j][live], run.cfg.eta)
-    return x
-
-
-def stage2(run):
-    """Algorithm 1, lines 6-14: the hybrid policy gradient, with stage 1's distribution matching to stay near the teacher.
-
-    A group lives on one process. Rows of everything in b: the L = groups * N trajectories of this process.
-    """
-    cfg, K, N = run.cfg, run.cfg.steps, run.cfg.group_size
-    for it in iterations(run):
-        groups = share(cfg.groups)
-        b = SimpleNamespace(ids=[g * N + n for g in groups for n in range(N)],
-                            prompts=[prompt_at(run, it * cfg.groups + g) for g in groups for _ in range(N)])
-        read_ahead(run, it, cfg.groups, groups)
-        # Lines 7-9: for each prompt a subset S, noise by Eq. 16, N trajectories.
-        with phase(run, "rollout"):
-            start, noise, b.subsets = group_draws(run, it, groups)
-            b.states, b.predictions = roll_out(run, start, noise, b.prompts)
-        # Line 10: rewards and group-normalised advantages.
-        with phase(run, "reward"):
-            judge_groups(run, b)
-        # Line 12: update phi on Eq. 12, with the states of this very rollout, every k in equal parts.
-        with phase(run, "fake"):
-            for u in range(cfg.fake_updates):
-                k = torch.tensor([K if cfg.dm_steps == "last" else 1 + (i + it + u) % K for i in b.ids])
-                x_s, s = boundary_states(run, b.states, b.predictions, k)
-                update_fake(run, it, u, x_s, s, k, b.prompts, b.ids, cfg.groups * N)
-        # Line 13: update theta on Eq. 18.
-        with phase(run, "generator"):
-            b.old = torch.zeros(len(b.ids), cfg.subset_size, device=run.device)     # log pi, set in the first epoch
-            for epoch in range(cfg.inner_epochs):
-                reinforce(run, it, epoch, b)
-
-
-def group_draws(run, it, groups):
-    """Lines 8 and 9 -> x_{t_0} (L, ...), noise by Eq. 16 (K-1, L, ...), S (L, M)."""
-    cfg, shape = run.cfg, run.backbone.latent_shape
-    start, noise, subsets = [], [], []
-    for g in groups:
-        generator = torch.Generator().manual_seed(key(cfg.seed, 2, it, "group", g))
-        S = choose_steps(cfg.steps, cfg.subset_size, generator)
-        own = range(1, cfg.steps) if cfg.independent_noise else S
-        noise.append(group_noise(shape, own, cfg.group_size, cfg.steps, generator))
-        first = torch.randn(1 if cfg.share_initial else cfg.group_size, *shape, generator=generator)
-        start.append(first.expand(cfg.group_size, *shape))
-        subsets += [S] * cfg.group_size
-    return torch.cat(start).to(run.device), torch.cat(noise, 1).to(run.device), torch.tensor(subsets)
-
-
-@torch.no_grad()
-def judge_groups(run, b):
-    """Line 10. b.advantages (L,): the sum over rewards of weight times A_i; b.scales: by reward, what its A_i was divided by (L,).
-
-    Every process sees all rewards: for the global std, and for one log.
-    """
-    cfg, (rank, _, world) = run.cfg, dist_info()
-    values = {name: [] for name in run.rewards}
-    for rows in chunks(len(b.ids), 4 * cfg.micro_batch):                    # all images at once would be gigabytes
-        images = run.backbone.decode(b.states[-1][rows])
-        for name, (reward, _) in run.rewards.items():
-            values[name].append(score(reward, images, b.prompts[rows]))
-    b.advantages, b.scales = 0.0, {}
-    for name, (_, weight) in run.rewards.items():
-        rewards = gather_groups(torch.cat(values[name]).view(-1, cfg.group_size))
-        scale = reward_scale(rewards, cfg.advantage_std, cfg.std_floor).expand(rewards.shape)
-        advantages = group_advantages(rewards, cfg.advantage_std, cfg.std_floor)
-        b.scales[name] = scale[rank::world].flatten()
-        b.advantages = b.advantages + weight * advantages[rank::world].flatten()
-        spread = rewards.std(1)
-        note(run, 1, **{f"reward_{name}": rewards.mean(), f"std_{name}": spread.mean(),
-                        f"flat_{name}": (spread <= cfg.std_floor).float().mean()})
-
-
-def gather_groups(rewards):
-    """(G / world, N) of each process -> (G, N) on all, in the order of the global group index."""
-    if not dist.is_initialized():
-        return rewards
-    parts = [torch.empty_like(rewards) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, rewards.contiguous())
-    return torch.stack(parts, 1).flatten(0, 1)
-
-
-def reinforce(run, it, epoch, b):
-    """Line 13: one AdamW step of theta on Eq. 18.
-
-    Its reward part is Eq. 14 (proved as Eqs. 23-30 in App. G). Each trajectory costs M + 1 forwards with gradient, called slots: slot j < M is the j-th step of
-    S, slot M is step K. The policy term lives on S, the pathwise term on K, the DM term on one slot of the M + 1, chosen so
-    that every k is matched equally often.
-    """
-    cfg, M = run.cfg, run.cfg.subset_size
-    total, pathwise = cfg.groups * cfg.group_size, any(reward.differentiable for reward, _ in run.rewards.values())
-    for part in chunks(len(b.ids), cfg.micro_batch):
-        keys = [key(cfg.seed, 2, it, "generator", epoch, i) for i in b.ids[part]]
-        uniform, (noise,) = draw(keys, 2, 1, run.backbone.latent_shape, run.device)
-        matched = matched_slots(cfg, uniform[0].tolist())
-        for slot in range(M + 1):
-            needed = pathwise and not cfg.no_det if slot == M else not cfg.no_policy
-            use = [i for i, m in enumerate(matched) if m == slot or needed]
-            if use:
-                rows, here = [part.start + i for i in use], [j for j, i in enumerate(use) if matched[i] == slot]
-                reinforce_slot(run, b, slot, needed, rows, here, uniform[1][use], noise[use], epoch == 0, total)
-    if optimizer_step(run, "generator"):
-        update_ema(run)
-
-
-def matched_slots(cfg, u):
-    """Which of its M + 1 forwards each trajectory's DM term uses, -1 for none. u list of U[0, 1).
-
-    Step K with probability 1/K, else one of S; S is uniform, so every k is matched equally often, as in stage 1.
-    """
-    if cfg.no_dmd:
-        return [-1] * len(u)
-    if cfg.dm_steps == "last":
-        return [cfg.subset_size] * len(u)
-    K, M = cfg.steps, cfg.subset_size
-    return [M if x * K < 1 else int((x * K - 1) / (K - 1) * M) for x in u]
-
-
-def reinforce_slot(run, b, slot, reward_term, rows, here, u, noise, first, total):
-    """Gradient of Eq. 18 through one step of each trajectory in rows; `here` picks those whose DM term falls on it.
-
-    All losses are taken down to the velocity first, and then through the network once: so the share of each term in the
-    gradient is known at no cost, and decoder and reward are freed before the network's backward pass.
-    """
-    cfg, K, M = run.cfg, run.cfg.steps, run.cfg.subset_size
-    k = torch.full((len(rows),), K) if slot == M else b.subsets[rows, slot]
-    x, x_next, prompts = b.states[k - 1, rows], b.states[k, rows], [b.prompts[r] for r in rows]
-    t, t_next, cond = level(run.times[k - 1], x), level(run.times[k], x), run.text.batch(prompts, run.device)
-    output = run.roles.velocity("generator", x, t, cond)
-    v = output.detach().requires_grad_()
-    mean, std = cps_mean_std(x, v, t, t_next, cfg.eta)
-    gradient = torch.zeros_like(v)
-
-    def push(name, loss, n):
-        """Adds the gradient at v of a loss that is a mean over n of the `total` samples. The pathwise term comes last, so that
-        the decoder's activations are freed on the way back; the others leave the graph of `mean` to those that follow."""
-        part, = torch.autograd.grad(loss * n / total, v, retain_graph=name != "det")
-        note(run, n, **{f"push_{name}": total / n * part.flatten(1).norm(dim=1).sum()})
-        gradient.add_(part)
-
-    if slot < M and reward_term:                                            # Eq. 17
-        log_prob = gaussian_log_prob(x_next, mean, std)
-        if cfg.log_prob == "unscaled":                                      # released: no 1 / (2 std^2)
-            log_prob = -(x_next - mean).square().flatten(1).mean(1)
-        if first:
-            b.old[rows, slot] = log_prob.detach()                           # the same forward: the ratio is 1, not nearly 1
-        # One column of S at a time: the function's (K-1)/M is (K-1)/1 here, hence the / M.
-        policy = subgrpo_loss(log_prob[:, None], b.old[rows, slot][:, None], b.advantages[rows], K, cfg.clip) / M
-        push("policy", cfg.beta * cfg.policy_weight * policy, len(rows))
-        note(run, len(rows), ratio_off=(log_prob.detach() - b.old[rows, slot]).expm1().abs().mean())
-    if here:                                                                # Eq. 9
-        x_s, s = (x_next + mean - mean.detach())[here], t_next[here]        # the rollout's state, with the gradient of its mean:
-        if cfg.renoise == "dmd2":                                           # its noise does not depend on theta
-            x_s, s = x0_from_velocity(x, v, t)[here], torch.zeros_like(s)
-        dm = matching_loss(run, x_s, s, {n: c[here] for n, c in cond.items()}, level(u[here], x), noise[here])
-        push("dm", cfg.dm_weight * dm, len(here))
-        note(run, len(here), dm=dm)
-    if slot == M and reward_term:                                           # Eq. 15; mean is x_0 here
-        scales = {name: scale[rows] for name, scale in b.scales.items()}
-        push("det", cfg.beta * cfg.det_weight * pathwise_terms(run, mean, prompts, scales), len(rows))
-    output.backward(gradient)
-
-
-def pathwise_terms(run, x_0, prompts, scales):
-    """Eq. 15 for each differentiable reward, divided by the std of its own advantage, weighted and added up."""
-    images = run.backbone.decode(x_0)
-    return sum(weight * pathwise_loss(score(reward, images, prompts), scales[name], x_0[0].numel())
-               for name, (reward, weight) in run.rewards.items() if reward.differentiable)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # 10. Command line
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -1940,7 +1990,7 @@ def main(argv=None):
         print(f"rtdmd: {error}", file=sys.stderr)
         sys.exit(error.code)
     except torch.OutOfMemoryError:
-        print(f"rtdmd: out of GPU memory: lower --micro_batch (it was {cfg.micro_batch}; it changes nothing else), "
+        print(f"rtdmd: out of GPU memory: lower --micro_batch (was {cfg.micro_batch}; it changes nothing else), "
               "or add --checkpointing.", file=sys.stderr)
         sys.exit(1)
     except OSError as error:                                                # a disk is full, a folder vanished
@@ -1955,13 +2005,13 @@ def main(argv=None):
 # ----------------------------------------------------------------------------------------------------------------------
 # Appendix. The tiny world (--model tiny): a text-to-image problem for a laptop, through the very same stages.
 #
-# 12 x 12 pictures of one or two coloured shapes and their captions; a 0.6 M parameter SD3Transformer2DModel in pixel
-# space as teacher; two classifiers, A (the reward) and B (held out). A reader of the paper can stop here.
+# 12 x 12 pictures of one or two coloured shapes and their captions; a 0.6 M parameter SD3Transformer2DModel in
+# pixel space as teacher; two classifiers, A (the reward) and B (held out). A reader of the paper can stop here.
 # ----------------------------------------------------------------------------------------------------------------------
 
 COLOURS = {"red": (.85, .15, .15), "green": (.15, .7, .2), "blue": (.15, .25, .9), "yellow": (.9, .85, .15)}
 SHAPES = ("circle", "square", "triangle")
-RELATIONS = {"above": (1, 0), "below": (1, 1), "left of": (2, 0), "right of": (2, 1)}      # layout, does order swap
+RELATIONS = {"above": (1, 0), "below": (1, 1), "left of": (2, 0), "right of": (2, 1)}     # layout, does order swap
 WORDS = ["<pad>", *COLOURS, *SHAPES, *RELATIONS]
 TINY_TOKENS, TINY_WIDTH, TINY_SIDE = 6, 64, 12
 TINY_REWARDS = ("attributes", "strict", "heldout", "heldout_strict")
@@ -1975,16 +2025,19 @@ def tiny_captions(held_out=False):
 
 
 def parse_caption(caption):
-    """(word ids (6,), attributes (5,)): layout 0 single, 1 stacked, 2 side by side; colour, shape of the upper or left
-    object, then of the other one (-1: there is none). "a below b" and "b above a" are one picture. Raises UsageError."""
+    """(word ids (6,), attributes (5,)): layout 0 single, 1 stacked, 2 side by side; colour, shape of the upper or
+    left object, then of the other one (-1: there is none). "a below b" and "b above a" are one picture. Raises
+    UsageError."""
     text = caption.strip()
     if not text:
         return torch.zeros(TINY_TOKENS, dtype=torch.long), None            # the null condition
     relation = next((r for r in RELATIONS if f" {r} " in text), None)
     parts = text.split(f" {relation} ") if relation else [text]
     words = [p.split() for p in parts]
-    if len(parts) > 2 or any(len(w) != 3 or w[0] != "a" or w[1] not in COLOURS or w[2] not in SHAPES for w in words):
-        raise UsageError(f"The tiny world cannot draw {caption!r}: write 'a red circle', or 'a red circle above a blue square'.")
+    known = [len(w) == 3 and w[0] == "a" and w[1] in COLOURS and w[2] in SHAPES for w in words]
+    if len(parts) > 2 or not all(known):
+        raise UsageError(f"The tiny world cannot draw {caption!r}: write 'a red circle', or 'a red circle above a "
+                         "blue square'.")
     objects = [(list(COLOURS).index(w[1]), SHAPES.index(w[2])) for w in words]
     tokens = [*words[0][1:], *([relation, *words[1][1:]] if relation else [])]
     layout, swap = RELATIONS[relation] if relation else (0, 0)
@@ -1994,7 +2047,8 @@ def parse_caption(caption):
 
 
 def render(captions, generator):
-    """Pictures (B, 3, 12, 12) in [-1, 1] of captions: random place, size, shade and background, so that no two agree."""
+    """Pictures (B, 3, 12, 12) in [-1, 1] of captions: random place, size, shade and background, so that no two
+    agree."""
     B, facts = len(captions), torch.stack([parse_caption(c)[1] for c in captions])
     rand = lambda *shape: torch.rand(B, *shape, generator=generator) * 2 - 1                    # U[-1, 1]
     axis = (torch.arange(TINY_SIDE) + 0.5) * 16 / TINY_SIDE
@@ -2005,13 +2059,14 @@ def render(captions, generator):
     palette = torch.tensor(list(COLOURS.values()))
     for which, (colour, shape) in enumerate(((1, 2), (3, 4))):
         present, single = facts[:, colour] >= 0, facts[:, 0] == 0
-        shift = torch.where(single, 0.0, 3.8 * (2 * which - 1))             # from the centre, along the layout's axis
-        jitter, along = rand(2), facts[:, :1] == torch.tensor([2, 1])       # along: is this axis, x or y, the layout's
+        shift = torch.where(single, 0.0, 3.8 * (2 * which - 1))          # from the centre, along the layout's axis
+        jitter, along = rand(2), facts[:, :1] == torch.tensor([2, 1])   # along: is this axis, x or y, the layout's
         centre = 8 + torch.where(along, shift[:, None] + 0.5 * jitter, 1.2 * jitter)
         radius = torch.where(single, 4.2 + 0.6 * rand(), 3.3 + 0.4 * rand()).view(B, 1, 1)
         dx, dy = x - centre[:, 0].view(B, 1, 1), y - centre[:, 1].view(B, 1, 1)
-        distance = torch.stack([((dx**2 + dy**2).sqrt() - 0.75 * radius).abs() - 0.35 * radius,      # a circle is a ring:
-                                torch.maximum(dx.abs(), dy.abs()) - radius,     # a disc is a square on so few pixels
+        # A circle is a ring: a disc is a square on so few pixels.
+        distance = torch.stack([((dx**2 + dy**2).sqrt() - 0.75 * radius).abs() - 0.35 * radius,
+                                torch.maximum(dx.abs(), dy.abs()) - radius,
                                 torch.maximum(0.87 * dx.abs() - 0.5 * dy, dy) - 0.62 * radius], 1)
         distance = distance[torch.arange(B), facts[:, shape].clamp_min(0)]
         cover = (0.5 - distance / 0.9).clamp(0, 1) * present.view(B, 1, 1)  # soft edge, about one pixel
@@ -2021,12 +2076,13 @@ def render(captions, generator):
 
 
 class TinyText(nn.Module):
-    """Word + position embedding, trained together with the teacher. ids (B, 6) -> tokens (B, 6, 64), pooled (B, 64)."""
+    """Word + position embedding, trained together with the teacher. ids (B, 6) -> tokens (B, 6, 64), pooled (B,
+    64)."""
 
     def __init__(self):
         super().__init__()
         self.words = nn.Embedding(len(WORDS), TINY_WIDTH)
-        self.places = nn.Parameter(torch.randn(TINY_TOKENS, TINY_WIDTH))    # as loud as the words, or order is not heard
+        self.places = nn.Parameter(torch.randn(TINY_TOKENS, TINY_WIDTH))    # loud, or word order is not heard
         self.pool = nn.Linear(TINY_TOKENS * TINY_WIDTH, TINY_WIDTH)
 
     def forward(self, ids):
@@ -2035,7 +2091,8 @@ class TinyText(nn.Module):
 
 
 class TinyJudge(nn.Module):
-    """Reads layout, colours and shapes off a picture. images (B, 3, 12, 12) in [-1, 1] -> logits (B, n) of five heads."""
+    """Reads layout, colours and shapes off a picture. images (B, 3, 12, 12) in [-1, 1] -> logits (B, n) of five
+    heads."""
 
     HEADS = (3, 4, 3, 4, 3)
 
@@ -2054,13 +2111,14 @@ class TinyJudge(nn.Module):
 
 
 def judge_scores(judge, images, captions):
-    """Mean log-probability of the caption's attributes, each at least -4, and whether all are right (0 or 1): (B,), (B,).
-    images (B, 3, 12, 12) in [0, 1]."""
+    """Mean log-probability of the caption's attributes, each at least -4, and whether all are right (0 or 1):
+    (B,), (B,). images (B, 3, 12, 12) in [0, 1]."""
     facts = torch.stack([parse_caption(c)[1] for c in captions]).to(images.device)
     logits = judge(images.float() * 2 - 1)
     mask = facts >= 0
-    log_p = torch.stack([l.log_softmax(1).gather(1, f.clamp_min(0)[:, None])[:, 0] for l, f in zip(logits, facts.T)], 1)
-    right = torch.stack([l.argmax(1) == f for l, f in zip(logits, facts.T)], 1) | ~mask
+    heads = list(zip(logits, facts.T))
+    log_p = torch.stack([l.log_softmax(1).gather(1, f.clamp_min(0)[:, None])[:, 0] for l, f in heads], 1)
+    right = torch.stack([l.argmax(1) == f for l, f in heads], 1) | ~mask
     return (log_p.clamp_min(-4) * mask).sum(1) / mask.sum(1), right.all(1).float()
 
 
@@ -2102,12 +2160,14 @@ def train_tiny_judge(judge, label, steps, seed):
 
 def pick_captions(captions, n, generator):
     """n captions, 30 % of them of a single object (those are the first 12 of the list)."""
-    one, two = torch.randint(12, (n,), generator=generator), torch.randint(12, len(captions), (n,), generator=generator)
+    one = torch.randint(12, (n,), generator=generator)
+    two = torch.randint(12, len(captions), (n,), generator=generator)
     return [captions[i] for i in torch.where(torch.rand(n, generator=generator) < 0.3, one, two)]
 
 
 def train_tiny_teacher(net, text, steps, seed):
-    """Flow matching, Eq. 3, with 10 % empty captions for classifier-free guidance; leaves averaged weights in net and text."""
+    """Flow matching, Eq. 3, with 10 % empty captions for classifier-free guidance; leaves averaged weights in net
+    and text."""
     generator, captions = torch.Generator().manual_seed(seed), tiny_captions()
     params = [*net.parameters(), *text.parameters()]
     optimizer, mean = torch.optim.AdamW(params, 3e-3, betas=(.9, .99)), [p.detach().clone() for p in params]
@@ -2119,7 +2179,8 @@ def train_tiny_teacher(net, text, steps, seed):
         empty = torch.rand(64, generator=generator) < 0.1
         ids = torch.stack([parse_caption("" if e else c)[0] for e, c in zip(empty, batch)])
         logit_normal = torch.sigmoid(1.1 * torch.randn(64, generator=generator))
-        t = torch.where(torch.rand(64, generator=generator) < 0.7, logit_normal, torch.rand(64, generator=generator))
+        chosen, uniform = torch.rand(64, generator=generator) < 0.7, torch.rand(64, generator=generator)
+        t = torch.where(chosen, logit_normal, uniform)
         noise = torch.randn(x0.shape, generator=generator)
         x_t = torch.lerp(x0, noise, t.view(-1, 1, 1, 1))
         loss = (tiny_velocity(net, x_t, t, text(ids)) - (noise - x0)).square().mean()
@@ -2138,7 +2199,7 @@ class TinyBackbone:
     shift, latent_shape, default_prompts = 1.0, (3, TINY_SIDE, TINY_SIDE), "tiny"
 
     def __init__(self, cfg):
-        torch.manual_seed(key("tiny world"))                                # the world is the same for every --seed
+        torch.manual_seed(key("tiny world"))                               # the world is the same for every --seed
         net, text, A, B = tiny_transformer(), TinyText(), TinyJudge(32, nn.GELU), TinyJudge(24, nn.ReLU)
         parts = nn.ModuleDict(dict(net=net, text=text, reward=A, heldout=B))
         path = Path(cfg.cache) / f"tiny-{cfg.tiny_steps}.safetensors"
@@ -2152,12 +2213,14 @@ class TinyBackbone:
         try:
             parts.load_state_dict(load_file(path))
         except (OSError, RuntimeError, SafetensorError) as error:
-            raise UsageError(f"{path} is damaged ({type(error).__name__}): delete it, and the tiny world is made anew.") from error
+            raise UsageError(f"{path} is damaged ({type(error).__name__}): delete it, and the tiny world is made "
+                             "anew.") from error
         parts.to(cfg.device).eval().requires_grad_(False)
         self.nets, self.text, self.judges = {"generator": net, "score": net}, text, {"reward": A, "heldout": B}
         self.base = self.text_key = path.stem
         self.lora_targets = attention_linears(net)
-        self.rewards = {n: TinyReward(n, judge, output) for n, judge, output in zip(TINY_REWARDS, (A, A, B, B), (0, 1, 0, 1))}
+        kinds = zip(TINY_REWARDS, (A, A, B, B), (0, 1, 0, 1))
+        self.rewards = {name: TinyReward(name, judge, output) for name, judge, output in kinds}
 
     def encode(self, prompts):
         device = self.text.places.device
@@ -2182,8 +2245,8 @@ class TinyBackbone:
 
 
 class TinyReward:
-    """A judge as reward: `attributes` (differentiable), `strict` (0 or 1, not differentiable); `heldout`, `heldout_strict`: the
-    same of the other judge, never trained on."""
+    """A judge as reward: `attributes` (differentiable), `strict` (0 or 1, not differentiable); `heldout`,
+    `heldout_strict`: the same of the other judge, never trained on."""
 
     def __init__(self, name, judge, output):
         self.name, self.judge, self.output, self.differentiable = name, judge, output, output == 0
