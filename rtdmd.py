@@ -709,9 +709,11 @@ def prompts_per_iteration(cfg):
 
 
 def update_generator(run, it):
-    """Line 4: one AdamW step of theta on Eq. 9. Sample i trains step k = 1 + floor(i K / batch): k ~ U{1..K} in
-    exactly equal parts, and on every process (k = 1 + i mod K would give the long walks of k = K to every K-th of
-    them alone)."""
+    """Line 4: one AdamW step of theta on Eq. 9. Sample i trains step k = 1 + floor(i K / batch).
+
+    So k ~ U{1..K} in exactly equal parts, on every process: k = 1 + i mod K would give the long walks to k = K to the
+    same few processes, and the others would wait.
+    """
     cfg, K = run.cfg, run.cfg.steps
     ids, first = share(cfg.batch), (it + 1) * prompts_per_iteration(cfg) - cfg.batch
     for rows in chunks(len(ids), cfg.micro_batch):
@@ -737,8 +739,7 @@ def update_generator(run, it):
 
 @torch.no_grad()
 def walk(run, normal, k, cond):
-    """x_{t_{k-1}} of each sample, k (B,) its own step: the first k - 1 steps of the rollout, by those that need
-    them."""
+    """x_{t_{k-1}} of each sample, k (B,) its own step: the rollout's first k - 1 steps, by those that need them."""
     x = normal[0].clone()
     for j in range(1, int(k.max())):
         live = (k > j).nonzero()[:, 0].to(x.device)
@@ -751,21 +752,22 @@ def walk(run, normal, k, cond):
 
 @torch.no_grad()
 def roll_out(run, x, noise, prompts):
-    """The generator's K steps, in chunks. x (L, ...), noise (K-1, L, ...) -> states (K+1, L, ...), x-predictions
-    (K, L, ...)."""
+    """rollout, in chunks: x (L, ...), noise (K-1, L, ...) -> states (K+1, L, ...), x-predictions (K, L, ...)."""
     parts = [(x.new_zeros(run.cfg.steps + 1, 0, *x.shape[1:]), x.new_zeros(run.cfg.steps, 0, *x.shape[1:]))]
     for rows in chunks(len(x), 4 * run.cfg.micro_batch):               # without activations four times as many fit
         cond = run.text.batch(prompts[rows], run.device)
         velocity = lambda x, t: run.roles.velocity("generator", x, t, cond)
         states, predictions = rollout(velocity, x[rows], noise[:, rows], run.times.to(run.device), run.cfg.eta)
         parts.append((torch.stack(states), torch.stack(predictions)))
-    return (torch.cat(part, 1) for part in zip(*parts))
+    states, predictions = zip(*parts)
+    return torch.cat(states, 1), torch.cat(predictions, 1)
 
 
 def boundary_states(run, states, predictions, k):
-    """What is matched to the teacher after step k (B,), and its level: x_s = x_{t_k}, s = t_k (3.1). For
-    --renoise dmd2 the x-predictions, taken for clean samples (App. K). states (K+1, B, ...), predictions (K, B,
-    ...)."""
+    """x_s and s: what is matched to the teacher after step k (B,), and its level: x_{t_k} and t_k (3.1).
+
+    states (K+1, B, ...), predictions (K, B, ...): for --renoise dmd2, which takes them for clean samples (App. K).
+    """
     if run.cfg.renoise == "dmd2":
         return predictions[k - 1, range(len(k))], torch.zeros(len(k))
     return states[k, range(len(k))], run.times[k].float()
@@ -782,15 +784,16 @@ def draw_level(run, s, u):
 
 
 def draw_next_level(run, t, u):
-    """t'' of Eq. 11: within delta below t' = t, and above the next boundary level t_j (DEPARTURE 4). t, u (B, 1,
-    ..)."""
+    """t'' of Eq. 11: within delta below t' = t, no boundary level between them (DEPARTURE 4). t, u (B, 1, ..)."""
     boundary = torch.where(run.times.to(t) < t.view(-1, 1), run.times.to(t), 0.0).amax(1)
     return between(run, torch.maximum(t - run.cfg.delta, level(boundary, t)), t, u)
 
 
 def update_fake(run, it, u, x_s, s, k, prompts, ids, total):
-    """Lines 3 and 12: one AdamW step of phi on Eq. 12. x_s (B, ...) at levels s (B,), from step k (B,); `total`
-    samples over all processes."""
+    """Lines 3 and 12: one AdamW step of phi on Eq. 12. x_s (B, ...) at levels s (B,), from step k (B,).
+
+    total: the samples of all processes.
+    """
     cfg, std = run.cfg, run.cfg.renoise                                    # dmd2 re-noises like markov, from s = 0
     for rows in chunks(len(x_s), cfg.micro_batch):
         keys = [key(cfg.seed, cfg.stage, it, "fake", u, i, j) for i, j in zip(ids[rows], k[rows].tolist())]
@@ -811,8 +814,7 @@ def update_fake(run, it, u, x_s, s, k, prompts, ids, total):
             x_t, t, t_next = x, s_x.clamp_min(1e-6), level(run.times[(k[rows] + 1).clamp_max(cfg.steps)], x)
             v = fake(x_t, t)
         # Eq. 22 is E[d_1 d_2]. Both factors have the same expected gradient, so twice that through d_2 = h'' - h
-        # will do, and d_1 needs none. The part through h goes first: then there is only one graph of the network
-        # at a time.
+        # will do, and d_1 needs none. Its part through h goes first: so only one graph of the network is kept.
         h = x0_from_velocity(x_t, v, t)
         x_1, x_2 = (reverse_step(x_t, v.detach(), t, t_next, noise, cfg.kernel, cfg.eta) for noise in (n_1, n_2))
         with torch.no_grad():
@@ -836,8 +838,7 @@ def matching_loss(run, x_s, s, cond, u, noise):
 
 
 def stage2(run):
-    """Algorithm 1, lines 6-14: the hybrid policy gradient, with stage 1's distribution matching to stay near the
-    teacher.
+    """Algorithm 1, lines 6-14: the hybrid policy gradient, and stage 1's distribution matching beside it.
 
     A group lives on one process. Rows of everything in b: the L = groups * N trajectories of this process.
     """
@@ -884,8 +885,7 @@ def group_draws(run, it, groups):
 
 @torch.no_grad()
 def judge_groups(run, b):
-    """Line 10. b.advantages (L,): the sum over rewards of weight times A_i; b.scales: by reward, what its A_i was
-    divided by (L,).
+    """Line 10. b.advantages (L,): weight times A_i, summed over rewards; b.scales[name] (L,): what A_i was divided by.
 
     Every process sees all rewards: for the global std, and for one log.
     """
@@ -953,8 +953,7 @@ def matched_slots(cfg, u):
 
 
 def reinforce_slot(run, b, slot, reward_term, rows, here, u, noise, first, total):
-    """Gradient of Eq. 18 through one step of each trajectory in rows; `here` picks those whose DM term falls on
-    it.
+    """Gradient of Eq. 18 through one step of each trajectory in rows; the DM term falls on those in `here` (indices).
 
     All losses are taken down to the velocity first, and then through the network once: so the share of each term
     in the gradient is known at no cost, and decoder and reward are freed before the network's backward pass.
@@ -970,8 +969,7 @@ def reinforce_slot(run, b, slot, reward_term, rows, here, u, noise, first, total
 
     def push(name, loss, n):
         """Adds the gradient at v of a loss that is a mean over n of the `total` samples. The pathwise term comes
-        last, so that the decoder's activations are freed on the way back; the others leave the graph of `mean` to
-        those that follow."""
+        last, so that the decoder's activations are freed on the way back; the others leave `mean` its graph."""
         part, = torch.autograd.grad(loss * n / total, v, retain_graph=name != "det")
         note(run, n, **{f"push_{name}": total / n * part.flatten(1).norm(dim=1).sum()})
         gradient.add_(part)
