@@ -3,7 +3,7 @@
 #   bash train.sh                          the tiny world on a laptop: about ten minutes on two cores
 #   bash train.sh sd3m 8                   model, processes (GPUs) on this node; further flags go to both stages
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=host MASTER_PORT=29500 bash train.sh sd3m 8      the same on every node, NODE_RANK apart
-#   bash train.sh ablations                the paper's questions on the tiny world, a night; --seeds 1 --only "stage 2" for less
+#   bash train.sh ablations                the paper's questions on the tiny world, a night; --quick: half an hour
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -43,4 +43,4 @@ timed() {
 timed "stage 1" "${run[@]}" rtdmd.py --stage 1 --model "$model" --out "$out" "$@"
 timed "stage 2" "${run[@]}" rtdmd.py --stage 2 --model "$model" --out "$out" "$@"
 timed "evaluation" "${run[@]}" eval.py --model "$model" --run_folder "$out"
-echo "Everything is in $out: report.json, grid.png, stage1/, stage2/."
+echo "Everything is in $out: report.json, grid.png, curves.png, stage1/, stage2/."
