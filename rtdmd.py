@@ -2022,6 +2022,7 @@ def tiny_captions(held_out=False):
     return pairs[3::8] if held_out else objects + [p for i, p in enumerate(pairs) if i % 8 != 3]
 
 
+@functools.cache
 def parse_caption(caption):
     """(word ids (6,), attributes (5,)): layout 0 single, 1 stacked, 2 side by side; colour, shape of the upper or
     left object, then of the other one (-1: there is none). "a below b" and "b above a" are one picture. Raises

@@ -16,7 +16,7 @@ if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
     fi
     . .venv/bin/activate
 fi
-python -c "import torch, diffusers, transformers, peft" 2>/dev/null || python -m pip install --quiet --requirement requirements.txt
+python -c "import importlib.metadata as m; [m.version(name) for name in ('torch', 'diffusers', 'transformers', 'peft')]" 2>/dev/null || python -m pip install --quiet --requirement requirements.txt
 
 if [ "${1:-}" = ablations ]; then
     shift
