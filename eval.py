@@ -1838,9 +1838,8 @@ STAGE2_ROWS = {
         "naive GRPO + pathwise": "--subset_size 3", "base without DM": "--no_dmd"},
     "The weights of the tiny world": {
         "base, det_weight 1": "--det_weight 1", "SubGRPO M=2, policy_weight 3": "--no_det --policy_weight 3",
-        "DM only, 4 fake updates": "--no_policy --no_det --fake_updates 4"},
+        "DM only, 4 fake updates": "--no_policy --no_det --fake_updates 4", "base, 4 fake updates": "--fake_updates 4"},
     "Table 5: a reward without gradient": {
-        "strict, DM only": "--rewards strict=1 --no_policy",
         "strict, naive GRPO": "--rewards strict=1 --subset_size 3", "strict, SubGRPO M=2": "--rewards strict=1",
         "strict, SubGRPO M=1": "--rewards strict=1 --subset_size 1"},
     "Departures 7, 12, 13": {
