@@ -139,9 +139,9 @@ class UsageError(Exception):
         self.code = code
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 # 1. Configuration. One typed place; every default says its unit and where it comes from.
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 
 def opt(default, help, choices=None):
     """A dataclass field whose help text and admissible values the command line reads."""
@@ -322,13 +322,13 @@ def check(cfg):
             raise UsageError(sentence)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 # 2. Flow algebra (paper 2.1). Rectified path x_t = (1-t) x_0 + t eps, velocity v = E[eps - x_0 | x_t].
 #
 # From here to section 5 everything is a pure function: no globals, no configuration, noise comes in as an
 # argument, levels t, s are numbers or tensors that broadcast against x. All arithmetic is fp32 whatever comes in:
 # bf16 keeps fewer than three digits, so FLUX.2's t_1 = .9581 would become .957, and x - t v would be as coarse.
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 
 def fp32(*values):
     """Each value as an fp32 tensor, its autograd graph and device kept."""
@@ -353,9 +353,9 @@ def score_from_velocity(x, v, t):
     return -(x + (1 - t) * v) / t
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 # 3. Sampler (App. C)
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 
 def timestep_schedule(steps, shift=1.0):
     """t_0 = 1 > ... > t_K = 0, (K+1,) float64: the uniform grid u (App. J), shifted as shift u / (1 + (shift-1)
@@ -456,9 +456,9 @@ class CPSScheduler(FlowMatchEulerDiscreteScheduler):
         return SchedulerOutput(prev_sample=x) if return_dict else (x,)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 # 4. AC-DMD (3.1, App. B, D, E, F). s: level t_k of a boundary state x_s; t in [s, 1]: level it is re-noised to.
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 
 def renoise_coefficients(s, t, std="markov"):
     """a = alpha_k(t) and kappa = sigma_k(t) of 3.1 (above Eq. 8) and App. B: x_t = a x_s + kappa n brings level s
@@ -579,10 +579,10 @@ def dmd_loss(x_s, x_t, v_teacher, v_fake, s, t):
     return 0.5 * (x_s - (x_s - g).detach()).square().mean()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 # 5. Hybrid policy gradient (3.2, App. G, H). Step k = 1 .. K-1 is a Gaussian policy, step K is deterministic (Eq.
 # 14).
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 
 def choose_steps(steps, subset_size, generator):
     """S: sorted list of subset_size of the stochastic steps {1 .. K-1}, uniformly (3.2). generator:
@@ -656,7 +656,7 @@ def pathwise_loss(reward, scale=1.0, dims=1):
     return -(reward.float() / scale).mean() / dims
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 # 6. The two stages: Algorithm 1 (App. I). The comments name its lines.
 #
 # Beyond it: fake_updates updates of phi for each update of theta (released: 10, then 1), and in stage 1 a rollout
@@ -667,7 +667,7 @@ def pathwise_loss(reward, scale=1.0, dims=1):
 # stream; draw(keys, u, m, ...): u uniforms and m normals a sample; chunks(n, size): slices; level(t, x): t to
 # broadcast against x; note(run, n, ..): means over n samples for the log; phase(run, name): counts cost in a dry
 # run. roll_out is section 3's rollout in chunks.
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 
 def stage1(run):
     """Algorithm 1, lines 1-5: AC-DMD, the cold start.
@@ -1008,8 +1008,7 @@ def pathwise_terms(run, x_0, prompts, scales):
 # 7. Rewards r(x): reward(images (B, 3, H, W) in [0, 1], prompts) -> (B,)
 #
 # Every reward enters SubGRPO (Eq. 17); one whose .differentiable is true also enters the pathwise term (Eq. 15).
-# The CLIP family is here, the paper's other metrics are in eval.py, and your own is `--rewards
-# module:function=1`.
+# The CLIP family is here, the paper's other metrics are in eval.py, your own is `--rewards module:function=1`.
 # -----------------------------------------------------------------------------------------------------------------
 
 CLIP_MEAN, CLIP_STD = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)
@@ -1114,8 +1113,7 @@ def eval_module():
 
 
 def load_reward(name, cfg, extra=None):
-    """The reward of that name: the backbone's own (extra), one of REWARDS, one of eval.py, or
-    module:attribute."""
+    """The reward of that name: the backbone's own (extra), of REWARDS, of eval.py, or module:attribute."""
     if extra and name in extra:
         return extra[name]
     if name in REWARDS:
@@ -1125,8 +1123,7 @@ def load_reward(name, cfg, extra=None):
 
 def score(reward, images, prompts):
     """reward(images, prompts), checked: (B,) fp32 on the images' device; nan and inf are left to the caller.
-    Whatever it raises becomes one sentence. When a batch fails, its images are tried singly to name the
-    prompt."""
+    Whatever it raises becomes one sentence. A batch that fails is tried image by image, to name the prompt."""
     name = getattr(reward, "name", type(reward).__name__)
     try:
         values = torch.as_tensor(reward(images, prompts), device=images.device)
@@ -1389,8 +1386,7 @@ def decode_chunks(vae, z, pixels=2**20):
 class TextCache:
     """Text embeddings on disk, so that the encoders need not live beside the network while it trains.
     FOLDER/<hash of text_key>/<hash of prompt>.safetensors is encode([prompt]) of any backbone without batch axis.
-    A file that is cut short is known by its size, and made anew. One thread reads, ahead of the network if it is
-    told to."""
+    A file that is cut short is known by its size, and made anew. One thread reads, ahead of the network."""
 
     def __init__(self, backbone, folder):
         self.backbone, self.reader = backbone, ThreadPoolExecutor(1)
@@ -1432,8 +1428,7 @@ class TextCache:
         barrier()
 
     def read(self, prompt):
-        """One row from its file. Cloned: load_file gives views of the open file, and 65,530 of those are
-        allowed."""
+        """One row from its file. Cloned: load_file gives views of the open file, and 65,530 are allowed."""
         try:
             return {name: x.clone() for name, x in load_file(self.path(prompt)).items()}
         except (OSError, SafetensorError) as error:
@@ -1482,9 +1477,9 @@ def load_lora(folder):
         raise UsageError(f"{path} is missing or damaged, or tells no rank and alpha: take another.") from error
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 # 9. Plumbing: processes, keyed randomness, LoRA roles, optimiser step, checkpoints, log
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 
 def dist_info():
     """(rank, local rank, world size). A plain `python rtdmd.py` is world 1 of the same code."""
@@ -1519,8 +1514,7 @@ barrier = functools.partial(everyone, None)                                 # no
 
 
 def share(total):
-    """Global indices of this process: every world-th. What is computed for an index never depends on its
-    owner."""
+    """Global indices of this process: every world-th. What is computed for one never depends on its owner."""
     return list(range(dist_info()[0], total, dist_info()[2]))
 
 
@@ -1665,8 +1659,7 @@ class Roles:
         return self.backbone.velocity(self.nets[role], x, t.flatten(), cond).float()
 
     def teacher(self, x, t, cond, null):
-        """v_psi with classifier-free guidance, v_u + w (v_c - v_u), in one batch. null: the embedding of "",
-        batch 1."""
+        """v_psi with classifier-free guidance, v_u + w (v_c - v_u), in one batch. null: cond of "", batch 1."""
         if self.guidance == 1:
             return self.velocity("teacher", x, t, cond)
         both = {n: torch.cat([null[n].expand_as(c), c]) for n, c in cond.items()}
@@ -1676,8 +1669,7 @@ class Roles:
 
 def lora_product(matrix, x):
     """x A^T of an fp32 LoRA matrix, in the dtype of x: just what the deployed pipeline computes. PEFT would copy
-    x to fp32 instead, once for each of q, k and v; autocast would compute every norm of the base in fp32, and
-    keep it."""
+    x to fp32, once for each of q, k and v; autocast would compute every norm of the base in fp32, and keep it."""
     return F.linear(x, matrix.weight.to(x.dtype))
 
 
@@ -1879,8 +1871,7 @@ def prepare(cfg):
 
 
 def note(run, n, **values):
-    """Adds means over n samples to this iteration's log. Tensors stay on the device: nothing waits for the
-    GPU."""
+    """Adds means over n samples to this iteration's log. Tensors stay on the device: nothing waits for it."""
     for name, value in values.items():
         total, count = run.terms.get(name, (0.0, 0))
         run.terms[name] = (total + n * (value.detach() if torch.is_tensor(value) else value), count + n)
@@ -1945,9 +1936,9 @@ def phase(run, name):
     return eval_module().CostMeter(run, name) if run.cfg.dry_run else contextlib.nullcontext()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 # 10. Command line
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 
 # Titles in --help, each at the first of its fields.
 GROUPS = dict(stage="what to run", pretrained="network", steps="sampler (App. C)", gamma="AC-DMD (3.1)",
@@ -2000,12 +1991,12 @@ def main(argv=None):
             dist.destroy_process_group()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 # Appendix. The tiny world (--model tiny): a text-to-image problem for a laptop, through the very same stages.
 #
 # 12 x 12 pictures of one or two coloured shapes and their captions; a 0.6 M parameter SD3Transformer2DModel in
 # pixel space as teacher; two classifiers, A (the reward) and B (held out). A reader of the paper can stop here.
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 
 COLOURS = {"red": (.85, .15, .15), "green": (.15, .7, .2), "blue": (.15, .25, .9), "yellow": (.9, .85, .15)}
 SHAPES = ("circle", "square", "triangle")
