@@ -150,8 +150,7 @@ def opt(default, help, choices=None):
 
 @dataclasses.dataclass
 class Config:
-    """Every setting: type, default, unit and source. The command line is made from it, and nothing else has
-    defaults."""
+    """Every setting: type, default, unit and source. The command line is made from it."""
 
     # ---- What to run
     stage: int = opt(1, "1 distils (AC-DMD), 2 reinforces (hybrid policy gradient)", (1, 2))
@@ -493,8 +492,7 @@ def ambient_scale(s, t, std="markov"):
 
 
 def ambient_velocity_target(x_s, noise, s, t, std="markov"):
-    """Regression target v* of the fake score on x_t = a x_s + kappa n; Eq. 5's n - x_0 at s = 0. x_s, noise (B,
-    ...)."""
+    """Regression target v* of the fake score on x_t = a x_s + kappa n: Eq. 5's n - x_0 at s = 0. All (B, ...)."""
     x_s, noise, s = fp32(x_s, noise, s)
     return -x_s / (1 - s) + ambient_scale(s, t, std) * noise
 
@@ -591,8 +589,7 @@ def choose_steps(steps, subset_size, generator):
 
 
 def group_noise(shape, selected, group_size, steps, generator):
-    """Eq. 16: the noise of one group, (K-1, N, *shape), independent at the steps in `selected`, shared at all
-    others."""
+    """Eq. 16: a group's noise, (K-1, N, *shape), independent at the steps in `selected`, shared at all others."""
     noise = torch.randn(steps - 1, group_size, *shape, generator=generator)
     for k in range(1, steps):
         if k not in selected:
@@ -711,8 +708,8 @@ def prompts_per_iteration(cfg):
 def update_generator(run, it):
     """Line 4: one AdamW step of theta on Eq. 9. Sample i trains step k = 1 + floor(i K / batch).
 
-    So k ~ U{1..K} in exactly equal parts, on every process: k = 1 + i mod K would give the long walks to k = K to the
-    same few processes, and the others would wait.
+    So k ~ U{1..K} in exactly equal parts, on every process: k = 1 + i mod K would give the long walks to k = K to
+    the same few processes, and the others would wait.
     """
     cfg, K = run.cfg, run.cfg.steps
     ids, first = share(cfg.batch), (it + 1) * prompts_per_iteration(cfg) - cfg.batch
@@ -739,7 +736,7 @@ def update_generator(run, it):
 
 @torch.no_grad()
 def walk(run, normal, k, cond):
-    """x_{t_{k-1}} of each sample, k (B,) its own step: the rollout's first k - 1 steps, by those that need them."""
+    """x_{t_{k-1}} of each sample, k (B,) its own step: the first k - 1 steps, by those that need them."""
     x = normal[0].clone()
     for j in range(1, int(k.max())):
         live = (k > j).nonzero()[:, 0].to(x.device)
@@ -885,7 +882,7 @@ def group_draws(run, it, groups):
 
 @torch.no_grad()
 def judge_groups(run, b):
-    """Line 10. b.advantages (L,): weight times A_i, summed over rewards; b.scales[name] (L,): what A_i was divided by.
+    """Line 10. b.advantages (L,): weight times A_i, summed over rewards; b.scales[name] (L,): what divides A_i.
 
     Every process sees all rewards: for the global std, and for one log.
     """
@@ -953,7 +950,7 @@ def matched_slots(cfg, u):
 
 
 def reinforce_slot(run, b, slot, reward_term, rows, here, u, noise, first, total):
-    """Gradient of Eq. 18 through one step of each trajectory in rows; the DM term falls on those in `here` (indices).
+    """Gradient of Eq. 18 through one step of each trajectory in rows; the DM term falls on rows[i], i in here.
 
     All losses are taken down to the velocity first, and then through the network once: so the share of each term
     in the gradient is known at no cost, and decoder and reward are freed before the network's backward pass.
@@ -985,7 +982,7 @@ def reinforce_slot(run, b, slot, reward_term, rows, here, u, noise, first, total
         push("policy", cfg.beta * cfg.policy_weight * policy, len(rows))
         note(run, len(rows), ratio_off=(log_prob.detach() - b.old[rows, slot]).expm1().abs().mean())
     if here:                                                                # Eq. 9
-        x_s, s = (x_next + mean - mean.detach())[here], t_next[here]    # the rollout's state; its noise knows no theta
+        x_s, s = (x_next + mean - mean.detach())[here], t_next[here]    # the rollout's state and noise
         if cfg.renoise == "dmd2":
             x_s, s = x0_from_velocity(x, v, t)[here], torch.zeros_like(s)
         dm = matching_loss(run, x_s, s, {n: c[here] for n, c in cond.items()}, level(u[here], x), noise[here])
@@ -2016,8 +2013,7 @@ def tiny_captions(held_out=False):
 @functools.cache
 def parse_caption(caption):
     """(word ids (6,), attributes (5,)): layout 0 single, 1 stacked, 2 side by side; colour, shape of the upper or
-    left object, then of the other one (-1: there is none). "a below b" and "b above a" are one picture. Raises
-    UsageError."""
+    left object, then of the other (-1: none). "a below b" is "b above a". UsageError for what cannot be drawn."""
     text = caption.strip()
     if not text:
         return torch.zeros(TINY_TOKENS, dtype=torch.long), None            # the null condition
@@ -2037,8 +2033,7 @@ def parse_caption(caption):
 
 
 def render(captions, generator):
-    """Pictures (B, 3, 12, 12) in [-1, 1] of captions: random place, size, shade and background, so that no two
-    agree."""
+    """Pictures (B, 3, 12, 12) in [-1, 1] of captions: random place, size, shade and background; no two agree."""
     B, facts = len(captions), torch.stack([parse_caption(c)[1] for c in captions])
     rand = lambda *shape: torch.rand(B, *shape, generator=generator) * 2 - 1                    # U[-1, 1]
     axis = (torch.arange(TINY_SIDE) + 0.5) * 16 / TINY_SIDE
@@ -2066,8 +2061,7 @@ def render(captions, generator):
 
 
 class TinyText(nn.Module):
-    """Word + position embedding, trained together with the teacher. ids (B, 6) -> tokens (B, 6, 64), pooled (B,
-    64)."""
+    """Word + position embedding, trained with the teacher. ids (B, 6) -> tokens (B, 6, 64), pooled (B, 64)."""
 
     def __init__(self):
         super().__init__()
@@ -2081,8 +2075,7 @@ class TinyText(nn.Module):
 
 
 class TinyJudge(nn.Module):
-    """Reads layout, colours and shapes off a picture. images (B, 3, 12, 12) in [-1, 1] -> logits (B, n) of five
-    heads."""
+    """Reads layout, colours and shapes off images (B, 3, 12, 12) in [-1, 1] -> logits (B, n) of five heads."""
 
     HEADS = (3, 4, 3, 4, 3)
 
@@ -2156,8 +2149,7 @@ def pick_captions(captions, n, generator):
 
 
 def train_tiny_teacher(net, text, steps, seed):
-    """Flow matching, Eq. 3, with 10 % empty captions for classifier-free guidance; leaves averaged weights in net
-    and text."""
+    """Flow matching, Eq. 3, with 10 % empty captions for guidance; leaves averaged weights in net and text."""
     generator, captions = torch.Generator().manual_seed(seed), tiny_captions()
     params = [*net.parameters(), *text.parameters()]
     optimizer, mean = torch.optim.AdamW(params, 3e-3, betas=(.9, .99)), [p.detach().clone() for p in params]
