@@ -1491,7 +1491,8 @@ def save_grid(path, images, columns):
     images = F.pad(images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3), (1, 1, 1, 1), value=1.0)
     blank = images.new_ones(-len(images) % columns, *images.shape[1:])
     B, _, H, W = (images := torch.cat([images, blank])).shape
-    canvas = images.view(B // columns, columns, 3, H, W).permute(0, 3, 1, 4, 2).reshape(B // columns * H, columns * W, 3)
+    rows = images.view(B // columns, columns, 3, H, W).permute(0, 3, 1, 4, 2)
+    canvas = rows.reshape(B // columns * H, columns * W, 3)
     buffer = io.BytesIO()
     Image.fromarray((canvas.cpu().numpy() * 255).round().astype(np.uint8)).save(buffer, "PNG")
     rtdmd.write_atomic(path, buffer.getvalue())
@@ -1716,8 +1717,8 @@ def start_counting(run):
         for i, layer in enumerate(layers):
             watch(layer, part, counted=part == "network" or i == 0)
         run.live["held"].update(t.untyped_storage()._cdata for t in tensors_of(nets))
-    standing = [*run.ema, *(m for o in run.optimizers.values() for state in o.state.values() for m in state.values())]
-    run.live["held"].update(t.untyped_storage()._cdata for t in standing)     # in the table they stand beside the peak
+    moments = (m for o in run.optimizers.values() for state in o.state.values() for m in state.values())
+    run.live["held"].update(t.untyped_storage()._cdata for t in [*run.ema, *moments])    # beside the peak in the table
     run.standing_bytes = torch.cuda.memory_allocated() if "cuda" in run.device else 0
 
 
@@ -1811,6 +1812,7 @@ def cost_lines(run, phases, total, weights, samples):
 BASE = "base (gamma .01)"
 LAG = "--fake_updates 1 --lr_fake 3e-4"
 BEHIND = "--iterations 75 @fake_from_zero"
+LONG = "--iterations 150 --save_every 25 --keep 6"
 STAGE1_ROWS = {
     "Table 3: the consistency term": {
         BASE: "", "gamma 0 (A-DMD)": "--gamma 0", "gamma .001": "--gamma .001", "gamma .005": "--gamma .005",
@@ -1824,20 +1826,23 @@ STAGE1_ROWS = {
     "A fake score that lags (1 update at lr 3e-4)": {
         "lag, gamma 0": f"{LAG} --gamma 0", "lag, gamma .01": LAG, "lag, gamma 1": f"{LAG} --gamma 1"},
     "A fake score that starts from zero behind a trained student (75 iterations)": {
-        "behind, gamma 0": f"{BEHIND} --gamma 0", "behind, gamma .01": BEHIND, "behind, gamma 1": f"{BEHIND} --gamma 1"},
+        "behind, gamma 0": f"{BEHIND} --gamma 0", "behind, gamma .01": BEHIND,
+        "behind, gamma 1": f"{BEHIND} --gamma 1"},
     "Beyond the paper, stage 1": {"a fake score that knows k": "@fake_knows_k"},
 }
 STAGE2_ROWS = {
     "Table 4: the hybrid policy gradient": {
-        "DM only": "--no_policy --no_det", "naive GRPO": "--subset_size 3 --no_det", "SubGRPO M=1": "--subset_size 1 --no_det",
-        "SubGRPO M=2": "--no_det", "pathwise only": "--no_policy", "base (SubGRPO M=2 + pathwise)": "",
-        "SubGRPO M=1 + pathwise": "--subset_size 1", "naive GRPO + pathwise": "--subset_size 3",
-        "base without DM": "--no_dmd", "base, det_weight 1": "--det_weight 1",
-        "SubGRPO M=2, policy_weight 3": "--no_det --policy_weight 3",
+        "DM only": "--no_policy --no_det", "naive GRPO": "--subset_size 3 --no_det",
+        "SubGRPO M=1": "--subset_size 1 --no_det", "SubGRPO M=2": "--no_det", "pathwise only": "--no_policy",
+        "base (SubGRPO M=2 + pathwise)": "", "SubGRPO M=1 + pathwise": "--subset_size 1",
+        "naive GRPO + pathwise": "--subset_size 3", "base without DM": "--no_dmd"},
+    "The weights of the tiny world": {
+        "base, det_weight 1": "--det_weight 1", "SubGRPO M=2, policy_weight 3": "--no_det --policy_weight 3",
         "DM only, 4 fake updates": "--no_policy --no_det --fake_updates 4"},
     "Table 5: a reward without gradient": {
-        "strict, DM only": "--rewards strict=1 --no_policy", "strict, naive GRPO": "--rewards strict=1 --subset_size 3",
-        "strict, SubGRPO M=2": "--rewards strict=1", "strict, SubGRPO M=1": "--rewards strict=1 --subset_size 1"},
+        "strict, DM only": "--rewards strict=1 --no_policy",
+        "strict, naive GRPO": "--rewards strict=1 --subset_size 3", "strict, SubGRPO M=2": "--rewards strict=1",
+        "strict, SubGRPO M=1": "--rewards strict=1 --subset_size 1"},
     "Departures 7, 12, 13": {
         "log-prob as released": "--log_prob unscaled --no_det", "std over all prompts": "--advantage_std global",
         "no std (leave one out)": "--advantage_std none --beta 8", "shared x_{t_0}": "--share_initial",
@@ -1846,13 +1851,14 @@ STAGE2_ROWS = {
         "pathwise, last 2 steps": "--no_policy @pathwise_2", "pathwise, last 3 steps": "--no_policy @pathwise_3",
         "pathwise, all 4 steps": "--no_policy @pathwise_4"},
     "Beyond the paper: noise and std": {
-        "antithetic, SubGRPO M=2": "--no_det @antithetic", "antithetic, naive GRPO": "--subset_size 3 --no_det @antithetic",
-        "std floor .0001, SubGRPO M=2": "--no_det --std_floor 1e-4", "std floor .2, SubGRPO M=2": "--no_det --std_floor .2"},
+        "antithetic, SubGRPO M=2": "--no_det @antithetic",
+        "antithetic, naive GRPO": "--subset_size 3 --no_det @antithetic",
+        "std floor .0001, SubGRPO M=2": "--no_det --std_floor 1e-4",
+        "std floor .2, SubGRPO M=2": "--no_det --std_floor .2"},
     "Beyond the paper: when to stop": {
-        "150 iterations": "--iterations 150 --save_every 25 --keep 6",
-        "150 iterations, stopped by the held-out judge": "--iterations 150 --save_every 25 --keep 6 @held_out_stop"},
+        "150 iterations": LONG, "150 iterations, stopped by the held-out judge": f"{LONG} @held_out_stop"},
 }
-QUICK = {1: ["Table 3: the consistency term"], 2: ["Table 4: the hybrid policy gradient"]}       # with two seeds: half an hour
+QUICK = {1: "Table 3: the consistency term", 2: "Table 4: the hybrid policy gradient"}
 
 
 def ablations(flags, cfg):
@@ -1865,32 +1871,37 @@ def ablations(flags, cfg):
     """
     out = Path(flags.out if "out" in flags.given else "runs/ablations")
     seeds = range(flags.seeds if "seeds" in flags.given or not flags.quick else 2)
-    questions = [(stage, name, rows) for stage, table in ((1, STAGE1_ROWS), (2, STAGE2_ROWS)) for name, rows in table.items()
-                 if not flags.quick or name in QUICK[stage]]
-    jobs = [(stage, row, words, seed) for seed in seeds for stage, _, rows in questions for row, words in rows.items()
-            if flags.only in f"stage {stage}: {row}" and (stage, row) != (1, BASE)]
-    base = STAGE1_ROWS["Table 3: the consistency term"][BASE]
-    rtdmd.load_backbone(rtdmd.resolve(dict(cache=cfg.cache, tiny_steps=cfg.tiny_steps)))     # one process makes the world
-    threads = max(1, (os.cpu_count() or 1) // flags.jobs)
-    with concurrent.futures.ProcessPoolExecutor(flags.jobs, multiprocessing.get_context("spawn"), torch.set_num_threads,
-                                                (threads,)) as pool:
-        for stage in ([(1, BASE, base, seed) for seed in seeds], jobs):               # all others start from these
-            waiting = [pool.submit(ablation, out, cfg, *job) for job in stage if not result_of(out, job[1], job[3]).exists()]
-            try:
-                for done in rtdmd.progress(concurrent.futures.as_completed(waiting), len(waiting), "ablations"):
-                    done.result()
-            except BaseException as error:
-                pool.shutdown(cancel_futures=True)                       # those at work stop after their iteration
-                if isinstance(error, KeyboardInterrupt):
-                    raise UsageError("Stopped: the same command goes on from here.", code=130) from None
-                raise
-    results = {f"stage {stage}: {row}": [json.loads(result_of(out, row, seed).read_text()) for seed in seeds
-                                         if result_of(out, row, seed).exists()] for stage, _, rows in questions for row in rows}
-    tables = [f"### {name}\n\n{ablation_table(stage, rows, results)}" for stage, name, rows in questions]
+    tables = [(stage, name, rows) for stage, table in ((1, STAGE1_ROWS), (2, STAGE2_ROWS))
+              for name, rows in table.items() if not flags.quick or name == QUICK[stage]]
+    base = STAGE1_ROWS[QUICK[1]][BASE]
+    jobs = [(stage, row, words, seed) for seed in seeds for stage, _, rows in tables for row, words in rows.items()
+            if flags.only in f"stage {stage}: {row}" and row != BASE]
+    rtdmd.load_backbone(rtdmd.resolve(dict(cache=cfg.cache, tiny_steps=cfg.tiny_steps)))    # makes the world, once
+    train_rows([(1, BASE, base, seed) for seed in seeds], out, cfg, flags.jobs)            # all others start there
+    train_rows(jobs, out, cfg, flags.jobs)
+    files = {row: [result_of(out, row, seed) for seed in seeds] for _, _, rows in tables for row in rows}
+    results = {row: [json.loads(file.read_text()) for file in found if file.exists()] for row, found in files.items()}
+    text = "\n\n".join(f"### {name}\n\n{ablation_table(rows, results)}" for _, name, rows in tables)
     rtdmd.write_atomic(out / "results.json", json.dumps(results, indent=1))
-    rtdmd.write_atomic(out / "table.md", "\n\n".join(tables) + "\n")
+    rtdmd.write_atomic(out / "table.md", text + "\n")
     draw_ablation_curves(out, seeds)
-    print("\n\n".join(tables))
+    print(text)
+
+
+def train_rows(jobs, out, cfg, processes):
+    """The jobs (stage, row, words, seed) without a result, in that many processes at a time."""
+    jobs = [job for job in jobs if not result_of(out, job[1], job[3]).exists()]
+    threads, spawn = max(1, (os.cpu_count() or 1) // processes), multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(processes, spawn, torch.set_num_threads, (threads,)) as pool:
+        waiting = [pool.submit(ablation, out, cfg, *job) for job in jobs]
+        try:
+            for done in rtdmd.progress(concurrent.futures.as_completed(waiting), len(waiting), "ablations"):
+                done.result()
+        except BaseException as error:
+            pool.shutdown(cancel_futures=True)                   # those at work stop after their iteration
+            if isinstance(error, KeyboardInterrupt):
+                raise UsageError("Stopped: the same command goes on from here.", code=130) from None
+            raise
 
 
 def result_of(out, row, seed):
@@ -1900,30 +1911,27 @@ def result_of(out, row, seed):
 
 def ablation(out, cfg, stage, row, words, seed):
     """One row for one seed, in a process of its own: trains it, evaluates it, writes its result."""
-    target = result_of(out, row, seed)
-    folder, world = target.with_suffix(""), ["--cache", cfg.cache, "--tiny_steps", str(cfg.tiny_steps), "--device", cfg.device]
-    start = result_of(out, BASE, seed).with_suffix("") / "stage1"
-    options = ["--stage", str(stage), "--out", str(folder), "--seed", str(seed), "--keep", "1", "--sample_every", "10", *world,
-               *[word for word in words.split() if word[0] != "@"], *(["--init", str(start)] if stage == 2 else [])]
-    names = [word[1:] for word in words.split() if word[0] == "@"]
-    last = rtdmd.resolve(rtdmd.parse_flags(options)).iterations
-    quiet = io.StringIO()
+    target, start = result_of(out, row, seed), result_of(out, BASE, seed).with_suffix("") / "stage1"
+    folder, names = target.with_suffix(""), [word[1:] for word in words.split() if word[0] == "@"]
+    world = ["--cache", cfg.cache, "--tiny_steps", str(cfg.tiny_steps), "--device", cfg.device]
+    options = ["--stage", str(stage), "--out", str(folder), "--seed", str(seed), "--keep", "1", *world,
+               *(word for word in words.split() if word[0] != "@"), *(["--init", str(start)] if stage == 2 else [])]
+    last, quiet = rtdmd.resolve(rtdmd.parse_flags(options)).iterations, io.StringIO()
     try:
         with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet), replaced(names, start):
             rtdmd.main(options)
         found = rtdmd.find_checkpoint(folder / f"stage{stage}")
         if found is None or found.name != f"checkpoint-{last:06d}":
             raise UsageError(f"The ablation {row!r} was stopped: the same command goes on from there.")
-        found = best_checkpoint(folder / f"stage{stage}") if "held_out_stop" in names else found
+        found = best_checkpoint(found.parent) if "held_out_stop" in names else found
         with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
             main(["--lora", str(found), "--out", str(folder), *world])
     except SystemExit:
         raise UsageError(f"The ablation {row!r} failed: {quiet.getvalue().strip().splitlines()[-1]}") from None
     scores, = json.loads((folder / "report.json").read_text())["rows"].values()
-    log = read_log(folder / f"stage{stage}")
-    scores |= {name: float(np.mean([line[name] for line in log[-20:] if name in line])) for name in ("dm", "dsm", "consistency")
-               if any(name in line for line in log[-20:])}
-    rtdmd.write_atomic(target, json.dumps(scores | dict(seed=seed, words=words, iterations=int(found.name[-6:]))))
+    gaps = [line["dm"] for line in read_log(found.parent)[-20:] if "dm" in line]
+    facts = dict(stage=stage, seed=seed, words=words, iterations=int(found.name[-6:]))
+    rtdmd.write_atomic(target, json.dumps(scores | ({"dm": float(np.mean(gaps))} if gaps else {}) | facts))
 
 
 def read_log(folder):
@@ -1932,22 +1940,22 @@ def read_log(folder):
 
 
 def best_checkpoint(folder):
-    """The checkpoint where the held-out judge's score of the fixed-seed panel, averaged with its two neighbours,
-    is highest."""
+    """The checkpoint with the highest score of the held-out judge on the panel, averaged with its two
+    neighbours."""
     curve = {line["iteration"]: line["watch_heldout"] for line in read_log(folder) if "watch_heldout" in line}
     near = lambda it: np.mean([score for other, score in curve.items() if abs(other - it) <= 10])
     return max(rtdmd.list_checkpoints(folder), key=lambda path: near(int(path.name[-6:])))
 
 
-def ablation_table(stage, rows, results):
+def ablation_table(rows, results):
     """Markdown: mean +- standard error over the seeds that are done. dm: of the last 20 iterations."""
-    columns = [*DEFAULT_METRICS["tiny"].split(","), "dm"]
-    lines = ["| | seeds | " + " | ".join(TINY_COLUMNS.get(m, m) for m in columns) + " |", "|---|" + "---|" * (len(columns) + 1)]
+    columns = [*TINY_COLUMNS, "dm"]
+    head = ["", "seeds", *(TINY_COLUMNS.get(m, m) for m in columns)]
+    lines = [head, ["---"] * len(head)]
     for row in rows:
-        scores = results[f"stage {stage}: {row}"]
-        known = [[r[m] for r in scores if m in r] for m in columns]
-        lines.append(f"| {row} | {len(scores)} | " + " | ".join(number(*mean_and_error(v, 1)) if v else "" for v in known) + " |")
-    return "\n".join(lines)
+        values = [[scores[m] for scores in results[row] if m in scores] for m in columns]
+        lines.append([row, str(len(results[row])), *(number(*mean_and_error(v, 1)) if v else "" for v in values)])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 # ---- Experiments beyond the paper: each replaces functions of rtdmd by others that call them
@@ -2002,9 +2010,10 @@ def pathwise(steps):
                     x = b.states[k, rows] + mean - mean.detach()
                 det = rtdmd.pathwise_terms(run, x, prompts, {n: scale[rows] for n, scale in b.scales.items()})
                 (cfg.beta * cfg.det_weight * det * len(rows) / total).backward()
-                rows, u, noise, here, reward_term = [rows[i] for i in here], u[here], noise[here], range(len(here)), False
+                reward_term, rows, u, noise = False, [rows[i] for i in here], u[here], noise[here]
+                here = list(range(len(here)))
             if rows:
-                original(run, b, slot, reward_term, rows, list(here), u, noise, first, total)
+                original(run, b, slot, reward_term, rows, here, u, noise, first, total)
         return dict(reinforce_slot=reinforce_slot)
     return variant
 
@@ -2020,8 +2029,9 @@ def fake_knows_k(start):
         self.named["fake"]["steps"] = nn.Parameter(torch.zeros(cfg.steps + 1, rtdmd.TINY_WIDTH))
 
     def batch_with_k(self, prompts, device):
-        cond = batch(self, [p.split("\0")[0] for p in prompts], device)
-        return cond | dict(k=torch.tensor([int(p.split("\0")[1]) for p in prompts])) if "\0" in prompts[0] else cond
+        texts, _, steps = zip(*(p.partition("\0") for p in prompts))
+        cond = batch(self, texts, device)
+        return cond | dict(k=torch.tensor([int(k) for k in steps])) if steps[0] else cond
 
     def velocity_with_k(self, role, x, t, cond):
         cond = dict(cond)
@@ -2065,20 +2075,23 @@ def fake_from_zero(start):
     return dict(prepare=prepare)
 
 
-VARIANTS = dict(antithetic=antithetic, pairs_across=pairs_across, fake_knows_k=fake_knows_k, fake_from_zero=fake_from_zero, held_out_stop=lambda start: {},
-                pathwise_2=pathwise(2), pathwise_3=pathwise(3), pathwise_4=pathwise(4))
+VARIANTS = dict(antithetic=antithetic, pairs_across=pairs_across, fake_knows_k=fake_knows_k,
+                fake_from_zero=fake_from_zero, held_out_stop=lambda start: {},                # ablation() does that
+                **{f"pathwise_{steps}": pathwise(steps) for steps in (2, 3, 4)})
 
 
 # ---- Curves
 
-LINE_COLOURS = [(31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189), (255, 127, 14), (90, 90, 90), (23, 190, 207)]
+LINE_COLOURS = [(31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189), (255, 127, 14), (90, 90, 90),
+                (23, 190, 207), (227, 119, 194), (188, 189, 34)]
 
 
 def draw_ablation_curves(out, seeds):
     """OUT/curves.png: training reward and held-out judge of Table 4's rows, mean over seeds."""
     panels = {"reward (trained on)": {}, "held-out judge": {}}
     for row in STAGE2_ROWS["Table 4: the hybrid policy gradient"]:
-        logs = [read_log(result_of(out, row, s).with_suffix("") / "stage2") for s in seeds if result_of(out, row, s).exists()]
+        files = [result_of(out, row, seed) for seed in seeds]
+        logs = [read_log(file.with_suffix("") / "stage2") for file in files if file.exists()]
         for panel, name in zip(panels.values(), ("reward_attributes", "watch_heldout")):
             if logs:
                 panel[row] = mean_curve(logs, name)
@@ -2089,12 +2102,12 @@ def draw_ablation_curves(out, seeds):
 def draw_run_curves(run, path):
     """README's healthy run as a picture: the gap between fake score and teacher of both stages, the rewards of
     stage 2."""
-    logs = {stage: read_log(run / f"stage{stage}") for stage in (1, 2) if (run / f"stage{stage}/metrics.jsonl").exists()}
+    logs = {i: read_log(run / f"stage{i}") for i in (1, 2) if (run / f"stage{i}/metrics.jsonl").exists()}
     panels = {f"stage {stage}: dm, the gap between fake score and teacher": {"dm": mean_curve([log], "dm")}
               for stage, log in logs.items() if "dm" in log[-1]}
     names = [name for name in logs[2][-1] if name.startswith(("reward_", "watch_"))] if 2 in logs else []
     if names:
-        panels["stage 2: rewards; watch_ is never trained on"] = {name: mean_curve([logs[2]], name) for name in names}
+        panels["stage 2: rewards; watch_ is never trained on"] = {n: mean_curve([logs[2]], n) for n in names}
     if panels:
         draw_curves(path, panels)
 
@@ -2104,7 +2117,8 @@ def mean_curve(logs, name, width=5):
     lines = [[(line["iteration"], line[name]) for line in log if name in line] for log in logs]
     mean = [(pairs[0][0], float(np.mean([value for _, value in pairs]))) for pairs in zip(*lines)]
     width = 1 if len(mean) < 4 * width else width
-    return [(mean[i][0], float(np.mean([v for _, v in mean[max(0, i - width + 1):i + 1]]))) for i in range(len(mean))]
+    before = lambda i: [value for _, value in mean[max(0, i - width + 1):i + 1]]
+    return [(x, float(np.mean(before(i)))) for i, (x, _) in enumerate(mean)]
 
 
 def draw_curves(path, panels, width=560, height=330):
@@ -2126,7 +2140,8 @@ def draw_curves(path, panels, width=560, height=330):
             pen.text((left - 6, place(x, y)[1]), f"{y:.3g}", "black", font, anchor="rm")
             pen.text((place(x, y)[0], bottom + 6), f"{x:.0f}", "black", font, anchor="ma")
         for j, (label, curve) in enumerate(curves.items()):
-            colour, x, y = LINE_COLOURS[j % len(LINE_COLOURS)], left + j % 2 * (right - left) // 2, height + 18 * (j // 2)
+            colour = LINE_COLOURS[j % len(LINE_COLOURS)]
+            x, y = left + j % 2 * (right - left) // 2, height + 18 * (j // 2)
             pen.line([place(*point) for point in curve], colour, 2)
             pen.line([(x, y + 8), (x + 22, y + 8)], colour, 3)
             pen.text((x + 28, y), label, "black", font)

@@ -487,7 +487,8 @@ def test_two_draws_are_unbiased():
 
 
 def test_one_side_of_the_consistency_term_is_enough(monkeypatch):
-    """update_fake itself, with its two halves: its gradient is gamma times that of Eq. 11 at the levels that it drew."""
+    """update_fake itself, with its two halves: its gradient is gamma times that of Eq. 11 at the levels that it
+    drew."""
     n, w, drawn = 40_000, torch.tensor([0.9, -0.5]), {}
     copies = w.expand(n, 2).clone().requires_grad_()
     cfg = rtdmd.resolve(dict(model="tiny", device="cpu", gamma=2.0, micro_batch=n, delta=0.3))
@@ -513,7 +514,8 @@ def test_one_side_of_the_consistency_term_is_enough(monkeypatch):
 
 
 def pooled(worlds):
-    """Velocity of what one fake score learns at level t: the step-k laws with t_k < t, each with its density of t."""
+    """Velocity of what one fake score learns at level t: the step-k laws with t_k < t, each with its density of
+    t."""
     def velocity(x, t):
         weight, total = 0, 0
         for world in worlds:
@@ -526,8 +528,8 @@ def pooled(worlds):
 
 
 def test_consistency_holds_between_boundaries_and_not_across():
-    """DEPARTURE 4: the pooled law changes at every t_j. Eq. 11's residual at its exact score is that of one law on either
-    side of a t_j, and a hundred times as large from one side to the other, however close."""
+    """DEPARTURE 4: the pooled law changes at every t_j. Eq. 11's residual at its exact score is that of one law
+    on either side of a t_j, and a hundred times as large from one side to the other, however close."""
     worlds = [Mixture(0.25, d=WIDE), Mixture(0.5, w=(0.5, 0.5), m=(-0.4, 1.6), d=WIDE)]
     x = torch.linspace(-2, 2, 41)[:, None].double()
     residual = lambda t, t_next: residual_of(lambda x, t: pooled(worlds)(x.double(), t).float(), x.float(), t, t_next,
@@ -906,7 +908,8 @@ FAKE, TEACHER = torch.tensor([-0.6, 0.5]), torch.tensor([0.4, -1.0])
 
 
 def toy_run(monkeypatch, stage, iterations):
-    """The gradients {role: (updates, 2)} of the very loops of a stage, on the linear-Gaussian world: three networks v = p x + q."""
+    """The gradients {role: (updates, 2)} of the very loops of a stage, on the linear-Gaussian world: three
+    networks v = p x + q."""
     cfg = rtdmd.Config(stage=stage, eta=ETA, gamma=0.0, batch=8, fake_updates=3 if stage == 1 else 1, groups=2, group_size=8,
                        micro_batch=9, no_policy=True, no_det=True)
     weights = {"generator": THETA.clone().requires_grad_(), "fake": FAKE.clone().requires_grad_(), "teacher": TEACHER}
@@ -931,7 +934,8 @@ def toy_run(monkeypatch, stage, iterations):
 
 
 def fresh_fake_gradient():
-    """Gradient (2,) of Eq. 10 for a fresh rollout at a random step k of 1..K, exactly: x_s is Gaussian, the fake linear."""
+    """Gradient (2,) of Eq. 10 for a fresh rollout at a random step k of 1..K, exactly: x_s is Gaussian, the fake
+    linear."""
     times, u, total = rtdmd.timestep_schedule(4), (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000, 0.0
     p, q = FAKE.double()
     for k in range(1, 5):
@@ -942,7 +946,7 @@ def fresh_fake_gradient():
         kappa = (t * t - a * a * s * s).sqrt()
         c = (t - kappa ** 2) / ((1 - t) * kappa)
         square, x_t = var + mean ** 2, a * mean                             # of x_s, and E x_t
-        residual_x = p * (a * a * square + kappa ** 2) + q * x_t + a * b * square - kappa * c         # E (v - v*) x_t
+        residual_x = p * (a * a * square + kappa ** 2) + q * x_t + a * b * square - kappa * c      # E (v - v*) x_t
         residual = p * x_t + q + b * mean                                                             # E (v - v*)
         weight = 2 / (c ** 2 + (b * s) ** 2)
         total = total + torch.stack([(weight * residual_x).mean(), (weight * residual).mean()]) / 4
@@ -950,7 +954,8 @@ def fresh_fake_gradient():
 
 
 def fresh_matching_gradients(n=6000, dims=128):
-    """Eq. 9 on all K steps of n fresh rollouts, their mean per rollout (n, 2): what a random k has as its expectation."""
+    """Eq. 9 on all K steps of n fresh rollouts, their mean per rollout (n, 2): what a random k has as its
+    expectation."""
     g, times = rng(71), rtdmd.timestep_schedule(4)
     theta, total = THETA.expand(n, 2).clone().requires_grad_(), 0.0
     velocity = lambda w, x: w[..., :1] * x + w[..., 1:]
@@ -967,18 +972,21 @@ def fresh_matching_gradients(n=6000, dims=128):
 
 
 def apart(a, b):
-    """Standard errors between the means of two independent samples (n, ...), (m, ...), for the worst component."""
+    """Standard errors between the means of two independent samples (n, ...), (m, ...), for the worst
+    component."""
     variance = sum(x.double().var(0) / len(x) for x in (a, b))
     return float(((a.double().mean(0) - b.double().mean(0)).abs() / variance.sqrt()).max())
 
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_shared_rollouts_keep_the_expected_gradients(stage, monkeypatch):
-    """Stage 1: F fake updates on the K states of shared rollouts; k in equal parts for the generator. Stage 2: the fake score on the
-    rollout's own states; matching on one of the M + 1 forwards. All as with a fresh rollout and a random step for each sample.
+    """Stage 1: F fake updates on the K states of shared rollouts; k in equal parts for the generator. Stage 2:
+    the fake score on the rollout's own states; matching on one of the M + 1 forwards. All as with a fresh rollout
+    and a random step for each sample.
 
-    Per iteration, so that rows are independent, and in stage 1 for each of the F updates by itself. It can fail: a step that is never
-    visited is 14 to 70 standard errors away, step K matched in a third instead of a quarter of all cases 7.
+    Per iteration, so that rows are independent, and in stage 1 for each of the F updates by itself. It can fail:
+    a step that is never visited is 14 to 70 standard errors away, step K matched in a third instead of a quarter
+    of all cases 7.
     """
     n = 400
     found, fresh, truth = toy_run(monkeypatch, stage, n), fresh_matching_gradients(), fresh_fake_gradient()
@@ -3222,7 +3230,7 @@ vivid.differentiable = True
 '''
 REAL_FLAGS = ("--iterations 2 --batch 4 --fake_updates 2 --groups 2 --group_size 2 --micro_batch 4 --lora_rank 4 --lora_alpha 2 "
               "--resolution 64 --device cpu --prompts prompts.txt --rewards vivid_judge:vivid --lr 1e-3 --lr_fake 1e-3")
-REAL_LENGTHS = {"sd3m": 256, "sd35m": 32, "flux2-4b": 512}       # 32 is asked for, the others are the pipelines' own
+REAL_LENGTHS = {"sd3m": 256, "sd35m": 32, "flux2-4b": 512}     # 32 is asked for, the others are the pipelines' own
 
 
 def frozen_hashes(backbone):
@@ -3274,7 +3282,8 @@ def real_run(request, folders, tmp_path_factory):
 
 
 def test_both_stages_train_a_real_class(real_run):
-    """Finite losses and gradients, adapters that moved, a base that did not; stage 2 starts where stage 1's average ended."""
+    """Finite losses and gradients, adapters that moved, a base that did not; stage 2 starts where stage 1's
+    average ended."""
     for stage, one in real_run.stages.items():
         rows = [json.loads(line) for line in (one.folder / "metrics.jsonl").read_text().splitlines()]
         assert [row["iteration"] for row in rows] == [1, 2] and all(math.isfinite(v) for row in rows for v in row.values())
@@ -3294,7 +3303,8 @@ def test_both_stages_train_a_real_class(real_run):
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_checkpoint_is_exact_in_the_stock_pipeline(real_run, stage):
-    """load_lora_weights(folder) gives the averaged generator's velocity bit for bit, and not the raw one's or the base's."""
+    """load_lora_weights(folder) gives the averaged generator's velocity bit for bit, and not the raw one's or the
+    base's."""
     one = real_run.stages[stage]
     backbone, x, t = one.run.backbone, latents(one.run.backbone), torch.tensor([.9, .5])
     cond, pipe = one.run.text.batch(PROMPTS, "cpu"), stock(backbone.base)
@@ -3353,8 +3363,9 @@ def test_eval_samples_a_real_checkpoint(real_run, folders, monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", ["sd3m", "flux2-4b"])
 def test_adapters_are_fp32_over_a_bf16_base_and_run_as_deployed(folders, tmp_path, name):
-    """Both adapters, not only the last that PEFT made: a step of 1e-6 must move them. And what is trained is what is deployed:
-    in bf16, the stock bf16 pipeline with the exported adapter gives the training model's velocity bit for bit."""
+    """Both adapters, not only the last that PEFT made: a step of 1e-6 must move them. And what is trained is what
+    is deployed: in bf16, the stock bf16 pipeline with the exported adapter gives the training model's velocity
+    bit for bit."""
     backbone = backbone_of(folders, name, dtype="bf16")
     roles = rtdmd.Roles(backbone, R.Config(model=name, device="cpu", lora_rank=4, lora_alpha=2))
     assert {p.dtype for role in ("generator", "fake") for p in roles.parameters(role)} == {torch.float32}
@@ -3392,9 +3403,11 @@ def dry_run(tmp_path, monkeypatch, name, stage, *flags):
 
 
 def tflop_by_hand(run, role, gradient):
-    """TFLOP of one forward, and of its backward pass, from the layers' shapes: hooks on linears and convolutions, a formula for attention.
+    """TFLOP of one forward, and of its backward pass, from the layers' shapes: hooks on linears and convolutions,
+    a formula for attention.
 
-    A linear of (n, i) -> (n, o) is 2 n i o; the same again for the gradient of its input, and for that of its weight, where needed.
+    A linear of (n, i) -> (n, o) is 2 n i o; the same again for the gradient of its input, and for that of its
+    weight, where needed.
     """
     cost, hooks = dict(forward=0, backward=0), []
 
@@ -3410,7 +3423,7 @@ def tflop_by_hand(run, role, gradient):
     attention = F.scaled_dot_product_attention
 
     def counted(query, key, value, **options):
-        products = 4 * query.numel() * key.shape[2]                         # of q and k, of the weights and v: 2 n m d each
+        products = 4 * query.numel() * key.shape[2]                # of q and k, of the weights and v: 2 n m d each
         cost["forward"] += products
         cost["backward"] += 2 * products * query.requires_grad
         return attention(query, key, value, **options)
@@ -3427,8 +3440,9 @@ def tflop_by_hand(run, role, gradient):
 
 @pytest.mark.parametrize("name, stage", [("sd3m", 1), ("sd3m", 2), ("flux2-4b", 1)])
 def test_counted_costs_are_those_on_paper(tmp_path, monkeypatch, name, stage):
-    """Forwards a sample, stage 1 with F fake updates: F of the rollout, 3 F of the fake score (2 with gradient), (K-1)/2 + 1 of
-    the generator, 2 of the guided teacher and 1 of the fake score for Eq. 9. Stage 2: K, 3, M + 1 and again 3."""
+    """Forwards a sample, stage 1 with F fake updates: F of the rollout, 3 F of the fake score (2 with gradient),
+    (K-1)/2 + 1 of the generator, 2 of the guided teacher and 1 of the fake score for Eq. 9. Stage 2: K, 3, M + 1
+    and again 3."""
     flags = ["--batch", "4", "--fake_updates", "1"] if stage == 1 else ["--groups", "1", "--group_size", "4", "--rewards", "hpsv2=1"]
     if stage == 2:
         monkeypatch.setitem(rtdmd.eval_module().CLIP_SIZES, "hpsv2", "ViT-B-32")
@@ -3455,10 +3469,10 @@ def test_checkpointing_saves_memory_and_costs_a_forward(tmp_path, monkeypatch):
 
 
 def test_the_peak_is_what_a_gpu_would_hold(tmp_path, monkeypatch):
-    """Beside the weights, and nothing twice: the table has Adam's moments and the average by themselves. The norm of q and k
-    keeps no fp32 copy of them, as its CUDA kernel does not."""
+    """Beside the weights, and nothing twice: the table has Adam's moments and the average by themselves. The norm
+    of q and k keeps no fp32 copy of them, as its CUDA kernel does not."""
     costs, run = dry_run(tmp_path, monkeypatch, "flux2-4b", 1, "--batch", "4", "--fake_updates", "1")
-    assert run.live["now"] < 0.01 * costs["bytes"]["adapters"]              # all that is left over: the log's numbers
+    assert run.live["now"] < 0.01 * costs["bytes"]["adapters"]           # all that is left over: the log's numbers
     x, meter = torch.empty(1, 64, 2, 128, device="meta", dtype=torch.bfloat16, requires_grad=True), rtdmd.eval_module().CostMeter
     norm, before = nn.RMSNorm(128, device="meta", dtype=torch.bfloat16).requires_grad_(False), run.live["now"]
     run.done = 0
@@ -3470,7 +3484,8 @@ def test_the_peak_is_what_a_gpu_would_hold(tmp_path, monkeypatch):
 
 
 def test_flux2_4b_trains_on_a_24_gb_card(tmp_path):
-    """Stage 1, full size, 512 x 512, without recomputation. Fewer steps and samples: the peak is that of one sample."""
+    """Stage 1, full size, 512 x 512, without recomputation. Fewer steps and samples: the peak is that of one
+    sample."""
     rtdmd.main(f"--stage 1 --model flux2-4b --device meta --random_weights --dry_run 1 --steps 2 --batch 2 --fake_updates 1 --micro_batch 1 "
                f"--out {tmp_path} --cache {tmp_path}".split())
     assert json.loads((tmp_path / "stage1/dry_run.json").read_text())["peak_bytes"] < 24e9
@@ -3478,7 +3493,8 @@ def test_flux2_4b_trains_on_a_24_gb_card(tmp_path):
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_dry_run_keeps_nothing_but_its_report(folders, tmp_path, monkeypatch, stage):
-    """On the CPU with a real repository: the contract's keys, finite numbers, and neither a checkpoint nor a log."""
+    """On the CPU with a real repository: the contract's keys, finite numbers, and neither a checkpoint nor a
+    log."""
     monkeypatch.chdir(tmp_path)
     Path("vivid_judge.py").write_text(JUDGE)
     Path("prompts.txt").write_text("\n".join(PROMPTS))
@@ -3498,12 +3514,13 @@ def test_a_dry_run_keeps_nothing_but_its_report(folders, tmp_path, monkeypatch, 
 # Small enough for a second a run: 3 iterations, 8 boundary states or 4 groups of 3, adapters of rank 4.
 SMALL = ("--device cpu --tiny_steps 1 --max_prompts 24 --batch 8 --fake_updates 1 --groups 4 --group_size 3 "
          "--micro_batch 6 --lora_rank 4 --lora_alpha 4 --iterations 3 --save_every 1 --keep 9 --sample_every 3").split()
-FORK = multiprocessing.get_context("forkserver")               # a process that has imported everything, and run nothing
+FORK = multiprocessing.get_context("forkserver")          # a process that has imported everything, and run nothing
 
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory):
-    """A tiny world after one update. Its gates and output, still almost zero, become random, or they would stop gradients."""
+    """A tiny world after one update. Its gates and output, still almost zero, become random, or they would stop
+    gradients."""
     folder = tmp_path_factory.mktemp("cache")
     make_world(folder)
     return folder
@@ -3597,13 +3614,14 @@ def one_sentence(text, found, words, code=2):
 # ---- Processes ----
 
 def child(argv, env, output, before):
-    """One process of a run, in a fresh fork: `before` is a function of this file that prepares a fault or a witness."""
+    """One process of a run, in a fresh fork: `before` is a function of this file that prepares a fault or a
+    witness."""
     os.environ.update(env, OMP_NUM_THREADS="1")
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
     torch.set_num_threads(1)
-    tqdm.set_lock(threading.RLock())                            # tqdm's own is a semaphore that a killed process leaks
+    tqdm.set_lock(threading.RLock())                        # tqdm's own is a semaphore that a killed process leaks
     if before:
         globals()[before](Path(output))
     R.main(argv)
@@ -3675,13 +3693,14 @@ def small_sd3_world(folders, tmp_path_factory):
 def test_processes_and_micro_batches_change_nothing(model, stage, flags, tmp_path, request):
     """1, 2 and 4 processes and any micro-batch are one run, but for the order of fp32 sums.
 
-    Tolerances. A gradient is a sum of some 10^3 terms of either sign, 10 to 100 times larger than what is left (advantages
-    cancel): another order costs about 10^3^.5 * 6e-8 * 100 = 2e-4 of its largest component. Adam's first moments after one
-    iteration are that gradient: 5e-4 is allowed, where a lost sample or a mean of means makes 1e-1. Adam divides by the
-    gradient's size, so a component close to its rounding error may move by a part of lr = 1e-3; the others agree like
-    gradients: 99 % of all weights within 1e-6, a thousandth of one update, and all within a tenth (seen: 3e-8 and 6e-7).
-    Rewards before the first update come from the same weights and noise: equal to the last bit, for every trajectory,
-    where the same four go through the network together (--micro_batch 1); another shape may round differently.
+    Tolerances. A gradient is a sum of some 10^3 terms of either sign, 10 to 100 times larger than what is left
+    (advantages cancel): another order costs about 10^3^.5 * 6e-8 * 100 = 2e-4 of its largest component. Adam's
+    first moments after one iteration are that gradient: 5e-4 is allowed, where a lost sample or a mean of means
+    makes 1e-1. Adam divides by the gradient's size, so a component close to its rounding error may move by a part
+    of lr = 1e-3; the others agree like gradients: 99 % of all weights within 1e-6, a thousandth of one update,
+    and all within a tenth (seen: 3e-8 and 6e-7). Rewards before the first update come from the same weights and
+    noise: equal to the last bit, for every trajectory, where the same four go through the network together
+    (--micro_batch 1); another shape may round differently.
     """
     base = None
     if model == "sd3m":
@@ -3866,7 +3885,7 @@ def test_two_runs_on_one_folder(flags, tmp_path, capfd):
     wait_for(tmp_path / "run/stage1/metrics.jsonl", processes)
     refused(capfd, flags(1), "Another run is writing")
     assert finish(processes) == [0]
-    R.main(flags(1, "--iterations", 4))                         # the lock went with the process, and goes with main
+    R.main(flags(1, "--iterations", 4))                        # the lock went with the process, and goes with main
     R.main(flags(1, "--iterations", 5))
     assert len(rows_of(tmp_path / "run/stage1")) == 5
 
@@ -3879,7 +3898,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint(numbers, world, flags, tmp_path
     processes = start(flags(1, "--iterations", 100, "--save_every", 100), tmp_path / "log", world, "slow")
     wait_for(folder / "metrics.jsonl", processes)
     for number in numbers:
-        os.kill(processes[-1].pid, number)                      # of two processes the second alone: both end together
+        os.kill(processes[-1].pid, number)                   # of two processes the second alone: both end together
         time.sleep(0.05)
     assert finish(processes) == [0] * world
     rows = rows_of(folder)
@@ -3913,7 +3932,7 @@ def test_one_rank_that_dies_ends_the_others(flags, tmp_path):
     codes = finish(start(flags(1), tmp_path / "log", 2, "die_in_the_second"), 30)
     assert codes[1] == -signal.SIGKILL and codes[0] not in (0, None)
     assert R.find_checkpoint(tmp_path / "run/stage1").name == "checkpoint-000001"
-    assert finish(start(flags(1), tmp_path / "log", 2)) == [0, 0]                         # what torchrun's restart does
+    assert finish(start(flags(1), tmp_path / "log", 2)) == [0, 0]                    # what torchrun's restart does
     assert len(rows_of(tmp_path / "run/stage1")) == 3
 
 
@@ -3928,7 +3947,7 @@ def quota(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, kept)
 
 
-@pytest.mark.parametrize("size", [60_000, 260_000])              # too small for the copy of the source, for the checkpoint
+@pytest.mark.parametrize("size", [60_000, 260_000])      # too small for the copy of the source, for the checkpoint
 def test_a_full_disk(size, flags, tmp_path, capfd):
     R.main(flags(1, "--sample_every", 1, "--out", tmp_path / "whole"))
     R.main(flags(1, "--sample_every", 1, "--iterations", 1))
@@ -4305,10 +4324,12 @@ def test_duplicate_prompts_are_one(flags, tmp_path, capfd):
 # ---- Torture ----
 
 def torture(kills=100, folder=None, seed=0):
-    """Kills a run at random moments, resumes it until it is through, and compares with the run that was left alone.
+    """Kills a run at random moments, resumes it until it is through, and compares with the run that was left
+    alone.
 
-    Each life lasts a random while between nothing and most of a run, so that starting, training, logging, saving and
-    deleting are all hit. Returns and prints kills, resumes and the bytes that differ; a run that is through begins anew.
+    Each life lasts a random while between nothing and most of a run, so that starting, training, logging, saving
+    and deleting are all hit. Returns and prints kills, resumes and the bytes that differ; a run that is through
+    begins anew.
     """
     folder = Path(folder or tempfile.mkdtemp())
     cache, dice = folder / "cache", random.Random(seed)
@@ -4355,7 +4376,8 @@ def test_torture(tmp_path):
 # ------------------------------------------------------------------------------------------------------------
 
 def test_geneval_as_a_reward_asks_for_metadata_at_once():
-    """flux2-4b's own rewards name geneval: that is refused before 20 GB are loaded, but no hindrance to a dry run."""
+    """flux2-4b's own rewards name geneval: that is refused before 20 GB are loaded, but no hindrance to a dry
+    run."""
     with pytest.raises(rtdmd.UsageError, match="FILE.jsonl"):
         rtdmd.resolve(dict(stage=2, model="flux2-4b", device="cpu"))
     assert rtdmd.resolve(dict(stage=2, model="flux2-4b", device="meta", random_weights=True, dry_run=1)).groups == 64
@@ -4363,7 +4385,8 @@ def test_geneval_as_a_reward_asks_for_metadata_at_once():
 
 @pytest.mark.parametrize("options", [rtdmd.Config, ev.Flags])
 def test_torchrun_does_not_swallow_a_flag(options):
-    """torchrun reads the script's flags too, and takes one for an abbreviation of its own if it can: --run was --run-path."""
+    """torchrun reads the script's flags too, and takes one for an abbreviation of its own if it can: --run was
+    --run-path."""
     from torch.distributed.run import get_args_parser
     theirs = [name for action in get_args_parser()._actions for name in action.option_strings]
     ours = [f"--{field.name}" for field in dataclasses.fields(options)]
@@ -4392,7 +4415,8 @@ def test_tiny_captions_are_disjoint_and_parse():
 
 
 def test_tiny_judge_learns_and_scores():
-    """100 updates teach a judge its layouts and colours; its reward is differentiable, its strict verdict is not."""
+    """100 updates teach a judge its layouts and colours; its reward is differentiable, its strict verdict is
+    not."""
     torch.manual_seed(0)
     judge = rtdmd.train_tiny_judge(rtdmd.TinyJudge(16, torch.nn.ReLU), "judge", 100, seed=0)
     captions = rtdmd.tiny_captions()[12:212]
@@ -4423,7 +4447,8 @@ def test_mean_and_error_counts_prompts_not_pictures():
 
 @pytest.fixture(scope="module")
 def tiny_report(tmp_path_factory):
-    """eval.py on a tiny world with a teacher of ten updates and no training: its folder, and the flags that made it."""
+    """eval.py on a tiny world with a teacher of ten updates and no training: its folder, and the flags that made
+    it."""
     folder = tmp_path_factory.mktemp("eval")
     flags = ["--run_folder", str(folder / "run"), "--cache", str(folder / "cache"), "--tiny_steps", "10", "--max_prompts", "4",
              "--per_prompt", "2"]
@@ -4432,7 +4457,8 @@ def tiny_report(tmp_path_factory):
 
 
 def test_report_has_the_contracts_rows(tiny_report):
-    """report.json: rows by name, numbers by metric, a score per picture; one grid with the same prompts in every row."""
+    """report.json: rows by name, numbers by metric, a score per picture; one grid with the same prompts in every
+    row."""
     folder, _ = tiny_report
     report = json.loads((folder / "run/report.json").read_text())
     assert list(report["rows"]) == ["teacher", "teacher_cfg", "student_init"]
@@ -4444,7 +4470,8 @@ def test_report_has_the_contracts_rows(tiny_report):
 
 
 def test_untrained_student_is_the_teacher_without_steps(tiny_report):
-    """A generator with B = 0 is the teacher, and pictures depend on their key only: not on batch, order or other rows."""
+    """A generator with B = 0 is the teacher, and pictures depend on their key only: not on batch, order or other
+    rows."""
     folder, flags = tiny_report
     parsed, cfg = ev.parse(flags)
     rows = ev.plan(parsed, cfg)
@@ -4491,7 +4518,8 @@ def test_eval_refuses_in_one_sentence(flags, words, capsys, tmp_path, monkeypatc
 # ---- The paper's questions, and experiments beyond the paper
 
 def test_ablations_go_on_where_they_were_stopped(flags, tmp_path, monkeypatch, cache, capsys):
-    """One row of each stage in a process of its own; a second call trains nothing; a failing row is one sentence."""
+    """One row of each stage in a process of its own; a second call trains nothing; a failing row is one
+    sentence."""
     small = " ".join(SMALL[2:])                                   # without --device, which the runner hands on
     first, second = "Table 3: the consistency term", "Table 4: the hybrid policy gradient"
     monkeypatch.setattr(ev, "STAGE1_ROWS", {first: {ev.BASE: small}})
@@ -4502,7 +4530,7 @@ def test_ablations_go_on_where_they_were_stopped(flags, tmp_path, monkeypatch, c
     table = capsys.readouterr().out
     assert f"### {first}" in table and re.search(r"\| DM only \| 1 \| -\d", table)
     results = json.loads((tmp_path / "abl/results.json").read_text())
-    assert set(results) == {f"stage 1: {ev.BASE}", "stage 2: DM only"} and all(len(rows) == 1 for rows in results.values())
+    assert set(results) == {ev.BASE, "DM only"} and all(len(rows) == 1 for rows in results.values())
     assert Image.open(tmp_path / "abl/curves.png").size[0] == 2 * 560
     trained = ev.result_of(tmp_path / "abl", ev.BASE, 0).stat().st_mtime_ns
     ev.main(line)
@@ -4523,7 +4551,8 @@ def test_every_row_of_the_ablations_parses():
 
 
 def test_antithetic_noise(flags):
-    """The other half of a group has minus the noise, where it is drawn anew; shared noise stays shared (Eq. 16)."""
+    """The other half of a group has minus the noise, where it is drawn anew; shared noise stays shared (Eq.
+    16)."""
     cfg = R.resolve(R.parse_flags(flags(2, "--group_size", 4)))
     run = SimpleNamespace(cfg=cfg, device="cpu", backbone=SimpleNamespace(latent_shape=(3, 5, 5)))
     plain = R.group_draws(run, 0, range(6))
@@ -4542,11 +4571,11 @@ def test_antithetic_noise(flags):
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_pathwise_through_more_steps_is_the_gradient_with_fixed_noise(steps, flags):
-    """Eq. 15 through the last steps of a rollout against central differences of the mean reward, noise held fixed, along
-    one direction; states before those steps held fixed as well."""
+    """Eq. 15 through the last steps of a rollout against central differences of the mean reward, noise held
+    fixed, along one direction; states before those steps held fixed as well."""
     run = R.prepare(R.resolve(R.parse_flags(flags(2, "--no_policy", "--no_dmd", "--advantage_std", "none"))))
     cfg, groups = run.cfg, R.share(run.cfg.groups)
-    smooth = lambda images, prompts: torch.tanh(images.flatten(1).double() @ weights).float()    # no clamp anywhere
+    smooth = lambda images, prompts: torch.tanh(images.flatten(1).double() @ weights).float()   # no clamp anywhere
     weights = torch.randn(432, generator=rng(9)).double() / 20
     smooth.differentiable, run.backbone.decode, run.rewards = True, lambda x: x, dict(smooth=(smooth, 1.0))
     b = SimpleNamespace(ids=list(range(12)), prompts=[p for p in run.prompts[:4] for _ in range(3)])
@@ -4577,7 +4606,8 @@ def test_pathwise_through_more_steps_is_the_gradient_with_fixed_noise(steps, fla
 
 
 def test_a_fake_score_that_knows_k(flags, tmp_path):
-    """Its vectors start at zero, where it is the plain fake score, and learn; the null of the teacher knows no k."""
+    """Its vectors start at zero, where it is the plain fake score, and learn; the null of the teacher knows no
+    k."""
     R.main(flags(1, "--out", tmp_path / "plain", "--iterations", 1))
     with ev.replaced(["fake_knows_k"], None):
         R.main(flags(1, "--out", tmp_path / "knows", "--iterations", 1))
