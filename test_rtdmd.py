@@ -3084,7 +3084,7 @@ def test_text_cache_refuses_a_full_disk_and_splits_over_ranks(tmp_path, monkeypa
     monkeypatch.setattr(R.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     with pytest.raises(R.UsageError) as error:
         R.TextCache(Letters(), tmp_path).prepare(["a"])
-    assert "larger disk" in sentence(error)
+    assert "more room" in sentence(error)
     monkeypatch.undo()
     prompts = [f"prompt {i}" for i in range(100)]
     for rank in range(3):
@@ -3398,7 +3398,7 @@ def dry_run(tmp_path, monkeypatch, name, stage, *flags):
     seen, prepare = [], rtdmd.prepare
     monkeypatch.setattr(rtdmd, "prepare", lambda cfg: seen.append(prepare(cfg)) or seen[-1])
     rtdmd.main(["--stage", str(stage), "--model", name, "--device", "meta", "--random_weights", "--dry_run", "1", "--resolution", "64",
-                "--text_length", "32", "--out", str(tmp_path), "--cache", str(tmp_path), *flags])
+                "--text_length", "32", "--micro_batch", "1", "--out", str(tmp_path), "--cache", str(tmp_path), *flags])
     return json.loads((tmp_path / f"stage{stage}/dry_run.json").read_text()), seen[-1]
 
 
@@ -3428,7 +3428,7 @@ def tflop_by_hand(run, role, gradient):
         cost["backward"] += 2 * products * query.requires_grad
         return attention(query, key, value, **options)
 
-    x, cond = torch.empty(1, *run.backbone.latent_shape, device="meta"), run.text.batch(["prompt 1"], "meta")
+    x, cond = torch.empty(1, *run.backbone.latent_shape, device="meta"), run.text.batch(run.prompts[:1], "meta")
     F.scaled_dot_product_attention = counted
     with torch.set_grad_enabled(gradient):
         run.roles.velocity(role, x, torch.ones(1, device="meta"), cond)
