@@ -56,7 +56,6 @@ from transformers import (CLIPTextConfig, CLIPTextModelWithProjection, CLIPToken
 import eval as ev
 import rtdmd
 
-R = S = rt = rtdmd
 torch.set_num_threads(1)
 
 
@@ -1293,33 +1292,33 @@ def test_square_crop_is_pils(size, mode):
     image = picture(*size)
     way = T.InterpolationMode.BICUBIC if mode == "bicubic" else T.InterpolationMode.BILINEAR
     theirs = T.Compose([T.Resize(224, way), T.CenterCrop(224), T.ToTensor(),
-                        T.Normalize(rt.CLIP_MEAN, rt.CLIP_STD)])
-    error = (rt.square_crop(tensor(image), mode=mode)[0] - theirs(Image.fromarray(image))).abs()
-    error = error * torch.tensor(rt.CLIP_STD).view(3, 1, 1) * 255   # in units of 1/255
+                        T.Normalize(rtdmd.CLIP_MEAN, rtdmd.CLIP_STD)])
+    error = (rtdmd.square_crop(tensor(image), mode=mode)[0] - theirs(Image.fromarray(image))).abs()
+    error = error * torch.tensor(rtdmd.CLIP_STD).view(3, 1, 1) * 255   # in units of 1/255
     assert error.max() < 2.05 and error.mean() < .35   # all of it is PIL's rounding to 8 bits
 
 
 def test_square_crop_clips_overshoots():
     """Black and white squares: without the clamp bicubic would go far below black and above white."""
     board = torch.from_numpy(np.kron(np.indices((20, 20)).sum(0) % 2, np.ones((15, 15)))).expand(1, 3, -1, -1)
-    pixels = rt.square_crop(board)
-    pixels = pixels * torch.tensor(rt.CLIP_STD).view(3, 1, 1) + torch.tensor(rt.CLIP_MEAN).view(3, 1, 1)
+    pixels = rtdmd.square_crop(board)
+    pixels = pixels * torch.tensor(rtdmd.CLIP_STD).view(3, 1, 1) + torch.tensor(rtdmd.CLIP_MEAN).view(3, 1, 1)
     assert -1e-6 < pixels.min() and pixels.max() < 1 + 1e-6
-    assert rt.resize(board, 224, 224).min() < -.02
+    assert rtdmd.resize(board, 224, 224).min() < -.02
 
 
 def test_square_crop_without_antialias_would_be_far_off():
     """The yardstick of the test above: a plain bicubic resize is off by tens of grey levels."""
     image = tensor(picture(1024, 1024))
     plain = F.interpolate(image, (224, 224), mode="bicubic", align_corners=False)
-    assert (plain - rt.resize(image, 224, 224)).abs().max() * 255 > 20
+    assert (plain - rtdmd.resize(image, 224, 224)).abs().max() * 255 > 20
 
 
 def test_square_crop_is_transformers_processor():
     from transformers import CLIPImageProcessorPil
     image = picture(400, 300)
     theirs = CLIPImageProcessorPil()(images=[Image.fromarray(image)], return_tensors="pt")["pixel_values"]
-    assert (rt.square_crop(tensor(image)) - theirs).abs().max() < .035
+    assert (rtdmd.square_crop(tensor(image)) - theirs).abs().max() < .035
 
 
 @pytest.mark.parametrize("size", [(512, 512), (1024, 1024), (768, 512), (300, 512), (224, 224), (100, 60)])
@@ -1333,11 +1332,11 @@ def test_letterbox_is_hpsv2s(size):
     rows, columns = 224 - small[0], 224 - small[1]
     theirs = T.resize(image, small, InterpolationMode.BICUBIC, antialias=True) if scale != 1 else image
     theirs = T.pad(theirs, [columns // 2, rows // 2, columns - columns // 2, rows - rows // 2], fill=0)
-    theirs = T.normalize(theirs, rt.CLIP_MEAN, rt.CLIP_STD)
-    torch.testing.assert_close(rt.letterbox(image[None])[0], theirs, atol=1e-6, rtol=0)
+    theirs = T.normalize(theirs, rtdmd.CLIP_MEAN, rtdmd.CLIP_STD)
+    torch.testing.assert_close(rtdmd.letterbox(image[None])[0], theirs, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("view", [rt.square_crop, rt.letterbox, rt.REWARDS["clipscore"]["view"]])
+@pytest.mark.parametrize("view", [rtdmd.square_crop, rtdmd.letterbox, rtdmd.REWARDS["clipscore"]["view"]])
 def test_preprocessing_gradient_is_finite_differences(view):
     torch.manual_seed(0)
     image = (torch.rand(1, 3, 20, 30) * .6 + .2).requires_grad_()   # away from 0 and 1, where the clamp bends
@@ -1356,15 +1355,15 @@ def test_preprocessing_gradient_is_finite_differences(view):
 def test_which_reward_sees_what():
     """The tables' CLIPScore was resized bilinearly, PickScore as CLIP itself, HPSv2 in a letterbox."""
     image = tensor(picture(300, 500))
-    views = {name: row["view"](image) for name, row in rt.REWARDS.items()}
-    assert torch.equal(views["clipscore"], rt.square_crop(image, mode="bilinear"))
-    assert torch.equal(views["pickscore"], rt.square_crop(image, mode="bicubic"))
-    assert torch.equal(views["hpsv2"], rt.letterbox(image))
+    views = {name: row["view"](image) for name, row in rtdmd.REWARDS.items()}
+    assert torch.equal(views["clipscore"], rtdmd.square_crop(image, mode="bilinear"))
+    assert torch.equal(views["pickscore"], rtdmd.square_crop(image, mode="bicubic"))
+    assert torch.equal(views["hpsv2"], rtdmd.letterbox(image))
 
 
 def test_half_precision_images_are_resized_in_fp32():
     image = tensor(picture(64, 48)).bfloat16()
-    assert rt.square_crop(image).dtype == torch.float32 and rt.letterbox(image).dtype == torch.float32
+    assert rtdmd.square_crop(image).dtype == torch.float32 and rtdmd.letterbox(image).dtype == torch.float32
 
 
 # ------------------------------------------------------------------ the CLIP family
@@ -1396,18 +1395,18 @@ def test_hpsv2_host_loads_strictly_and_scores_a_cosine(tmp_path, monkeypatch):
     file = tmp_path / "HPSv2" / hps_version_map["v2.1"]
     file.parent.mkdir()
     torch.save({"state_dict": small.state_dict()}, file)
-    reward = rt.load_reward("hpsv2", cfg)
+    reward = rtdmd.load_reward("hpsv2", cfg)
     images, prompts = torch.rand(2, 3, 40, 30), ["a cat", "“two” dogs"]
     tokens = open_clip.get_tokenizer("ViT-H-14")(prompts)
     with torch.no_grad():
-        seen, read = small.eval().encode_image(rt.letterbox(images)), small.encode_text(tokens)
+        seen, read = small.eval().encode_image(rtdmd.letterbox(images)), small.encode_text(tokens)
         theirs = F.cosine_similarity(seen, read)
     torch.testing.assert_close(reward(images, prompts), theirs, atol=1e-6, rtol=0)
     lacking = dict(small.state_dict())
     del lacking["visual.proj"]
     torch.save({"state_dict": lacking}, file)
     with pytest.raises(RuntimeError, match="visual.proj"):
-        rt.load_reward("hpsv2", cfg)
+        rtdmd.load_reward("hpsv2", cfg)
 
 
 def test_clip_rewards_match_transformers_logits():
@@ -1415,7 +1414,7 @@ def test_clip_rewards_match_transformers_logits():
     host = tiny_clip()
     images, prompts = torch.rand(3, 3, 64, 48), ["one", "two", "one"]
     for name in ("clipscore", "pickscore"):
-        reward = rt.ClipReward(name, rt.REWARDS[name], host)
+        reward = rtdmd.ClipReward(name, rtdmd.REWARDS[name], host)
         ids = torch.tensor([[ord(c) % 60 for c in (p + " " * 20)[:20]] + [63] for p in prompts])
         with torch.no_grad():
             out = host[0](input_ids=ids, pixel_values=reward.row["view"](images))
@@ -1433,7 +1432,7 @@ def test_text_goes_through_the_network_once():
         calls.append(list(prompts))
         return embed_text(prompts)
 
-    reward = rt.ClipReward("clipscore", rt.REWARDS["clipscore"], (net, embed_image, counting))
+    reward = rtdmd.ClipReward("clipscore", rtdmd.REWARDS["clipscore"], (net, embed_image, counting))
     reward(torch.rand(3, 3, 32, 32), ["a", "b", "a"])
     reward(torch.rand(2, 3, 32, 32), ["b", "c"])
     assert calls == [["a", "b"], ["c"]]
@@ -1441,7 +1440,7 @@ def test_text_goes_through_the_network_once():
 
 def test_reward_gradient_reaches_images_and_not_weights():
     torch.manual_seed(1)
-    reward = rt.ClipReward("pickscore", rt.REWARDS["pickscore"], tiny_clip())
+    reward = rtdmd.ClipReward("pickscore", rtdmd.REWARDS["pickscore"], tiny_clip())
     images = (torch.rand(2, 3, 32, 40) * .5 + .25).requires_grad_()
     gradient = torch.autograd.grad(reward(images, ["x", "y"]).sum(), images)[0]
     way, step = gradient / gradient.norm(), .05
@@ -1462,13 +1461,13 @@ def test_transformers_host_loads_a_folder(tmp_path):
     folder = tmp_path / "clip-vit-large-patch14"
     net.save_pretrained(folder)
     cfg = SimpleNamespace(weights_dir=str(tmp_path), device="cpu", prompts=None)
-    with pytest.raises(rt.UsageError, match="tokenizer.json"):   # not a tokenizer without a vocabulary
-        rt.load_reward("clipscore", cfg)
+    with pytest.raises(rtdmd.UsageError, match="tokenizer.json"):   # not a tokenizer without a vocabulary
+        rtdmd.load_reward("clipscore", cfg)
     base = open_clip.tokenizer.SimpleTokenizer()
     start, end = "<start_of_text>", "<end_of_text>"
     CLIPTokenizer(vocab=base.encoder, merges=list(base.bpe_ranks), bos_token=start, eos_token=end,
                   unk_token=end, pad_token=end).save_pretrained(folder)
-    reward = rt.load_reward("clipscore", cfg)
+    reward = rtdmd.load_reward("clipscore", cfg)
     assert reward(torch.rand(2, 3, 32, 32), ["a red fox", "snow " * 200]).shape == (2,)   # one is cut
 
 
@@ -1486,7 +1485,7 @@ def test_parse_rewards():
     ("hpsv2=1,hpsv2=2", "twice"), ("hpsv2=0", "other than 0"), ("hpsv2=nan", "finite"),
     ("hpsv2=inf", "finite"), ("hpsv9=1", "hpsv9.*hpsv2")])
 def test_parse_rewards_complains(text, words):
-    with pytest.raises(rt.UsageError, match=words):
+    with pytest.raises(rtdmd.UsageError, match=words):
         ev.parse_rewards(text)
 
 
@@ -1505,15 +1504,15 @@ class Broken:
     monkeypatch.chdir(tmp_path)
     images = torch.rand(2, 3, 4, 4)
     for name, factor, differentiable in (("brightness", 1, False), ("Judge", 2, True), ("judge", 3, True)):
-        reward = rt.load_reward(f"my_rewards:{name}", CFG)
-        torch.testing.assert_close(rt.score(reward, images, ["", ""]), images.mean((1, 2, 3)) * factor)
+        reward = rtdmd.load_reward(f"my_rewards:{name}", CFG)
+        torch.testing.assert_close(rtdmd.score(reward, images, ["", ""]), images.mean((1, 2, 3)) * factor)
         assert reward.differentiable is differentiable and reward.name == f"my_rewards:{name}"
     for name, words in (("my_rewards:nothing", "nothing"), ("no_such_module:x", "no_such_module"),
                         ("my_rewards:Broken", r"RuntimeError.*no\\ngood.*mend")):
-        with pytest.raises(rt.UsageError, match=words):
-            rt.load_reward(name, CFG)
+        with pytest.raises(rtdmd.UsageError, match=words):
+            rtdmd.load_reward(name, CFG)
     own = object()
-    assert rt.load_reward("judge", CFG, extra={"judge": own}) is own
+    assert rtdmd.load_reward("judge", CFG, extra={"judge": own}) is own
 
 
 def test_score_names_reward_and_prompt():
@@ -1524,14 +1523,14 @@ def test_score_names_reward_and_prompt():
 
     picky.name = "picky"
     images = torch.rand(3, 3, 4, 4)
-    assert rt.score(picky, images, ["a", "b", "c"]).shape == (3,)
-    with pytest.raises(rt.UsageError, match="picky.*'bad'.*cannot look"):
-        rt.score(picky, images, ["good", "bad", "fine"])
+    assert rtdmd.score(picky, images, ["a", "b", "c"]).shape == (3,)
+    with pytest.raises(rtdmd.UsageError, match="picky.*'bad'.*cannot look"):
+        rtdmd.score(picky, images, ["good", "bad", "fine"])
     for wrong in (lambda i, p: i.mean(), lambda i, p: i[:, :1, 0, 0], lambda i, p: i[:2, 0, 0, 0]):
         wrong.name = "misshapen"
-        with pytest.raises(rt.UsageError, match="misshapen.*shape"):
-            rt.score(wrong, images, ["a", "b", "c"])
-    assert rt.score(lambda i, p: i[:, 0, 0, 0] * math.nan, images, ["a"] * 3).isnan().all()   # as it is
+        with pytest.raises(rtdmd.UsageError, match="misshapen.*shape"):
+            rtdmd.score(wrong, images, ["a", "b", "c"])
+    assert rtdmd.score(lambda i, p: i[:, 0, 0, 0] * math.nan, images, ["a"] * 3).isnan().all()   # as it is
 
 
 def test_missing_files_are_one_sentence(tmp_path):
@@ -1541,7 +1540,7 @@ def test_missing_files_are_one_sentence(tmp_path):
                "geneval": "config.json", "geneval2": "config.json", "ocr": "preprocessor_config.json"}
     assert set(missing) == set(ev.METRICS)
     for name, file in missing.items():
-        with pytest.raises(rt.UsageError) as caught:
+        with pytest.raises(rtdmd.UsageError) as caught:
             ev.load_metric(name, cfg)
         text = str(caught.value)
         assert file in text and str(tmp_path) in text and "weights_dir" in text and "\n" not in text, text
@@ -1550,10 +1549,10 @@ def test_missing_files_are_one_sentence(tmp_path):
 def test_weights_dir_comes_before_the_hub(tmp_path):
     cfg = SimpleNamespace(weights_dir=str(tmp_path), device="cpu", prompts=None)
     (tmp_path / "file.pt").touch()
-    assert rt.find_weights("some/repo", "file.pt", cfg) == tmp_path / "file.pt"
+    assert rtdmd.find_weights("some/repo", "file.pt", cfg) == tmp_path / "file.pt"
     (tmp_path / "repo").mkdir()
     (tmp_path / "repo" / "file.pt").touch()
-    assert rt.find_weights("some/repo", "file.pt", cfg) == tmp_path / "repo" / "file.pt"
+    assert rtdmd.find_weights("some/repo", "file.pt", cfg) == tmp_path / "repo" / "file.pt"
 
 
 # ------------------------------------------------------------------ Aesthetic, ImageReward, HPSv3
@@ -1580,7 +1579,7 @@ def test_aesthetic_is_affine_in_the_unit_embedding():
     images = torch.rand(2, 3, 50, 40)
     with torch.no_grad():
         text = dict(input_ids=torch.tensor([[1, 63]]))
-        e = clip(pixel_values=rt.square_crop(images), **text).image_embeds     # transformers: of unit length
+        e = clip(pixel_values=rtdmd.square_crop(images), **text).image_embeds     # transformers: of unit length
         for i in (0, 2, 4, 6, 7):
             e = e @ state[f"layers.{i}.weight"].T + state[f"layers.{i}.bias"]
         torch.testing.assert_close(scorer(images), e[:, 0], atol=1e-5, rtol=1e-5)
@@ -1670,8 +1669,8 @@ def test_imagereward_scores():
     assert (scores[0] - scores[1]).abs() > .01   # the random networks do tell prompts apart
     assert scores.shape == (2,) and torch.autograd.grad(scores.sum(), images)[0].abs().sum() > 0
     with torch.no_grad():
-        seen = slow_vit(state, rt.square_crop(images))
-        ours = vision(pixel_values=rt.square_crop(images)).last_hidden_state
+        seen = slow_vit(state, rtdmd.square_crop(images))
+        ours = vision(pixel_values=rtdmd.square_crop(images)).last_hidden_state
         torch.testing.assert_close(ours, seen, atol=1e-4, rtol=1e-4)
         words = torch.tensor([[1] + [2 + ord(c) % 40 for c in "a cat"]])
         read = text(input_ids=words, encoder_hidden_states=seen[:1])
@@ -1732,9 +1731,9 @@ def test_hpsv3_loads_the_originals_names_strictly():
     assert torch.equal(net.visual.blocks[0].attn.qkv.weight, state["visual.blocks.0.attn.qkv.weight"])
     assert torch.equal(head[5].weight, state["rm_head.5.weight"]) and head[0].weight.dtype == torch.float32
     for name in ("visual.merger.ln_q.weight", "model.layers.1.mlp.up_proj.weight"):
-        with pytest.raises(rt.UsageError, match="HPSv3.safetensors"):
+        with pytest.raises(rtdmd.UsageError, match="HPSv3.safetensors"):
             ev.HPSv3.networks({k: v for k, v in state.items() if k != name}, tiny_qwen2(), torch.float32)
-    with pytest.raises(rt.UsageError, match="surprise"):
+    with pytest.raises(rtdmd.UsageError, match="surprise"):
         ev.HPSv3.networks({**state, "model.surprise": torch.zeros(1)}, tiny_qwen2(), torch.float32)
 
 
@@ -1908,7 +1907,7 @@ def test_colour_is_judged_on_the_masked_crop():
             self.dummy = nn.Parameter(torch.zeros(()))
 
         def encode_image(self, pixels):
-            rgb = pixels * torch.tensor(rt.CLIP_STD).view(3, 1, 1) + torch.tensor(rt.CLIP_MEAN).view(3, 1, 1)
+            rgb = pixels * torch.tensor(rtdmd.CLIP_STD).view(3, 1, 1) + torch.tensor(rtdmd.CLIP_MEAN).view(3, 1, 1)
             return rgb.mean((2, 3)) - .6   # the grey #999 is the origin
 
         def encode_text(self, tokens):
@@ -1998,7 +1997,7 @@ def test_detector_is_mask2former(tmp_path, monkeypatch):
     state = whole.state_dict()
     del state["class_predictor.weight"]
     whole.save_pretrained(folder, state_dict=state)
-    with pytest.raises(rt.UsageError, match="class_predictor.weight"):   # never random weights in silence
+    with pytest.raises(rtdmd.UsageError, match="class_predictor.weight"):   # never random weights in silence
         ev.load_net(ev.detector_class(), "facebook/mask2former-swin-small-coco-instance", cfg)
 
 
@@ -2032,7 +2031,7 @@ def test_geneval_end_to_end_with_a_stub_detector(monkeypatch):
     doubt = 20   # the dog's score is one half: enough, but not for counting
     assert scorer(torch.rand(2, 3, 32, 32), [row, row]).tolist() == [1, 0]
     assert scorer(torch.rand(2, 3, 32, 32), [{**row, "tag": "counting"}, row]).tolist() == [0, 0]
-    with pytest.raises(rt.UsageError, match="a photo of a cow"):
+    with pytest.raises(rtdmd.UsageError, match="a photo of a cow"):
         scorer(torch.rand(2, 3, 32, 32), [row, "a photo of a cow"])
 
 
@@ -2057,7 +2056,7 @@ def test_geneval_metadata_and_training_prompts(tmp_path):
     assert {row["tag"] for row in ev.geneval_training_prompts(12, 7, ())} == set(ev.TASKS)
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert ev.read_geneval_metadata(tmp_path / "train.jsonl") == rows
-    with pytest.raises(rt.UsageError, match="only 80"):
+    with pytest.raises(rtdmd.UsageError, match="only 80"):
         ev.geneval_training_prompts(90, 0, (), ["single_object"])
 
 
@@ -2068,7 +2067,7 @@ def test_geneval_metadata_and_training_prompts(tmp_path):
 def test_geneval_metadata_complains(tmp_path, line, words):
     good = json.dumps(ev.geneval_row("counting", random.Random(0)))
     (tmp_path / "rows.jsonl").write_text(good + "\n" + line + "\n")
-    with pytest.raises(rt.UsageError, match=words):
+    with pytest.raises(rtdmd.UsageError, match=words):
         ev.read_geneval_metadata(tmp_path / "rows.jsonl")
 
 
@@ -2178,7 +2177,7 @@ def test_text_score():
     assert ev.text_score("something else entirely", "open") == 0       # capped: never negative
     assert ev.quoted_text('a sign "Open 24h" and "no"') == "Open 24h"
     assert ev.quoted_text("a sign “Olá”") == "Olá"
-    with pytest.raises(rt.UsageError, match="a sign without"):
+    with pytest.raises(rtdmd.UsageError, match="a sign without"):
         ev.quoted_text("a sign without a text")
 
 
@@ -2465,7 +2464,7 @@ def test_metric_table_is_complete():
         if "scorer" in row:
             assert row["scorer"].name == name
             assert row["scorer"].differentiable == (name in ("aesthetic", "imagereward"))
-    with pytest.raises(rt.UsageError, match="clipscore"):
+    with pytest.raises(rtdmd.UsageError, match="clipscore"):
         ev.load_metric("clip", CFG)
 
 
@@ -2565,8 +2564,8 @@ FAMILIES = ["sd3m", "sd35m", "flux2-4b"]
 
 
 def backbone_of(folders, name, **options):
-    cls = R.Flux2Backbone if name.startswith("flux2") else R.SD3Backbone
-    return cls(R.Config(model=name, pretrained=folders[name], resolution=64, device="cpu", **options))
+    cls = rtdmd.Flux2Backbone if name.startswith("flux2") else rtdmd.SD3Backbone
+    return cls(rtdmd.Config(model=name, pretrained=folders[name], resolution=64, device="cpu", **options))
 
 
 def stock(folder, **options):
@@ -2612,7 +2611,7 @@ def image_of(pipe, x, **options):
 @pytest.mark.parametrize("eta", [0.0, 0.9])
 def test_our_rollout_equals_the_stock_pipeline_with_our_scheduler(folders, name, eta):
     backbone, pipe = backbone_of(folders, name), stock(folders[name].split(",")[0])
-    pipe.scheduler = S.CPSScheduler.from_config(pipe.scheduler.config, eta=eta)
+    pipe.scheduler = rtdmd.CPSScheduler.from_config(pipe.scheduler.config, eta=eta)
     pipe.scheduler.generator = torch.Generator().manual_seed(9)
     x = latents(backbone)
     theirs = image_of(pipe, x)
@@ -2629,9 +2628,9 @@ def test_eta_0_is_stock_euler_and_eta_1_is_stochastic_sampling(folders, name):
     config, x, images = pipe.scheduler.config, latents(backbone_of(folders, name)), {}
     euler = FlowMatchEulerDiscreteScheduler
     for label, scheduler in {"euler": euler.from_config(config),
-                             "eta 0": S.CPSScheduler.from_config(config, eta=0.0),
+                             "eta 0": rtdmd.CPSScheduler.from_config(config, eta=0.0),
                              "stochastic": euler.from_config(config, stochastic_sampling=True),
-                             "eta 1": S.CPSScheduler.from_config(config, eta=1.0)}.items():
+                             "eta 1": rtdmd.CPSScheduler.from_config(config, eta=1.0)}.items():
         pipe.scheduler = scheduler
         torch.manual_seed(3)
         images[label] = image_of(pipe, x, sigmas=[1, .75, .5, .25])
@@ -2641,10 +2640,10 @@ def test_eta_0_is_stock_euler_and_eta_1_is_stochastic_sampling(folders, name):
 
 
 def test_the_scheduler_gives_the_papers_grid_by_default(folders):
-    sd3 = S.CPSScheduler.from_config(stock(folders["sd3m"]).scheduler.config)
+    sd3 = rtdmd.CPSScheduler.from_config(stock(folders["sd3m"]).scheduler.config)
     sd3.set_timesteps(4)
     assert sd3.eta == 0.9 and sd3.sigmas.tolist() == pytest.approx([1, .9, .75, .5, 0])
-    klein = S.CPSScheduler.from_config(stock(folders["base"]).scheduler.config)
+    klein = rtdmd.CPSScheduler.from_config(stock(folders["base"]).scheduler.config)
     for mu, grid in ((2.030690, [1, .958085, .883982, .717497, 0]),
                      (2.291180, [1, .967384, .908144, .767200, 0])):
         klein.set_timesteps(4, mu=mu)
@@ -2653,10 +2652,10 @@ def test_the_scheduler_gives_the_papers_grid_by_default(folders):
 
 def test_the_scheduler_keeps_eta_and_repeats_with_a_generator(folders, tmp_path):
     pipe = stock(folders["sd3m"])
-    pipe.scheduler = S.CPSScheduler.from_config(pipe.scheduler.config, eta=0.7)
-    assert S.CPSScheduler.from_config(pipe.scheduler.config).eta == 0.7
+    pipe.scheduler = rtdmd.CPSScheduler.from_config(pipe.scheduler.config, eta=0.7)
+    assert rtdmd.CPSScheduler.from_config(pipe.scheduler.config).eta == 0.7
     pipe.scheduler.save_pretrained(tmp_path)
-    assert S.CPSScheduler.from_pretrained(tmp_path).eta == 0.7
+    assert rtdmd.CPSScheduler.from_pretrained(tmp_path).eta == 0.7
     x, images = torch.randn(2, 16, 8, 8), []
     for seed in (1, 1, 2):
         pipe.scheduler.generator = torch.Generator().manual_seed(seed)
@@ -2668,7 +2667,7 @@ def test_the_scheduler_stands_alone():
     """What people copy: the class and four imports, in an empty file."""
     source = ("import math\nimport torch\nfrom diffusers import FlowMatchEulerDiscreteScheduler\n"
               "from diffusers.schedulers.scheduling_utils import SchedulerOutput\n"
-              "from diffusers.utils.torch_utils import randn_tensor\n" + inspect.getsource(S.CPSScheduler))
+              "from diffusers.utils.torch_utils import randn_tensor\n" + inspect.getsource(rtdmd.CPSScheduler))
     names = {}
     exec(compile(source, "copy", "exec"), names)
     scheduler = names["CPSScheduler"](shift=3.0)
@@ -2693,7 +2692,7 @@ def test_the_grid_by_resolution(folders, name, resolution, grid):
 
 @pytest.mark.parametrize("name, folder", [("sd3m", "sd3m"), ("sd35m", "sd35m"), ("flux2-4b", "base")])
 def test_teacher_guidance_equals_the_stock_pipeline(folders, name, folder):
-    backbone, pipe, w = backbone_of(folders, name), stock(folders[folder]), R.MODELS[name]["guidance"]
+    backbone, pipe, w = backbone_of(folders, name), stock(folders[folder]), rtdmd.MODELS[name]["guidance"]
     seen, step = [], pipe.scheduler.step
     pipe.scheduler.step = lambda v, t, x, **options: seen.append((v, t, x)) or step(v, t, x, **options)
     image_of(pipe, latents(backbone), guidance_scale=w)
@@ -2788,7 +2787,7 @@ def test_decode_in_chunks_with_gradient_and_checkpointing(folders, name):
         assert backbone.vae.decoder.gradient_checkpointing == checkpointing
         x = latents(backbone).requires_grad_()
         z = x if name == "sd3m" else torch.nn.functional.pixel_shuffle(x, 2)
-        R.decode_chunks(backbone.vae, z, pixels=pixels).square().mean().backward()
+        rtdmd.decode_chunks(backbone.vae, z, pixels=pixels).square().mean().backward()
         gradients.append(x.grad)
     assert gradients[0].abs().max() > 0
     torch.testing.assert_close(gradients[0], gradients[1])
@@ -2803,8 +2802,8 @@ def test_decode_in_chunks_with_gradient_and_checkpointing(folders, name):
 def test_full_size_networks(name, parameters, linears, rank_64):
     cls = Flux2Transformer2DModel if name.startswith("flux2") else SD3Transformer2DModel
     with torch.device("meta"):
-        net = cls(**R.BACKBONES[name]["net"])
-    targets = R.attention_linears(net)
+        net = cls(**rtdmd.BACKBONES[name]["net"])
+    targets = rtdmd.attention_linears(net)
     assert sum(p.numel() for p in net.parameters()) == parameters and len(targets) == linears
     modules = dict(net.named_modules())
     assert sum(64 * (modules[t].in_features + modules[t].out_features) for t in targets) == rank_64
@@ -2812,7 +2811,7 @@ def test_full_size_networks(name, parameters, linears, rank_64):
 
 def test_full_size_vaes():
     with torch.device("meta"):
-        sd3, flux2 = AutoencoderKL(**R.SD3_VAE), AutoencoderKLFlux2()
+        sd3, flux2 = AutoencoderKL(**rtdmd.SD3_VAE), AutoencoderKLFlux2()
     assert [round(sum(p.numel() for p in vae.parameters()) / 1e6, 1) for vae in (sd3, flux2)] == [83.8, 84.0]
     assert (sd3.config.latent_channels, flux2.config.latent_channels) == (16, 32) and flux2.bn.eps == 1e-4
 
@@ -2820,13 +2819,13 @@ def test_full_size_vaes():
 @pytest.mark.parametrize("name", FAMILIES)
 def test_random_weights_need_no_repository(folders, name, monkeypatch):
     tiny = dict(num_layers=2, num_attention_heads=1, caption_projection_dim=64)
-    small = {"sd3m": dict(R.SD3_NET, **tiny),
-             "sd35m": dict(R.SD35_NET, dual_attention_layers=(0,), **tiny),
-             "flux2-4b": dict(R.K4_NET, num_layers=1, num_single_layers=1, num_attention_heads=1)}
-    monkeypatch.setitem(R.BACKBONES[name], "net", small[name])
-    monkeypatch.setattr(R, "SD3_VAE", dict(R.SD3_VAE, block_out_channels=(32,) * 4))
-    cls, state = R.Flux2Backbone if name.startswith("flux2") else R.SD3Backbone, torch.get_rng_state()
-    make = lambda: cls(R.Config(model=name, device="cpu", resolution=64, random_weights=True, text_length=16))
+    small = {"sd3m": dict(rtdmd.SD3_NET, **tiny),
+             "sd35m": dict(rtdmd.SD35_NET, dual_attention_layers=(0,), **tiny),
+             "flux2-4b": dict(rtdmd.K4_NET, num_layers=1, num_single_layers=1, num_attention_heads=1)}
+    monkeypatch.setitem(rtdmd.BACKBONES[name], "net", small[name])
+    monkeypatch.setattr(rtdmd, "SD3_VAE", dict(rtdmd.SD3_VAE, block_out_channels=(32,) * 4))
+    cls, state = rtdmd.Flux2Backbone if name.startswith("flux2") else rtdmd.SD3Backbone, torch.get_rng_state()
+    make = lambda: cls(rtdmd.Config(model=name, device="cpu", resolution=64, random_weights=True, text_length=16))
     a = make()
     assert torch.equal(state, torch.get_rng_state()) and torch.get_default_dtype() == torch.float32
     torch.manual_seed(1234)                    # another rank may be anywhere in its random stream
@@ -2845,16 +2844,16 @@ def test_random_weights_need_no_repository(folders, name, monkeypatch):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_meta_device_counts_full_size_networks_without_memory(tmp_path, name):
-    config = R.Config(model=name, device="meta", dtype="bf16", resolution=512, random_weights=True)
-    backbone = R.load_backbone(config)
-    assert type(backbone) is (R.Flux2Backbone if name.startswith("flux2") else R.SD3Backbone)
+    config = rtdmd.Config(model=name, device="meta", dtype="bf16", resolution=512, random_weights=True)
+    backbone = rtdmd.load_backbone(config)
+    assert type(backbone) is (rtdmd.Flux2Backbone if name.startswith("flux2") else rtdmd.SD3Backbone)
     for module in (*backbone.nets.values(), backbone.vae):
         rows = [*module.parameters(), *module.buffers()]
         assert all(row.is_meta and row.dtype in (torch.bfloat16, torch.int64) for row in rows)
     assert torch.get_default_dtype() == torch.float32
     cond = backbone.encode(PROMPTS)
     assert all(rows.device.type == "cpu" and rows.dtype == torch.bfloat16 for rows in cond.values())
-    cache = R.TextCache(backbone, tmp_path)
+    cache = rtdmd.TextCache(backbone, tmp_path)
     cache.prepare(PROMPTS)
     cond = cache.batch(PROMPTS, "meta")
     assert all(rows.is_meta and len(rows) == 2 for rows in cond.values())
@@ -2869,8 +2868,8 @@ def test_meta_device_counts_full_size_networks_without_memory(tmp_path, name):
 
 def test_load_backbone_knows_every_model(monkeypatch):
     for name in ("TinyBackbone", "SD3Backbone", "Flux2Backbone"):
-        monkeypatch.setattr(R, name, lambda cfg, name=name: name)
-    found = {model: R.load_backbone(R.Config(model=model)) for model in ("tiny", *R.BACKBONES)}
+        monkeypatch.setattr(rtdmd, name, lambda cfg, name=name: name)
+    found = {model: rtdmd.load_backbone(rtdmd.Config(model=model)) for model in ("tiny", *rtdmd.BACKBONES)}
     assert found == {"tiny": "TinyBackbone", "sd3m": "SD3Backbone", "sd35m": "SD3Backbone",
                      "flux2-4b": "Flux2Backbone", "flux2-9b": "Flux2Backbone"}
 
@@ -2892,27 +2891,27 @@ def test_an_exported_adapter_is_exact_in_the_stock_pipeline(folders, tmp_path, n
     ours = backbone.velocity(net, x, t, cond).detach()
     state = get_peft_model_state_dict(net, adapter_name="generator")
     folder = tmp_path / "checkpoint-000100"
-    R.save_lora(folder, state, rank, alpha, backbone.lora_targets, {"steps": 4, "eta": .9})
+    rtdmd.save_lora(folder, state, rank, alpha, backbone.lora_targets, {"steps": 4, "eta": .9})
     pipe = stock(backbone.base)
     pipe.load_lora_weights(folder)
     assert torch.equal(backbone.velocity(pipe.transformer, x, t, cond), ours)
     assert (ours - bare).abs().max() > 1e-3
-    loaded, info = R.load_lora(folder)
+    loaded, info = rtdmd.load_lora(folder)
     assert loaded.keys() == state.keys() and all(torch.equal(loaded[n], state[n]) for n in state)
     assert info == dict(steps=4, eta=.9, rank=rank, alpha=alpha, targets=sorted(backbone.lora_targets))
 
 
 def test_adapters_that_cannot_be_loaded(tmp_path):
-    with pytest.raises(R.UsageError, match="missing or damaged"):
-        R.load_lora(tmp_path)
+    with pytest.raises(rtdmd.UsageError, match="missing or damaged"):
+        rtdmd.load_lora(tmp_path)
     from safetensors.torch import save_file
-    save_file({"transformer.x.lora_A.weight": torch.zeros(1)}, tmp_path / R.LORA_FILE)
-    with pytest.raises(R.UsageError, match="rank and alpha"):
-        R.load_lora(tmp_path)
-    path = tmp_path / R.LORA_FILE
+    save_file({"transformer.x.lora_A.weight": torch.zeros(1)}, tmp_path / rtdmd.LORA_FILE)
+    with pytest.raises(rtdmd.UsageError, match="rank and alpha"):
+        rtdmd.load_lora(tmp_path)
+    path = tmp_path / rtdmd.LORA_FILE
     path.write_bytes(path.read_bytes()[:-2])
-    with pytest.raises(R.UsageError, match="missing or damaged"):
-        R.load_lora(tmp_path)
+    with pytest.raises(rtdmd.UsageError, match="missing or damaged"):
+        rtdmd.load_lora(tmp_path)
 
 
 # ---- One sentence for each mistake ----
@@ -2925,7 +2924,7 @@ def sentence(error):
 
 def test_a_repository_that_cannot_be_used(folders, tmp_path):
     def attempt(path, model="sd3m"):
-        with pytest.raises(R.UsageError) as error:
+        with pytest.raises(rtdmd.UsageError) as error:
             backbone_of({model: str(path)}, model)
         return sentence(error)
 
@@ -2954,7 +2953,7 @@ def test_missing_text_encoder_and_gated_repository(folders, tmp_path, monkeypatc
     shutil.copytree(folders["sd3m"], broken)
     shutil.rmtree(broken / "text_encoder_3")
     backbone = backbone_of({"sd3m": str(broken)}, "sd3m")
-    with pytest.raises(R.UsageError) as error:
+    with pytest.raises(rtdmd.UsageError) as error:
         backbone.encode(PROMPTS)
     assert f"{broken} is incomplete or damaged" in sentence(error)
 
@@ -2968,14 +2967,14 @@ def test_missing_text_encoder_and_gated_repository(folders, tmp_path, monkeypatc
         headers, status_code, text, request = {}, 403, "", None
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
-    with pytest.raises(R.UsageError) as error:
-        R.SD3Backbone(R.Config(model="sd3m", device="cpu"))
+    with pytest.raises(rtdmd.UsageError) as error:
+        rtdmd.SD3Backbone(rtdmd.Config(model="sd3m", device="cpu"))
     assert re.search("GatedRepoError.*accept the licence on https://huggingface.co/stabilityai/", sentence(error))
 
 
 def test_the_distilled_flux2_is_no_teacher(folders):
     for path in (folders["distilled"], f"{folders['base']},{folders['distilled']}"):
-        with pytest.raises(R.UsageError) as error:
+        with pytest.raises(rtdmd.UsageError) as error:
             backbone_of({"flux2-4b": path}, "flux2-4b")
         assert "cannot be the teacher" in sentence(error)
     backbone = backbone_of({"flux2-4b": folders["base"]}, "flux2-4b")      # one base for both roles is fine
@@ -2988,7 +2987,7 @@ def test_a_resolution_that_does_not_fit(folders):
     for name, resolution in (("sd3m", 100), ("sd3m", 272), ("flux2-4b", 72), ("sd3m", 0)):  # pos_embed: 256
         backbone = backbone_of(folders, name)
         cls = type(backbone)
-        with pytest.raises(R.UsageError) as error:
+        with pytest.raises(rtdmd.UsageError) as error:
             cls(replace(backbone.cfg, resolution=resolution))
         assert "multiple of 16" in sentence(error)
 
@@ -3010,7 +3009,7 @@ class Letters:
 
 def test_text_cache(tmp_path, capsys):
     backbone = Letters()
-    cache = R.TextCache(backbone, tmp_path)
+    cache = rtdmd.TextCache(backbone, tmp_path)
     prompts = [f"prompt {i}" for i in range(40)] + ["prompt 3", "ünï/..\n\0 odd"]
     cache.prepare(prompts)
     files = list(tmp_path.rglob("*.safetensors"))
@@ -3027,21 +3026,21 @@ def test_text_cache(tmp_path, capsys):
     for cut in (slice(0, 0), slice(0, 20), slice(0, -1)):      # empty, within the header, one byte short
         path = cache.path("prompt 7")
         path.write_bytes(path.read_bytes()[cut])
-        cache = R.TextCache(backbone, tmp_path)                   # a new process: nothing in memory
-        with pytest.raises(R.UsageError, match="cannot be read"):
+        cache = rtdmd.TextCache(backbone, tmp_path)                   # a new process: nothing in memory
+        with pytest.raises(rtdmd.UsageError, match="cannot be read"):
             cache.batch(["prompt 7"], "cpu")
         cache.prepare(prompts)
         assert torch.equal(cache.batch(["prompt 7"], "cpu")["text"], backbone.encode(["prompt 7"])["text"])
     backbone.text_key = "letters 9"
-    assert R.TextCache(backbone, tmp_path).folder != cache.folder
+    assert rtdmd.TextCache(backbone, tmp_path).folder != cache.folder
 
 
 def test_text_cache_reads_ahead_each_row_once_and_keeps_the_latest(tmp_path, monkeypatch):
     backbone, prompts = Letters(), [f"prompt {i}" for i in range(5)]
-    cache, truth, read, go = R.TextCache(backbone, tmp_path), backbone.encode(prompts), [], threading.Event()
+    cache, truth, read, go = rtdmd.TextCache(backbone, tmp_path), backbone.encode(prompts), [], threading.Event()
     cache.prepare(prompts)
-    load_file = R.load_file
-    monkeypatch.setattr(R, "load_file", lambda path: go.wait(60) and read.append(path) or load_file(path))
+    load_file = rtdmd.load_file
+    monkeypatch.setattr(rtdmd, "load_file", lambda path: go.wait(60) and read.append(path) or load_file(path))
     cache.keep = 3
     cache.prefetch(prompts[:3])                 # returns although nothing can be read yet
     assert not read and list(cache.rows) == prompts[:3]
@@ -3054,25 +3053,25 @@ def test_text_cache_reads_ahead_each_row_once_and_keeps_the_latest(tmp_path, mon
     shutil.rmtree(cache.folder)
     cache.prefetch(prompts)                     # a file that is not there is nobody's concern
     assert torch.equal(cache.batch([prompts[0]], "cpu")["text"], truth["text"][:1]) and cache.keep == 5
-    with pytest.raises(R.UsageError, match="cannot be read"):       # before it is wanted
+    with pytest.raises(rtdmd.UsageError, match="cannot be read"):       # before it is wanted
         cache.batch(prompts, "cpu")
 
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_an_iteration_waits_for_no_text_but_the_first(stage, flags, monkeypatch):
     """Whatever batch is asked for was prefetched an iteration before, but for "" and the panel's prompts."""
-    asked, ahead, batch, prefetch = [], [], R.TextCache.batch, R.TextCache.prefetch
-    monkeypatch.setattr(R.TextCache, "batch", lambda self, prompts, device: (asked.append((len(ahead), set(prompts))),
+    asked, ahead, batch, prefetch = [], [], rtdmd.TextCache.batch, rtdmd.TextCache.prefetch
+    monkeypatch.setattr(rtdmd.TextCache, "batch", lambda self, prompts, device: (asked.append((len(ahead), set(prompts))),
                                                                              batch(self, prompts, device))[1])
-    monkeypatch.setattr(R, "read_ahead", lambda run, *more, read_ahead=R.read_ahead: (ahead.append(set()), read_ahead(run, *more))[1])
+    monkeypatch.setattr(rtdmd, "read_ahead", lambda run, *more, read_ahead=rtdmd.read_ahead: (ahead.append(set()), read_ahead(run, *more))[1])
 
     def spy(self, prompts):
         if inspect.currentframe().f_back.f_code.co_name == "read_ahead":
             ahead[-1] |= set(prompts)
         return prefetch(self, prompts)
 
-    monkeypatch.setattr(R.TextCache, "prefetch", spy)
-    R.main(flags(stage, "--sample_every", 9, "--iterations", 2, "--max_prompts", 400))
+    monkeypatch.setattr(rtdmd.TextCache, "prefetch", spy)
+    rtdmd.main(flags(stage, "--sample_every", 9, "--iterations", 2, "--max_prompts", 400))
     assert len(ahead) == 2
     for call, prompts in asked:
         assert prompts <= ahead[0] | {""} or len(prompts) == 16 or call == 2 and prompts <= ahead[1] | {""}
@@ -3081,16 +3080,16 @@ def test_an_iteration_waits_for_no_text_but_the_first(stage, flags, monkeypatch)
 
 
 def test_text_cache_refuses_a_full_disk_and_splits_over_ranks(tmp_path, monkeypatch):
-    monkeypatch.setattr(R.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
-    with pytest.raises(R.UsageError) as error:
-        R.TextCache(Letters(), tmp_path).prepare(["a"])
+    monkeypatch.setattr(rtdmd.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+    with pytest.raises(rtdmd.UsageError) as error:
+        rtdmd.TextCache(Letters(), tmp_path).prepare(["a"])
     assert "larger disk" in sentence(error)
     monkeypatch.undo()
     prompts = [f"prompt {i}" for i in range(100)]
     for rank in range(3):
-        monkeypatch.setattr(R, "dist_info", lambda: (rank, rank, 3))
+        monkeypatch.setattr(rtdmd, "dist_info", lambda: (rank, rank, 3))
         before = len(list(tmp_path.rglob("*.safetensors")))
-        cache = R.TextCache(Letters(), tmp_path / "shared")
+        cache = rtdmd.TextCache(Letters(), tmp_path / "shared")
         monkeypatch.setattr(cache, "has", lambda prompt: False)      # all three listed before one wrote
         cache.prepare(prompts)
         assert len(list(tmp_path.rglob("*.safetensors"))) - before in range(20, 49)
@@ -3100,7 +3099,7 @@ def test_text_cache_refuses_a_full_disk_and_splits_over_ranks(tmp_path, monkeypa
 @pytest.mark.parametrize("name", FAMILIES)
 def test_text_cache_of_a_real_backbone(folders, tmp_path, name):
     backbone = backbone_of(folders, name)
-    cache = R.TextCache(backbone, tmp_path)
+    cache = rtdmd.TextCache(backbone, tmp_path)
     cache.prepare(PROMPTS)
     assert backbone.text is None
     cond, truth = cache.batch([PROMPTS[1], ""], "cpu"), backbone.encode(["", *PROMPTS])
@@ -3141,7 +3140,7 @@ def test_prompt_parquet(tmp_path):
     pandas.DataFrame({"url": ["u"] * 4, "caption": ["a cat", None, "a dog", "a cat"]}).to_parquet(path)
     assert ev.read_prompts(str(path)) == ["a cat", "a dog"]
     pandas.DataFrame({"url": ["u"]}).to_parquet(path)
-    with pytest.raises(R.UsageError, match="no column or key"):
+    with pytest.raises(rtdmd.UsageError, match="no column or key"):
         ev.read_prompts(str(path))
     pandas.DataFrame({"Prompt ": ["a cat", "a dog"]}).rename(columns=str.strip).to_parquet(path)
     assert ev.read_prompts(str(path)) == ["a cat", "a dog"]
@@ -3152,10 +3151,10 @@ def test_prompt_parquet(tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parquet, "ParquetFile", refuse)
-        with pytest.raises(R.UsageError, match="not built"):
+        with pytest.raises(rtdmd.UsageError, match="not built"):
             ev.read_prompts(str(path))
     path.write_bytes(b"PAR1 no parquet")
-    with pytest.raises(R.UsageError) as error:
+    with pytest.raises(rtdmd.UsageError) as error:
         ev.read_prompts(str(path))
     sentence(error)
 
@@ -3194,7 +3193,7 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_broken_prompt_files_are_named_by_line(tmp_path, name):
     content, words = BAD[name]
-    with pytest.raises(R.UsageError, match=words) as error:
+    with pytest.raises(rtdmd.UsageError, match=words) as error:
         ev.read_prompts(written(tmp_path, name, content))
     sentence(error)
 
@@ -3202,7 +3201,7 @@ def test_broken_prompt_files_are_named_by_line(tmp_path, name):
 def test_prompts_that_are_not_there(tmp_path):
     (tmp_path / "folder.txt").mkdir()
     for name in (tmp_path / "no.txt", tmp_path / "folder.txt", "pickapick", "pickapic", "drawbench", "hpdv2"):
-        with pytest.raises(R.UsageError) as error:
+        with pytest.raises(rtdmd.UsageError) as error:
             ev.read_prompts(str(name))
         sentence(error)
 
@@ -3217,7 +3216,7 @@ def test_known_prompts(tmp_path, monkeypatch):
     assert ev.read_prompts("drawbench") == ["A red colored car."]
     assert ev.read_prompts("partiprompts") == ["bond"]
     assert ev.read_prompts("hpdv2") == ["a", "b"]
-    assert ev.read_prompts("tiny") == R.tiny_captions(False) and ev.read_prompts("tiny-test") == R.tiny_captions(True)
+    assert ev.read_prompts("tiny") == rtdmd.tiny_captions(False) and ev.read_prompts("tiny-test") == rtdmd.tiny_captions(True)
 
 
 # ---- Both stages on the real classes: from the command line to a picture by stock diffusers ----
@@ -3367,7 +3366,7 @@ def test_adapters_are_fp32_over_a_bf16_base_and_run_as_deployed(folders, tmp_pat
     is deployed: in bf16, the stock bf16 pipeline with the exported adapter gives the training model's velocity
     bit for bit."""
     backbone = backbone_of(folders, name, dtype="bf16")
-    roles = rtdmd.Roles(backbone, R.Config(model=name, device="cpu", lora_rank=4, lora_alpha=2))
+    roles = rtdmd.Roles(backbone, rtdmd.Config(model=name, device="cpu", lora_rank=4, lora_alpha=2))
     assert {p.dtype for role in ("generator", "fake") for p in roles.parameters(role)} == {torch.float32}
     for p in roles.parameters("generator"):
         torch.nn.init.normal_(p, std=.3, generator=rng(1))
@@ -3388,13 +3387,13 @@ def test_adapters_are_fp32_over_a_bf16_base_and_run_as_deployed(folders, tmp_pat
 
 # ---- Costs ----
 
-SMALL_NETS = {"sd3m": dict(R.SD3_NET, num_layers=2, num_attention_heads=2, caption_projection_dim=128),
-              "flux2-4b": dict(R.K4_NET, num_layers=1, num_single_layers=1, num_attention_heads=2)}
+SMALL_NETS = {"sd3m": dict(rtdmd.SD3_NET, num_layers=2, num_attention_heads=2, caption_projection_dim=128),
+              "flux2-4b": dict(rtdmd.K4_NET, num_layers=1, num_single_layers=1, num_attention_heads=2)}
 
 
 def dry_run(tmp_path, monkeypatch, name, stage, *flags):
     """dry_run.json of a network of few layers on `meta`, and the run."""
-    monkeypatch.setitem(R.BACKBONES[name], "net", SMALL_NETS[name])
+    monkeypatch.setitem(rtdmd.BACKBONES[name], "net", SMALL_NETS[name])
     seen, prepare = [], rtdmd.prepare
     monkeypatch.setattr(rtdmd, "prepare", lambda cfg: seen.append(prepare(cfg)) or seen[-1])
     rtdmd.main(["--stage", str(stage), "--model", name, "--device", "meta", "--random_weights", "--dry_run", "1", "--resolution", "64",
@@ -3527,14 +3526,14 @@ def cache(tmp_path_factory):
 
 
 def make_world(folder):
-    cfg = R.resolve(dict(model="tiny", device="cpu", tiny_steps=1, cache=str(folder)))
-    R.TinyBackbone(cfg)
+    cfg = rtdmd.resolve(dict(model="tiny", device="cpu", tiny_steps=1, cache=str(folder)))
+    rtdmd.TinyBackbone(cfg)
     path, g = folder / "tiny-1.safetensors", rng()
-    state = R.load_file(path)
+    state = rtdmd.load_file(path)
     for name, p in state.items():
         if name.startswith("net.") and p.abs().max() < 1e-3:
             state[name] = 0.5 * torch.randn(p.shape, generator=g)
-    path.write_bytes(R.safetensors_bytes(state))
+    path.write_bytes(rtdmd.safetensors_bytes(state))
 
 
 @pytest.fixture(autouse=True)
@@ -3550,7 +3549,7 @@ def signals():
 def begun(cache, tmp_path_factory):
     """A finished stage 1 of 3 iterations, for stage 2 to start from. Nobody writes to it."""
     out = tmp_path_factory.mktemp("begun")
-    R.main([*SMALL, "--stage", "1", "--cache", str(cache), "--out", str(out)])
+    rtdmd.main([*SMALL, "--stage", "1", "--cache", str(cache), "--out", str(out)])
     return out
 
 
@@ -3567,7 +3566,7 @@ def small_flags(stage, cache, begun, out, *more):
 
 def state_of(folder):
     """All tensors of a checkpoint, or of the newest one below."""
-    return R.load_file(R.find_checkpoint(folder) / "state/state.safetensors")
+    return rtdmd.load_file(rtdmd.find_checkpoint(folder) / "state/state.safetensors")
 
 
 def rows_of(folder):
@@ -3586,7 +3585,7 @@ def bytes_differing(a, b):
 def same(a, b):
     """Two run folders hold the same newest checkpoint and the same log, bit for bit."""
     assert bytes_differing(state_of(a), state_of(b)) == 0
-    assert R.find_checkpoint(a).name == R.find_checkpoint(b).name and repr(rows_of(a)) == repr(rows_of(b))
+    assert rtdmd.find_checkpoint(a).name == rtdmd.find_checkpoint(b).name and repr(rows_of(a)) == repr(rows_of(b))
 
 
 def nothing_in(folder):
@@ -3598,7 +3597,7 @@ def refused(capfd, argv, words, code=2):
     """The run ends with this code and one sentence, the last line of stderr."""
     capfd.readouterr()
     with pytest.raises(SystemExit) as exit:
-        R.main(argv)
+        rtdmd.main(argv)
     return one_sentence(capfd.readouterr().err, exit.value.code, words, code)
 
 
@@ -3624,7 +3623,7 @@ def child(argv, env, output, before):
     tqdm.set_lock(threading.RLock())                        # tqdm's own is a semaphore that a killed process leaks
     if before:
         globals()[before](Path(output))
-    R.main(argv)
+    rtdmd.main(argv)
 
 
 def start(argv, folder, world=1, before=None):
@@ -3658,14 +3657,14 @@ def finish(processes, limit=60):
 
 def keep_rewards(output):
     """Before a run: every (G, N) table of rewards goes to a file as well."""
-    original, tables = R.gather_groups, []
+    original, tables = rtdmd.gather_groups, []
 
     def gather_groups(rewards):
         tables.append(original(rewards))
         torch.save(tables, output.with_suffix(".rewards"))
         return tables[-1]
 
-    R.gather_groups = gather_groups
+    rtdmd.gather_groups = gather_groups
 
 
 def mean_colour(images, prompts):
@@ -3684,7 +3683,7 @@ def small_sd3_world(folders, tmp_path_factory):
     prompts = written(root, "prompts.txt", "".join(f"a {word} cat\n" for word in words))
     common = [*SMALL, "--model", "sd3m", "--pretrained", folders["sd3m"], "--resolution", "64", "--prompts", prompts,
               "--lr", "1e-3", "--rewards", f"{Path(__file__).stem}:mean_colour=1", "--cache", str(root / "cache")]
-    R.main([*common, "--stage", "1", "--out", str(root / "begun")])
+    rtdmd.main([*common, "--stage", "1", "--out", str(root / "begun")])
     return common, root / "begun"
 
 
@@ -3737,34 +3736,34 @@ def test_processes_that_differ_are_refused(flags, tmp_path):
 
 def another_seed(output):
     """Before a run: rank 1 is started with another seed."""
-    original = R.resolve
-    R.resolve = lambda given: original({**given, "seed": R.dist_info()[0]})
+    original = rtdmd.resolve
+    rtdmd.resolve = lambda given: original({**given, "seed": rtdmd.dist_info()[0]})
 
 
 # ---- Resuming ----
 
 def stop_after(monkeypatch, iteration, number=signal.SIGTERM):
     """The run gets a signal while this iteration ends."""
-    original = R.record
+    original = rtdmd.record
 
     def record(run, row):
         if run.done == iteration:
             os.kill(os.getpid(), number)
         return original(run, row)
 
-    monkeypatch.setattr(R, "record", record)
+    monkeypatch.setattr(rtdmd, "record", record)
 
 
 @pytest.mark.parametrize("stage, iteration", [(1, 1), (1, 2), (2, 1), (2, 2)])
 def test_a_stopped_run_goes_on_bit_for_bit(stage, iteration, flags, tmp_path, monkeypatch):
-    R.main(flags(stage, "--out", tmp_path / "whole"))
+    rtdmd.main(flags(stage, "--out", tmp_path / "whole"))
     stop_after(monkeypatch, iteration)
-    R.main(flags(stage, "--save_every", 50))                    # SIGTERM: returns, having saved
-    assert [p.name for p in R.list_checkpoints(tmp_path / f"run/stage{stage}")] == [f"checkpoint-{iteration:06d}"]
+    rtdmd.main(flags(stage, "--save_every", 50))                    # SIGTERM: returns, having saved
+    assert [p.name for p in rtdmd.list_checkpoints(tmp_path / f"run/stage{stage}")] == [f"checkpoint-{iteration:06d}"]
     monkeypatch.undo()
     with open(tmp_path / f"run/stage{stage}/metrics.jsonl", "a") as file:
         file.write('{"iteration": 3, "dm": 1.0, "seconds": 1.0}\n{"iteration": 4, "d')     # what a kill leaves
-    R.main(flags(stage))
+    rtdmd.main(flags(stage))
     same(tmp_path / f"whole/stage{stage}", tmp_path / f"run/stage{stage}")
     state = state_of(tmp_path / f"run/stage{stage}")
     assert {n.split(".")[0] for n in state} == {"generator", "fake", "ema", "adam"}
@@ -3785,11 +3784,11 @@ def flip(path):
 def four(cache, tmp_path_factory):
     """A stage 1 of four iterations, never stopped."""
     out = tmp_path_factory.mktemp("four")
-    R.main(small_flags(1, cache, None, out, "--iterations", 4))
+    rtdmd.main(small_flags(1, cache, None, out, "--iterations", 4))
     return out / "stage1"
 
 
-FILES = [R.LORA_FILE, "state/state.safetensors", "state/run.json", "state/manifest.json"]
+FILES = [rtdmd.LORA_FILE, "state/state.safetensors", "state/run.json", "state/manifest.json"]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -3797,11 +3796,11 @@ FILES = [R.LORA_FILE, "state/state.safetensors", "state/run.json", "state/manife
 def test_a_damaged_newest_checkpoint_is_passed_over(name, damage, begun, four, flags, tmp_path, capfd):
     shutil.copytree(begun, tmp_path / "run")
     damage(tmp_path / "run/stage1/checkpoint-000003" / name)
-    R.main(flags(1, "--iterations", 4, "--keep", 1))
+    rtdmd.main(flags(1, "--iterations", 4, "--keep", 1))
     text = capfd.readouterr().err
     assert re.search(r"checkpoint-000003 is damaged.*older", text) and "Resumed" in text and "2 iterations are done" in text
     assert bytes_differing(state_of(tmp_path / "run/stage1"), state_of(four)) == 0
-    assert [p.name for p in R.list_checkpoints(tmp_path / "run/stage1")] == ["checkpoint-000004"]
+    assert [p.name for p in rtdmd.list_checkpoints(tmp_path / "run/stage1")] == ["checkpoint-000004"]
 
 
 def test_a_damaged_newer_one_does_not_push_out_the_whole_one(begun, flags, tmp_path, monkeypatch):
@@ -3810,14 +3809,14 @@ def test_a_damaged_newer_one_does_not_push_out_the_whole_one(begun, flags, tmp_p
     cut(tmp_path / "run/stage1/checkpoint-000003" / FILES[1])
     shutil.rmtree(tmp_path / "run/stage1/checkpoint-000002")
     stop_after(monkeypatch, 2)
-    R.main(flags(1, "--keep", 1))
-    assert R.find_checkpoint(tmp_path / "run/stage1").name == "checkpoint-000002"
+    rtdmd.main(flags(1, "--keep", 1))
+    assert rtdmd.find_checkpoint(tmp_path / "run/stage1").name == "checkpoint-000002"
 
 
 def test_checkpoints_are_kept_by_number(flags, tmp_path):
-    R.main(flags(1, "--iterations", 5, "--keep", 2))
+    rtdmd.main(flags(1, "--iterations", 5, "--keep", 2))
     (tmp_path / "run/stage1/checkpoint-best").mkdir()
-    assert [p.name for p in R.list_checkpoints(tmp_path / "run/stage1")] == ["checkpoint-000005", "checkpoint-000004"]
+    assert [p.name for p in rtdmd.list_checkpoints(tmp_path / "run/stage1")] == ["checkpoint-000005", "checkpoint-000004"]
     assert not [p for p in tmp_path.rglob("*.partial")]
 
 
@@ -3829,7 +3828,7 @@ def test_a_changed_setting_is_refused_with_the_differences(begun, flags, tmp_pat
     prompts = written(tmp_path, "p.txt", "a red circle\n")
     refused(capfd, flags(1, "--prompts", prompts), "prompts '24 prompts, .*' -> '1 prompts")
     assert before == {n: v for n, v in snapshot(tmp_path).items() if n != "p.txt"}
-    R.main(flags(1, "--gamma", .5, "--force_resume", "--iterations", 4))
+    rtdmd.main(flags(1, "--gamma", .5, "--force_resume", "--iterations", 4))
     assert rows_of(tmp_path / "run/stage1")[-1]["iteration"] == 4
 
 
@@ -3837,21 +3836,21 @@ def test_a_checkpoint_of_another_version(begun, flags, tmp_path, capfd):
     """Whole by its digests, and yet without what is asked for."""
     shutil.copytree(begun, tmp_path / "run")
     for content in ("{}", "[]", '{"config": 3, "prompts": 4}', '{"config": {}, "prompts": "?"}'):
-        for folder in R.list_checkpoints(tmp_path / "run/stage1"):
+        for folder in rtdmd.list_checkpoints(tmp_path / "run/stage1"):
             (folder / FILES[2]).write_text(content)
-            (folder / FILES[3]).write_text(json.dumps(R.digests(folder)))
+            (folder / FILES[3]).write_text(json.dumps(rtdmd.digests(folder)))
         refused(capfd, flags(1), "not of this version|other settings")
     refused(capfd, flags(1, "--force_resume"), "not of this version.*iteration")
     for content in ("[]", "[1]", '"x"', "{}", '{"other": 1}'):
         (tmp_path / "run/stage1/checkpoint-000003" / FILES[3]).write_text(content)
-        assert R.find_checkpoint(tmp_path / "run/stage1").name == "checkpoint-000002"
+        assert rtdmd.find_checkpoint(tmp_path / "run/stage1").name == "checkpoint-000002"
 
 
 def test_stage_2_resumes_without_stage_1(begun, flags, tmp_path):
     shutil.copytree(begun, tmp_path / "init")
-    R.main([*flags(2), "--init", str(tmp_path / "init/stage1"), "--iterations", "1"])
+    rtdmd.main([*flags(2), "--init", str(tmp_path / "init/stage1"), "--iterations", "1"])
     shutil.rmtree(tmp_path / "init")
-    R.main([*flags(2), "--init", str(tmp_path / "init/stage1"), "--iterations", "2"])
+    rtdmd.main([*flags(2), "--init", str(tmp_path / "init/stage1"), "--iterations", "2"])
     assert rows_of(tmp_path / "run/stage2")[-1]["iteration"] == 2
 
 
@@ -3866,14 +3865,14 @@ def wait_for(path, processes=(), limit=60):
 
 def slow(output, seconds=0.25):
     """Before a run: iterations take a while."""
-    original = R.record
+    original = rtdmd.record
 
     def record(run, row):
         text = original(run, row)
         time.sleep(seconds)
         return text
 
-    R.record = record
+    rtdmd.record = record
 
 
 def very_slow(output):
@@ -3885,8 +3884,8 @@ def test_two_runs_on_one_folder(flags, tmp_path, capfd):
     wait_for(tmp_path / "run/stage1/metrics.jsonl", processes)
     refused(capfd, flags(1), "Another run is writing")
     assert finish(processes) == [0]
-    R.main(flags(1, "--iterations", 4))                        # the lock went with the process, and goes with main
-    R.main(flags(1, "--iterations", 5))
+    rtdmd.main(flags(1, "--iterations", 4))                        # the lock went with the process, and goes with main
+    rtdmd.main(flags(1, "--iterations", 5))
     assert len(rows_of(tmp_path / "run/stage1")) == 5
 
 
@@ -3902,7 +3901,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint(numbers, world, flags, tmp_path
         time.sleep(0.05)
     assert finish(processes) == [0] * world
     rows = rows_of(folder)
-    assert R.find_checkpoint(folder).name == f"checkpoint-{len(rows):06d}" and len(rows) < 10
+    assert rtdmd.find_checkpoint(folder).name == f"checkpoint-{len(rows):06d}" and len(rows) < 10
     assert "Stopped by a signal" in (tmp_path / "log/rank-0").read_text()
 
 
@@ -3917,21 +3916,21 @@ def test_a_second_interrupt_ends_at_once(flags, tmp_path):
 
 def die_in_the_second(output):
     """Before a run: rank 1 is killed in its second iteration, unless it was before."""
-    original, marker = R.update_ema, output.with_suffix(".died")
+    original, marker = rtdmd.update_ema, output.with_suffix(".died")
 
     def update_ema(run):
-        if run.done == 1 and R.dist_info()[0] == 1 and not marker.exists():
+        if run.done == 1 and rtdmd.dist_info()[0] == 1 and not marker.exists():
             marker.touch()
             os.kill(os.getpid(), signal.SIGKILL)
         original(run)
 
-    R.update_ema = update_ema
+    rtdmd.update_ema = update_ema
 
 
 def test_one_rank_that_dies_ends_the_others(flags, tmp_path):
     codes = finish(start(flags(1), tmp_path / "log", 2, "die_in_the_second"), 30)
     assert codes[1] == -signal.SIGKILL and codes[0] not in (0, None)
-    assert R.find_checkpoint(tmp_path / "run/stage1").name == "checkpoint-000001"
+    assert rtdmd.find_checkpoint(tmp_path / "run/stage1").name == "checkpoint-000001"
     assert finish(start(flags(1), tmp_path / "log", 2)) == [0, 0]                    # what torchrun's restart does
     assert len(rows_of(tmp_path / "run/stage1")) == 3
 
@@ -3949,16 +3948,16 @@ def quota(size):
 
 @pytest.mark.parametrize("size", [60_000, 260_000])      # too small for the copy of the source, for the checkpoint
 def test_a_full_disk(size, flags, tmp_path, capfd):
-    R.main(flags(1, "--sample_every", 1, "--out", tmp_path / "whole"))
-    R.main(flags(1, "--sample_every", 1, "--iterations", 1))
+    rtdmd.main(flags(1, "--sample_every", 1, "--out", tmp_path / "whole"))
+    rtdmd.main(flags(1, "--sample_every", 1, "--iterations", 1))
     kept = tmp_path / "run/stage1/checkpoint-000001"
-    assert (kept / FILES[1]).stat().st_size > 260_000 > Path(R.__file__).stat().st_size > 60_000
+    assert (kept / FILES[1]).stat().st_size > 260_000 > Path(rtdmd.__file__).stat().st_size > 60_000
     before = snapshot(kept)
     with quota(size):
         refused(capfd, flags(1, "--sample_every", 1), "Cannot write .*: make room")
-    assert before == snapshot(kept) and R.list_checkpoints(tmp_path / "run/stage1") == [kept]
+    assert before == snapshot(kept) and rtdmd.list_checkpoints(tmp_path / "run/stage1") == [kept]
     assert not [p for p in tmp_path.rglob(".*.partial") if p.is_file()]
-    R.main(flags(1, "--sample_every", 1))
+    rtdmd.main(flags(1, "--sample_every", 1))
     same(tmp_path / "whole/stage1", tmp_path / "run/stage1")
 
 
@@ -3981,11 +3980,11 @@ def test_folders_that_cannot_be_written(flags, tmp_path, capfd, monkeypatch):
 def test_truncated_caches(cache, flags, tmp_path, capfd):
     """A text embedding is made anew; a tiny world takes minutes, so its owner decides."""
     shutil.copytree(cache, tmp_path / "cache")
-    R.main(flags(1, "--cache", tmp_path / "cache", "--sample_every", 1, "--iterations", 1))
+    rtdmd.main(flags(1, "--cache", tmp_path / "cache", "--sample_every", 1, "--iterations", 1))
     for path in (tmp_path / "cache/text").rglob("*.safetensors"):
         cut(path)
-    R.main(flags(1, "--cache", tmp_path / "cache", "--sample_every", 1))
-    R.main(flags(1, "--sample_every", 1, "--out", tmp_path / "whole"))
+    rtdmd.main(flags(1, "--cache", tmp_path / "cache", "--sample_every", 1))
+    rtdmd.main(flags(1, "--sample_every", 1, "--out", tmp_path / "whole"))
     same(tmp_path / "run/stage1", tmp_path / "whole/stage1")
     cut(tmp_path / "cache/tiny-1.safetensors")
     refused(capfd, flags(1, "--cache", tmp_path / "cache"), "tiny-1.safetensors is damaged.*delete")
@@ -3995,7 +3994,7 @@ def test_truncated_caches(cache, flags, tmp_path, capfd):
 
 def spoil(name, when, value=math.nan):
     """A function of rtdmd.py whose result is multiplied by value wherever `when()` is true."""
-    original = getattr(R, name)
+    original = getattr(rtdmd, name)
     return lambda *args, **options: original(*args, **options) * (value if when() else 1.0)
 
 
@@ -4010,8 +4009,8 @@ SOURCES = {                 # function, what the log names, which adapter is lef
 def test_a_number_that_is_none_skips_the_step(source, value, flags, tmp_path, monkeypatch, capfd):
     name, role, stage = SOURCES[source]
     rows = tmp_path / f"run/stage{stage}/metrics.jsonl"
-    monkeypatch.setattr(R, name, spoil(name, lambda: rows.exists() and rows.read_text().count("\n") == 1, value))
-    R.main(flags(stage, "--watch", ""))
+    monkeypatch.setattr(rtdmd, name, spoil(name, lambda: rows.exists() and rows.read_text().count("\n") == 1, value))
+    rtdmd.main(flags(stage, "--watch", ""))
     assert re.search(f"Iteration 2: the {role}'s gradient is not finite .*{source}.* is skipped", capfd.readouterr().err)
     first, second, third = (state_of(tmp_path / f"run/stage{stage}/checkpoint-{n:06d}") for n in (1, 2, 3))
     assert all(p.isfinite().all() for p in third.values())
@@ -4025,7 +4024,7 @@ def test_a_number_that_is_none_skips_the_step(source, value, flags, tmp_path, mo
 def nan_on_rank_1(output):
     """Before a run: rank 1's matching loss is nan in the second iteration."""
     rows = output.parents[1] / "run/stage1/metrics.jsonl"
-    R.dmd_loss = spoil("dmd_loss", lambda: R.dist_info()[0] == 1 and rows.read_text().count("\n") == 1)
+    rtdmd.dmd_loss = spoil("dmd_loss", lambda: rtdmd.dist_info()[0] == 1 and rows.read_text().count("\n") == 1)
 
 
 def test_all_processes_skip_together(flags, tmp_path):
@@ -4038,7 +4037,7 @@ def test_all_processes_skip_together(flags, tmp_path):
 @pytest.mark.parametrize("name, stage", [("dmd_loss", 1), ("score", 2), ("ambient_dsm_loss", 1)])
 def test_a_run_without_numbers_stops(name, stage, flags, tmp_path, monkeypatch, capfd):
     """Although the other adapter goes on well in between."""
-    monkeypatch.setattr(R, name, spoil(name, lambda: True))
+    monkeypatch.setattr(rtdmd, name, spoil(name, lambda: True))
     argv = flags(stage, "--max_bad_steps", 2, "--watch", "")
     text = refused(capfd, argv, "2 updates of the .* in a row were not finite", code=1)
     assert {"dmd_loss": "(dm)", "score": "reward_attributes", "ambient_dsm_loss": "(dsm)"}[name] in text
@@ -4047,13 +4046,13 @@ def test_a_run_without_numbers_stops(name, stage, flags, tmp_path, monkeypatch, 
 # ---- Roles ----
 
 def tiny_roles(cache, **options):
-    cfg = R.resolve(dict(model="tiny", device="cpu", tiny_steps=1, cache=str(cache), lora_rank=4, **options))
-    backbone, g = R.TinyBackbone(cfg), rng(3)
+    cfg = rtdmd.resolve(dict(model="tiny", device="cpu", tiny_steps=1, cache=str(cache), lora_rank=4, **options))
+    backbone, g = rtdmd.TinyBackbone(cfg), rng(3)
     x, t = torch.randn(6, *backbone.latent_shape, generator=g), torch.rand(6, generator=g)
-    cond = backbone.encode(R.tiny_captions()[20:26])
+    cond = backbone.encode(rtdmd.tiny_captions()[20:26])
     with torch.no_grad():
         base = backbone.velocity(backbone.nets["score"], x, t, cond)
-    return R.Roles(backbone, cfg), x, t, cond, base
+    return rtdmd.Roles(backbone, cfg), x, t, cond, base
 
 
 def shake(roles, role, seed=0):
@@ -4104,8 +4103,8 @@ def test_gradients_survive_the_other_roles(cache, checkpointing, compiled, monke
 
 def test_everything_that_learns_is_fp32_over_a_bf16_base(small_sd3_world, tmp_path):
     common, _ = small_sd3_world
-    run = R.prepare(R.resolve(R.parse_flags([*common, "--dtype", "bf16", "--out", str(tmp_path), "--iterations", "1"])))
-    R.stage1(run)
+    run = rtdmd.prepare(rtdmd.resolve(rtdmd.parse_flags([*common, "--dtype", "bf16", "--out", str(tmp_path), "--iterations", "1"])))
+    rtdmd.stage1(run)
     assert {p.dtype for n, p in run.roles.nets["teacher"].named_parameters() if "lora" not in n} == {torch.bfloat16}
     learnt = [p for role in run.optimizers for p in run.roles.parameters(role)]
     moments = [m for optimizer in run.optimizers.values() for state in optimizer.state.values() for m in state.values()]
@@ -4117,14 +4116,14 @@ def test_everything_that_learns_is_fp32_over_a_bf16_base(small_sd3_world, tmp_pa
 
 def test_the_ratio_is_exactly_one_before_the_first_update(flags, monkeypatch):
     """Then the second epoch's is not, and the clip acts: gradients of samples beyond it vanish."""
-    seen, original = [], R.subgrpo_loss
+    seen, original = [], rtdmd.subgrpo_loss
 
     def subgrpo_loss(log_prob, old, advantages, steps, clip):
         seen.append((log_prob.detach(), old, advantages))
         return original(log_prob, old, advantages, steps, clip)
 
-    monkeypatch.setattr(R, "subgrpo_loss", subgrpo_loss)
-    R.main(flags(2, "--inner_epochs", 2, "--iterations", 1, "--micro_batch", 12))
+    monkeypatch.setattr(rtdmd, "subgrpo_loss", subgrpo_loss)
+    rtdmd.main(flags(2, "--inner_epochs", 2, "--iterations", 1, "--micro_batch", 12))
     first, second = seen[:2], seen[2:]                          # M = 2 slots, 12 trajectories in each
     assert len(second) == 2 and sum(len(log_prob) for log_prob, _, _ in first) == 24
     assert all((log_prob - old).exp().eq(1.0).all() for log_prob, old, _ in first)
@@ -4153,8 +4152,8 @@ ABLATIONS = ["1 --gamma 0", "1 --eta 0", "1 --eta .5", "1 --eta 1", "1 --kernel 
 @pytest.mark.parametrize("switch", ABLATIONS)
 def test_every_switch_runs(switch, flags, tmp_path):
     stage, *more = switch.split()
-    R.main(flags(int(stage), *more, "--iterations", 2))
-    states = [state_of(folder) for folder in R.list_checkpoints(tmp_path / f"run/stage{stage}")]
+    rtdmd.main(flags(int(stage), *more, "--iterations", 2))
+    states = [state_of(folder) for folder in rtdmd.list_checkpoints(tmp_path / f"run/stage{stage}")]
     assert len(states) == 2 and all(p.isfinite().all() for p in states[0].values())
     for role in ("generator.", "fake.", "ema."):
         moved = [not torch.equal(p, states[1][n]) for n, p in states[0].items() if n.startswith(role)]
@@ -4167,13 +4166,13 @@ def test_every_step_is_matched_equally_often():
     K, n = 4, 40_000
     for M in (1, 2, 3):
         cfg, g, counts = SimpleNamespace(steps=K, subset_size=M, no_dmd=False, dm_steps="all"), rng(M), [0] * (K + 1)
-        for slot in R.matched_slots(cfg, torch.rand(n, generator=g).tolist()):
-            S = R.choose_steps(K, M, g)
+        for slot in rtdmd.matched_slots(cfg, torch.rand(n, generator=g).tolist()):
+            S = rtdmd.choose_steps(K, M, g)
             counts[K if slot == M else int(S[slot])] += 1
         chi = sum((c - n / K) ** 2 / (n / K) for c in counts[1:])
         assert counts[0] == 0 and chi < 16.3, counts            # 3 degrees of freedom: p = .001
-    assert R.matched_slots(SimpleNamespace(no_dmd=False, dm_steps="last", subset_size=2), [0.1, 0.9]) == [2, 2]
-    assert R.matched_slots(SimpleNamespace(no_dmd=True), [0.1, 0.9]) == [-1, -1]
+    assert rtdmd.matched_slots(SimpleNamespace(no_dmd=False, dm_steps="last", subset_size=2), [0.1, 0.9]) == [2, 2]
+    assert rtdmd.matched_slots(SimpleNamespace(no_dmd=True), [0.1, 0.9]) == [-1, -1]
 
 
 # ---- Bad input ----
@@ -4285,7 +4284,7 @@ def wrong_files(begun, tmp_path_factory):
         saved = json.loads((folder / FILES[2]).read_text())
         edit(saved)
         (folder / FILES[2]).write_text(json.dumps(saved))
-        (folder / FILES[3]).write_text(json.dumps(R.digests(folder)))
+        (folder / FILES[3]).write_text(json.dumps(rtdmd.digests(folder)))
     return root
 
 
@@ -4310,14 +4309,14 @@ def test_other_wrong_input(flags, tmp_path, capfd, monkeypatch):
 
 
 def test_zero_is_the_stages_own(flags):
-    own = R.resolve(dict(model="tiny", device="cpu"))
-    assert R.resolve(dict(model="tiny", device="cpu", lr=0.0, lr_fake=0.0, iterations=0, fake_updates=0)) == own
+    own = rtdmd.resolve(dict(model="tiny", device="cpu"))
+    assert rtdmd.resolve(dict(model="tiny", device="cpu", lr=0.0, lr_fake=0.0, iterations=0, fake_updates=0)) == own
     assert (own.lr, own.iterations, own.dtype) == (1e-3, 150, "fp32")
 
 
 def test_duplicate_prompts_are_one(flags, tmp_path, capfd):
     prompts = written(tmp_path, "p.txt", "a red circle\na red circle\n\na blue square\n")
-    R.main(flags(1, "--prompts", prompts, "--iterations", 1))
+    rtdmd.main(flags(1, "--prompts", prompts, "--iterations", 1))
     assert "2 from" in (text := capfd.readouterr().err) and "1 duplicates" in text
 
 
@@ -4345,7 +4344,7 @@ def torture(kills=100, folder=None, seed=0):
     while totals["kills"] < kills:
         stage, out = 1 + totals["runs"] % 2, folder / f"run-{totals['runs']}"
         while True:
-            begun_before = bool(R.list_checkpoints(out / f"stage{stage}"))
+            begun_before = bool(rtdmd.list_checkpoints(out / f"stage{stage}"))
             process, = start(argv(stage, out), folder / "log")
             process.join(dice.uniform(0, 0.8 * life[stage]) if totals["kills"] < kills else 120)
             totals["resumes"] += begun_before
@@ -4360,7 +4359,7 @@ def torture(kills=100, folder=None, seed=0):
         totals["bytes_differing"] += bytes_differing(state_of(whole), state_of(mine))
         totals["logs_differing"] += repr(rows_of(whole)) != repr(rows_of(mine))
         left = [p for p in mine.rglob(".*.partial")]
-        assert not left and len(R.list_checkpoints(mine)) == 2, left
+        assert not left and len(rtdmd.list_checkpoints(mine)) == 2, left
         shutil.rmtree(out)
     print(", ".join(f"{n.replace('_', ' ')} {v}" for n, v in totals.items()), f"({time.monotonic() - begin:.0f} s)")
     return totals
@@ -4535,8 +4534,8 @@ def test_ablations_go_on_where_they_were_stopped(flags, tmp_path, monkeypatch, c
     trained = ev.result_of(tmp_path / "abl", ev.BASE, 0).stat().st_mtime_ns
     ev.main(line)
     assert capsys.readouterr().out == table and ev.result_of(tmp_path / "abl", ev.BASE, 0).stat().st_mtime_ns == trained
-    with pytest.raises(R.UsageError, match="bad row.*no reward is called"):
-        ev.ablation(tmp_path / "abl", R.resolve(dict(cache=str(cache), tiny_steps=1, device="cpu")), 2, "bad row",
+    with pytest.raises(rtdmd.UsageError, match="bad row.*no reward is called"):
+        ev.ablation(tmp_path / "abl", rtdmd.resolve(dict(cache=str(cache), tiny_steps=1, device="cpu")), 2, "bad row",
                     f"{small} --rewards beauty=1", 0)
 
 
@@ -4546,19 +4545,19 @@ def test_every_row_of_the_ablations_parses():
             for row, words in rows.items()]
     assert len({ev.result_of(Path(), row, 0) for _, row, _ in rows}) == len(rows)
     for stage, _, words in rows:
-        R.resolve(R.parse_flags(["--stage", str(stage), *(word for word in words.split() if word[0] != "@")]))
+        rtdmd.resolve(rtdmd.parse_flags(["--stage", str(stage), *(word for word in words.split() if word[0] != "@")]))
         assert all(word[1:] in ev.VARIANTS for word in words.split() if word[0] == "@")
 
 
 def test_antithetic_noise(flags):
     """The other half of a group has minus the noise, where it is drawn anew; shared noise stays shared (Eq.
     16)."""
-    cfg = R.resolve(R.parse_flags(flags(2, "--group_size", 4)))
+    cfg = rtdmd.resolve(rtdmd.parse_flags(flags(2, "--group_size", 4)))
     run = SimpleNamespace(cfg=cfg, device="cpu", backbone=SimpleNamespace(latent_shape=(3, 5, 5)))
-    plain = R.group_draws(run, 0, range(6))
+    plain = rtdmd.group_draws(run, 0, range(6))
     with ev.replaced(["antithetic"], None):
-        first, noise, subsets = R.group_draws(run, 0, range(6))
-    assert torch.equal(subsets, plain[2]) and R.group_draws(run, 0, range(6))[1].equal(plain[1])
+        first, noise, subsets = rtdmd.group_draws(run, 0, range(6))
+    assert torch.equal(subsets, plain[2]) and rtdmd.group_draws(run, 0, range(6))[1].equal(plain[1])
     first, noise = first.unflatten(0, (6, 4)), noise.unflatten(1, (6, 4))
     assert torch.equal(first[:, 2:], -first[:, :2])
     for g in range(6):
@@ -4573,20 +4572,20 @@ def test_antithetic_noise(flags):
 def test_pathwise_through_more_steps_is_the_gradient_with_fixed_noise(steps, flags):
     """Eq. 15 through the last steps of a rollout against central differences of the mean reward, noise held
     fixed, along one direction; states before those steps held fixed as well."""
-    run = R.prepare(R.resolve(R.parse_flags(flags(2, "--no_policy", "--no_dmd", "--advantage_std", "none"))))
-    cfg, groups = run.cfg, R.share(run.cfg.groups)
+    run = rtdmd.prepare(rtdmd.resolve(rtdmd.parse_flags(flags(2, "--no_policy", "--no_dmd", "--advantage_std", "none"))))
+    cfg, groups = run.cfg, rtdmd.share(run.cfg.groups)
     smooth = lambda images, prompts: torch.tanh(images.flatten(1).double() @ weights).float()   # no clamp anywhere
     weights = torch.randn(432, generator=rng(9)).double() / 20
     smooth.differentiable, run.backbone.decode, run.rewards = True, lambda x: x, dict(smooth=(smooth, 1.0))
     b = SimpleNamespace(ids=list(range(12)), prompts=[p for p in run.prompts[:4] for _ in range(3)])
-    start, noise, b.subsets = R.group_draws(run, 0, groups)
-    b.states, b.predictions = R.roll_out(run, start, noise, b.prompts)
+    start, noise, b.subsets = rtdmd.group_draws(run, 0, groups)
+    b.states, b.predictions = rtdmd.roll_out(run, start, noise, b.prompts)
     run.terms = {}
-    R.judge_groups(run, b)
+    rtdmd.judge_groups(run, b)
     params = run.roles.parameters("generator")
     direction = [torch.randn(p.shape, generator=rng(i)) * p.norm() / p.numel() ** 0.5 for i, p in enumerate(params)]
     with ev.replaced([f"pathwise_{steps}"] if steps > 1 else [], None):
-        R.reinforce_slot(run, b, cfg.subset_size, True, list(range(12)), [], noise[0], noise[0], True, 12)
+        rtdmd.reinforce_slot(run, b, cfg.subset_size, True, list(range(12)), [], noise[0], noise[0], True, 12)
     slope = -sum((p.grad * d).sum() for p, d in zip(params, direction)).item()
     k = cfg.steps - steps
 
@@ -4596,7 +4595,7 @@ def test_pathwise_through_more_steps_is_the_gradient_with_fixed_noise(steps, fla
         times = run.times[k:]
         with torch.no_grad():
             cond = run.text.batch(b.prompts, "cpu")
-            states, _ = R.rollout(lambda x, t: run.roles.velocity("generator", x, t, cond), b.states[k], noise[k:], times, cfg.eta)
+            states, _ = rtdmd.rollout(lambda x, t: run.roles.velocity("generator", x, t, cond), b.states[k], noise[k:], times, cfg.eta)
         value = smooth(states[-1], b.prompts).double().mean().item()
         for p, d in zip(params, direction):
             p.data -= size * d
@@ -4608,9 +4607,9 @@ def test_pathwise_through_more_steps_is_the_gradient_with_fixed_noise(steps, fla
 def test_a_fake_score_that_knows_k(flags, tmp_path):
     """Its vectors start at zero, where it is the plain fake score, and learn; the null of the teacher knows no
     k."""
-    R.main(flags(1, "--out", tmp_path / "plain", "--iterations", 1))
+    rtdmd.main(flags(1, "--out", tmp_path / "plain", "--iterations", 1))
     with ev.replaced(["fake_knows_k"], None):
-        R.main(flags(1, "--out", tmp_path / "knows", "--iterations", 1))
+        rtdmd.main(flags(1, "--out", tmp_path / "knows", "--iterations", 1))
     plain, knows = rows_of(tmp_path / "plain/stage1")[0], rows_of(tmp_path / "knows/stage1")[0]
     vectors = state_of(tmp_path / "knows/stage1")["fake.steps"]
     assert plain["dsm"] == knows["dsm"] and vectors[1:].any(1).all() and not vectors[0].any()
@@ -4619,7 +4618,7 @@ def test_a_fake_score_that_knows_k(flags, tmp_path):
 def test_a_fake_score_that_starts_from_zero(flags, begun):
     """The generator is the trained one, averaged; the fake score is the teacher."""
     with ev.replaced(["fake_from_zero"], begun / "stage1"):
-        run = R.prepare(R.resolve(R.parse_flags(flags(1))))
+        run = rtdmd.prepare(rtdmd.resolve(rtdmd.parse_flags(flags(1))))
     trained = state_of(begun / "stage1")
     assert all(torch.equal(p, trained[f"ema.{n}"]) for n, p in run.roles.named["generator"].items())
     assert all(torch.equal(a, b) for a, b in zip(run.ema, run.roles.parameters("generator")))
