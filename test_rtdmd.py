@@ -59,9 +59,10 @@ import rtdmd
 torch.set_num_threads(1)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 1. Mathematics
-# ------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
+# What all sections share: statistics, files, sentences
+# -----------------------------------------------------------------------------------------------------------------
+
 AGREE, DIFFER = 4.5, 8.0
 
 
@@ -76,10 +77,59 @@ def off(sample, truth=0.0):
     return float(((sample.mean(0) - truth).abs() / error).max())
 
 
+def apart(a, b):
+    """Standard errors between the means of two independent samples (n, ...), (m, ...), for the worst
+    component."""
+    variance = sum(x.double().var(0) / len(x) for x in (a, b))
+    return float(((a.double().mean(0) - b.double().mean(0)).abs() / variance.sqrt()).max())
+
+
 def close(a, b, tolerance=1e-5):
     a, b = torch.as_tensor(a).double(), torch.as_tensor(b).double()
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
+
+def written(folder, name, content):
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(path)
+
+
+def snapshot(folder):
+    """Every file and its content."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def sentence(error):
+    text = str(error.value)
+    assert "\n" not in text and text.endswith(".") and len(text) < 400, text
+    return text
+
+
+CFG = SimpleNamespace(weights_dir=None, device="cpu", prompts=None)
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# 1. Configuration
+# -----------------------------------------------------------------------------------------------------------------
+
+def test_zero_is_the_stages_own(flags):
+    own = rtdmd.resolve(dict(model="tiny", device="cpu"))
+    assert rtdmd.resolve(dict(model="tiny", device="cpu", lr=0.0, lr_fake=0.0, iterations=0, fake_updates=0)) == own
+    assert (own.lr, own.iterations, own.dtype) == (1e-3, 150, "fp32")
+
+
+def test_geneval_as_a_reward_asks_for_metadata_at_once():
+    """flux2-4b's own rewards name geneval: that is refused before 20 GB are loaded, but no hindrance to a dry
+    run."""
+    with pytest.raises(rtdmd.UsageError, match="FILE.jsonl"):
+        rtdmd.resolve(dict(stage=2, model="flux2-4b", device="cpu"))
+    assert rtdmd.resolve(dict(stage=2, model="flux2-4b", device="meta", random_weights=True, dry_run=1)).groups == 64
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# 2. Flow algebra (paper 2.1)
+# -----------------------------------------------------------------------------------------------------------------
 
 class Mixture:
     """p(x_s) = sum_j w_j N(m_j, d_j^2) in 1-D: boundary states at level s, known exactly at every t >= s.
@@ -128,90 +178,6 @@ class Mixture:
         return (self.w * (mean ** 2 + var)).sum(-1) - (self.w * mean).sum(-1) ** 2
 
 
-LEVELS = [(0.0, 0.3), (0.25, 0.3), (0.25, 0.6), (0.5, 0.7), (0.75, 0.95)]      # (s, t)
-ETA, DIMS = 0.9, 2
-THETA = torch.tensor([0.3, -0.4])
-
-
-def toy_velocity(theta, x, t):
-    """A linear-Gaussian generator with two parameters, v = p x + q. theta (B, 2), x (B, D)."""
-    return theta[:, :1] * x + theta[:, 1:]
-
-
-def toy_reward(x):
-    """A bump at 1, averaged over dimensions, (..., D) -> (...)."""
-    return torch.exp(-0.5 * (x - 1) ** 2).mean(-1)
-
-
-def toy_moments(theta, times, last=None):
-    """Mean and variance of x_{t_K}, exactly. theta (2,) for steps 1..K-1, `last` for step K."""
-    mean, var = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
-    steps = len(times) - 1
-    for k in range(1, steps + 1):
-        p, q = (last if last is not None and k == steps else theta).double()
-        t, t_next = times[k - 1], times[k]
-        cos, sin = math.cos(ETA * math.pi / 2), math.sin(ETA * math.pi / 2)
-        slope = (1 - t_next) * (1 - t * p) + t_next * cos * (1 + (1 - t) * p)
-        mean = slope * mean + (t_next * cos * (1 - t) - (1 - t_next) * t) * q
-        var = slope ** 2 * var + (t_next * sin) ** 2
-    return mean, var
-
-
-def toy_objective(theta, times, last=None):
-    """E r(x_0), exactly."""
-    mean, var = toy_moments(theta, times, last)
-    return torch.exp(-0.5 * (mean - 1) ** 2 / (1 + var)) / torch.sqrt(1 + var)
-
-
-def toy_gradients(steps):
-    """The exact stochastic and pathwise parts of Eq. 14, (2,) each."""
-    times = rtdmd.timestep_schedule(steps)
-    theta, last = THETA.clone().requires_grad_(), THETA.clone().requires_grad_()
-    return torch.autograd.grad(toy_objective(theta, times, last), (theta, last))
-
-
-def toy_rollouts(groups, size, steps, selected, seed=0, share_noise=True, share_initial=False,
-                 dims=DIMS):
-    """States x_{t_0} .. x_{t_K}, (G, N, D) each, of `groups` groups that have the same S."""
-    g = rng(seed)
-    independent = selected if share_noise else range(1, steps)
-    noise = rtdmd.group_noise((groups, dims), independent, size, steps, g).transpose(1, 2).flatten(1, 2)
-    x = torch.randn(groups, 1 if share_initial else size, dims, generator=g)
-    x = x.expand(-1, size, -1).flatten(0, 1)
-    theta, times = THETA.expand(len(x), 2), rtdmd.timestep_schedule(steps)
-    states, _ = rtdmd.rollout(lambda x, t: toy_velocity(theta, x, t), x, noise, times, ETA)
-    return [x.unflatten(0, (groups, size)) for x in states]
-
-
-def toy_estimates(states, selected, std="none", advantages=None):
-    """One estimate per group of both parts of Eq. 14, (G, 2) each, by rtdmd's own losses.
-
-    Every group gets its own copy of theta, so that one backward pass gives all groups' gradients. The losses
-    are means over dimensions: D times their gradient is compared with the truth.
-    """
-    groups, size, dims = states[0].shape
-    steps = len(states) - 1
-    times = rtdmd.timestep_schedule(steps)
-    theta = THETA.expand(groups, 2).clone().requires_grad_()
-    member = theta.repeat_interleave(size, 0)
-    if advantages is None:
-        advantages = rtdmd.group_advantages(toy_reward(states[-1]), std)
-    x = [state.flatten(0, 1) for state in states]
-
-    def step(k):
-        return rtdmd.cps_mean_std(x[k - 1], toy_velocity(member, x[k - 1], None), times[k - 1], times[k], ETA)
-
-    log_prob = torch.stack([rtdmd.gaussian_log_prob(x[k], *step(k)) for k in selected], 1)
-    policy = rtdmd.subgrpo_loss(log_prob, log_prob.detach(), advantages.flatten(), steps, 1e-5)
-    pathwise = rtdmd.pathwise_loss(toy_reward(step(steps)[0]), dims=dims)
-    slopes = [torch.autograd.grad(loss, theta, retain_graph=True)[0] for loss in (policy, pathwise)]
-    return [-dims * groups * slope for slope in slopes]
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Flow algebra and sampler
-# ------------------------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("t", [0.02, 0.4, 0.97])
 def test_velocity_is_the_score_in_other_units(t):
     """Eq. 1 with alpha = 1-t, sigma = t is Eq. 2, and both are E[eps - x_0 | x_t] of a known mixture."""
@@ -236,6 +202,10 @@ def test_noise_prediction_has_no_division():
             prediction = rtdmd.x0_from_velocity(x, eps - x0, t)
             close(rtdmd.eps_from_velocity(x, eps - x0, t), (x - (1 - t) * prediction) / t)
 
+
+# -----------------------------------------------------------------------------------------------------------------
+# 3. Sampler (App. C). CPSScheduler inside the stock pipelines: section 8.
+# -----------------------------------------------------------------------------------------------------------------
 
 def test_timestep_schedule():
     """App. J's uniform grid, and the shifts of SD3 (3) and FLUX.2 (e^mu)."""
@@ -276,9 +246,30 @@ def test_cps_preserves_signal_and_noise_coefficients(eta):
     close(states[-1], torch.full((n, 1), c))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# AC-DMD
-# ------------------------------------------------------------------------------------------------------------
+def test_the_scheduler_stands_alone():
+    """What people copy: the class and four imports, in an empty file."""
+    source = ("import math\nimport torch\nfrom diffusers import FlowMatchEulerDiscreteScheduler\n"
+              "from diffusers.schedulers.scheduling_utils import SchedulerOutput\n"
+              "from diffusers.utils.torch_utils import randn_tensor\n" + inspect.getsource(rtdmd.CPSScheduler))
+    names = {}
+    exec(compile(source, "copy", "exec"), names)
+    scheduler = names["CPSScheduler"](shift=3.0)
+    scheduler.set_timesteps(4)
+    x = torch.ones(1, 2)
+    assert scheduler.step(torch.zeros(1, 2), scheduler.timesteps[0], x).prev_sample.shape == x.shape
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# 4. AC-DMD (3.1, App. B, D, E, F)
+# -----------------------------------------------------------------------------------------------------------------
+
+LEVELS = [(0.0, 0.3), (0.25, 0.3), (0.25, 0.6), (0.5, 0.7), (0.75, 0.95)]      # (s, t)
+
+WIDE = (0.6, 0.9)                # stds of a world that is as wide as noised data are, at any s up to .5
+ETA, DIMS = 0.9, 2
+
+
+# ---- Eq. 8 and Eq. 10: re-noising and the ambient score
 
 @pytest.mark.parametrize("s, t", LEVELS)
 def test_renoised_student_has_the_teachers_marginal(s, t):
@@ -391,6 +382,8 @@ def test_ambient_loss_is_stationary_at_the_score(s, t):
     assert slope(world) < AGREE and slope(Mixture(0.0)) > DIFFER
 
 
+# ---- Eq. 11, Eq. 12 and Eq. 22: self-consistency
+
 def test_posterior_kernel_is_the_gaussian_bridge():
     """Eq. 11's p_phi: Bayes' rule for x'' given x' and x_0. The fixed-eta kernel is Eq. 20."""
     g = rng(10)
@@ -403,6 +396,14 @@ def test_posterior_kernel_is_the_gaussian_bridge():
         close(rtdmd.reverse_step(x, v, t, t_next, noise), mean + var.sqrt() * noise, 1e-4)
         fixed = rtdmd.reverse_step(x, v, t, t_next, noise, "cps", 0.9)
         close(fixed, rtdmd.cps_step(x, v, t, t_next, noise, 0.9))
+
+
+def test_posterior_kernel_at_the_corner():
+    """Eq. 11 at t' = t'' = 1, where bf16 levels may fall: x'' = x', and no 0/0."""
+    x, v, noise = torch.randn(3, 8, 2, generator=rng(3))
+    close(rtdmd.reverse_step(x, v, 1.0, 1.0, noise), x)
+    loss = rtdmd.consistency_loss(lambda x, t: torch.zeros_like(x), x, v, torch.ones(8, 1), torch.ones(8, 1), noise, noise)
+    assert loss.isfinite()
 
 
 NODES, WEIGHTS = (torch.tensor(a).float() for a in np.polynomial.hermite_e.hermegauss(40))
@@ -423,9 +424,6 @@ def consistency_batches(fake, states, t, t_next, g, one_sample=False, kernel="po
         noise_2 = noise_1 if one_sample else noise_2
         losses.append(rtdmd.consistency_loss(fake, x, fake(x, t), t, t_next, noise_1, noise_2, kernel, ETA))
     return torch.stack(losses)
-
-
-WIDE = (0.6, 0.9)                # stds of a world that is as wide as noised data are, at any s up to .5
 
 
 @pytest.mark.parametrize("s, t", [(0.0, 0.5), (0.25, 0.5), (0.5, 0.75)])
@@ -483,33 +481,6 @@ def test_two_draws_are_unbiased():
     values = consistency_batches(wrong_fake(w.detach()), x, t, t_next, g)
     squares = consistency_batches(wrong_fake(w.detach()), x, t, t_next, g, one_sample=True)
     assert off(values, truth.detach()) < AGREE and off(squares, truth.detach()) > DIFFER
-
-
-def test_one_side_of_the_consistency_term_is_enough(monkeypatch):
-    """update_fake itself, with its two halves: its gradient is gamma times that of Eq. 11 at the levels that it
-    drew."""
-    n, w, drawn = 40_000, torch.tensor([0.9, -0.5]), {}
-    copies = w.expand(n, 2).clone().requires_grad_()
-    cfg = rtdmd.resolve(dict(model="tiny", device="cpu", gamma=2.0, micro_batch=n, delta=0.3))
-    velocity = lambda role, x, t, cond: wrong_fake(copies)(x, t)
-    run = SimpleNamespace(cfg=cfg, device="cpu", terms={}, times=rtdmd.timestep_schedule(4, 1.0),
-                          roles=SimpleNamespace(velocity=velocity), text=SimpleNamespace(batch=lambda *a: {}),
-                          backbone=SimpleNamespace(quantise=lambda t: t))
-    original = rtdmd.reverse_step
-
-    def reverse_step(x, v, t, t_next, *rest):
-        drawn.update(x=x, t=t, t_next=t_next)
-        return original(x, v, t, t_next, *rest)
-    monkeypatch.setattr(rtdmd, "reverse_step", reverse_step)
-    monkeypatch.setattr(rtdmd, "ambient_dsm_loss", lambda v, *rest: 0 * v.sum())
-    monkeypatch.setattr(rtdmd, "optimizer_step", lambda run, role: None)
-    k, x_s = torch.arange(n) % 4 + 1, torch.randn(n, 1, generator=rng(51))
-    rtdmd.update_fake(run, 0, 0, x_s, run.times[k].float(), k, [""] * n, list(range(n)), n)
-    monkeypatch.undo()
-    exact = w.expand(n, 2).clone().requires_grad_()
-    residual = residual_of(wrong_fake(exact), drawn["x"], drawn["t"], drawn["t_next"], "posterior")
-    slopes, = torch.autograd.grad(residual.square().sum(), exact)
-    assert off(n * copies.grad - 2.0 * slopes) < AGREE and slopes.mean(0).abs().min() > 1e-3
 
 
 def pooled(worlds):
@@ -578,6 +549,8 @@ def test_consistency_term_does_not_move_the_minimiser():
 
     assert slope("posterior") < 3e-3 and slope("cps") > 30 * slope("posterior")
 
+
+# ---- Eq. 8 and Eq. 9: distribution matching
 
 @pytest.mark.parametrize("s, t", LEVELS)
 def test_boundary_mean_is_tweedie(s, t):
@@ -677,9 +650,11 @@ def test_dmd_gradient_is_that_of_the_noised_kl(s, t):
     assert off(torch.cat([slopes, slopes * unit], 1), truth) < AGREE
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Hybrid policy gradient
-# ------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
+# 5. Hybrid policy gradient (3.2, App. G, H)
+# -----------------------------------------------------------------------------------------------------------------
+
+# ---- The parts: S, shared noise, log-probability, advantages
 
 def test_reward_tilting_splits_into_two_terms():
     """Eq. 6 and Eq. 7 on 50 outcomes: gradient of KL to the tilted teacher = DM term - beta * reward term."""
@@ -699,15 +674,6 @@ def test_reward_tilting_splits_into_two_terms():
 
     close(slope(kl(tilted)), slope(kl(teacher)) - beta * slope((student * reward).sum()), 1e-12)
     assert (slope(kl(tilted)) - slope(kl(teacher))).norm() > 0.01
-
-
-def test_log_prob_is_the_exact_gaussian_averaged_over_dimensions():
-    """Eq. 13: against torch.distributions, with the 1 / (2 std^2) that makes the ratio a likelihood ratio."""
-    x, mean = torch.randn(2, 5, 4, 6, 6, generator=rng(22))
-    for std in (0.05, 0.7, torch.rand(5, 1, 1, 1, generator=rng(23)) + 0.1):
-        exact = torch.distributions.Normal(mean, torch.as_tensor(std)).log_prob(x).mean((1, 2, 3))
-        close(rtdmd.gaussian_log_prob(x, mean, std), exact)
-    assert rtdmd.gaussian_log_prob(x, mean, 0.7).shape == (5,)
 
 
 def test_choose_steps_is_uniform():
@@ -735,16 +701,13 @@ def test_group_noise_structure():
     assert off(torch.stack([a[:29_000] for a in products], 1)) < AGREE
 
 
-def test_advantages():
-    """A_i of 3.2, App. H: mean 0 and std 1 per group; without std the rest of the group is the baseline."""
-    rewards = torch.randn(6, 5, generator=rng(26)) * torch.tensor([0.1, 1, 1, 2, 3, 10])[:, None]
-    grouped = rtdmd.group_advantages(rewards)
-    close(grouped.mean(1), torch.zeros(6))
-    close(grouped.std(1), torch.ones(6))
-    centred = rewards - rewards.mean(1, keepdim=True)
-    close(rtdmd.group_advantages(rewards, "global"), centred / rewards.std())
-    others = (rewards.sum(1, keepdim=True) - rewards) / 4
-    close(rtdmd.group_advantages(rewards, "none"), rewards - others, 1e-4)
+def test_log_prob_is_the_exact_gaussian_averaged_over_dimensions():
+    """Eq. 13: against torch.distributions, with the 1 / (2 std^2) that makes the ratio a likelihood ratio."""
+    x, mean = torch.randn(2, 5, 4, 6, 6, generator=rng(22))
+    for std in (0.05, 0.7, torch.rand(5, 1, 1, 1, generator=rng(23)) + 0.1):
+        exact = torch.distributions.Normal(mean, torch.as_tensor(std)).log_prob(x).mean((1, 2, 3))
+        close(rtdmd.gaussian_log_prob(x, mean, std), exact)
+    assert rtdmd.gaussian_log_prob(x, mean, 0.7).shape == (5,)
 
 
 def test_reward_scale_has_a_floor():
@@ -757,6 +720,122 @@ def test_reward_scale_has_a_floor():
     close(rtdmd.reward_scale(spread, "global"), spread.std())
     close(rtdmd.reward_scale(spread, "none"), torch.ones(2, 1))
 
+
+def test_advantages():
+    """A_i of 3.2, App. H: mean 0 and std 1 per group; without std the rest of the group is the baseline."""
+    rewards = torch.randn(6, 5, generator=rng(26)) * torch.tensor([0.1, 1, 1, 2, 3, 10])[:, None]
+    grouped = rtdmd.group_advantages(rewards)
+    close(grouped.mean(1), torch.zeros(6))
+    close(grouped.std(1), torch.ones(6))
+    centred = rewards - rewards.mean(1, keepdim=True)
+    close(rtdmd.group_advantages(rewards, "global"), centred / rewards.std())
+    others = (rewards.sum(1, keepdim=True) - rewards) / 4
+    close(rtdmd.group_advantages(rewards, "none"), rewards - others, 1e-4)
+
+
+# ---- A linear-Gaussian generator with two parameters, whose expected reward is known
+
+THETA = torch.tensor([0.3, -0.4])
+
+
+def toy_velocity(theta, x, t):
+    """A linear-Gaussian generator with two parameters, v = p x + q. theta (B, 2), x (B, D)."""
+    return theta[:, :1] * x + theta[:, 1:]
+
+
+def toy_reward(x):
+    """A bump at 1, averaged over dimensions, (..., D) -> (...)."""
+    return torch.exp(-0.5 * (x - 1) ** 2).mean(-1)
+
+
+def toy_moments(theta, times, last=None):
+    """Mean and variance of x_{t_K}, exactly. theta (2,) for steps 1..K-1, `last` for step K."""
+    mean, var = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
+    steps = len(times) - 1
+    for k in range(1, steps + 1):
+        p, q = (last if last is not None and k == steps else theta).double()
+        t, t_next = times[k - 1], times[k]
+        cos, sin = math.cos(ETA * math.pi / 2), math.sin(ETA * math.pi / 2)
+        slope = (1 - t_next) * (1 - t * p) + t_next * cos * (1 + (1 - t) * p)
+        mean = slope * mean + (t_next * cos * (1 - t) - (1 - t_next) * t) * q
+        var = slope ** 2 * var + (t_next * sin) ** 2
+    return mean, var
+
+
+def toy_objective(theta, times, last=None):
+    """E r(x_0), exactly."""
+    mean, var = toy_moments(theta, times, last)
+    return torch.exp(-0.5 * (mean - 1) ** 2 / (1 + var)) / torch.sqrt(1 + var)
+
+
+def toy_gradients(steps):
+    """The exact stochastic and pathwise parts of Eq. 14, (2,) each."""
+    times = rtdmd.timestep_schedule(steps)
+    theta, last = THETA.clone().requires_grad_(), THETA.clone().requires_grad_()
+    return torch.autograd.grad(toy_objective(theta, times, last), (theta, last))
+
+
+def toy_rollouts(groups, size, steps, selected, seed=0, share_noise=True, share_initial=False,
+                 dims=DIMS):
+    """States x_{t_0} .. x_{t_K}, (G, N, D) each, of `groups` groups that have the same S."""
+    g = rng(seed)
+    independent = selected if share_noise else range(1, steps)
+    noise = rtdmd.group_noise((groups, dims), independent, size, steps, g).transpose(1, 2).flatten(1, 2)
+    x = torch.randn(groups, 1 if share_initial else size, dims, generator=g)
+    x = x.expand(-1, size, -1).flatten(0, 1)
+    theta, times = THETA.expand(len(x), 2), rtdmd.timestep_schedule(steps)
+    states, _ = rtdmd.rollout(lambda x, t: toy_velocity(theta, x, t), x, noise, times, ETA)
+    return [x.unflatten(0, (groups, size)) for x in states]
+
+
+def over_subsets(steps, size, subset_size, groups, seed, **options):
+    """Rollouts for every S of the given size in turn, the same number of groups each: [(S, states)]."""
+    subsets = list(itertools.combinations(range(1, steps), subset_size))
+    return [(S, toy_rollouts(groups // len(subsets), size, steps, S, seed + i, **options))
+            for i, S in enumerate(subsets)]
+
+
+def toy_estimates(states, selected, std="none", advantages=None):
+    """One estimate per group of both parts of Eq. 14, (G, 2) each, by rtdmd's own losses.
+
+    Every group gets its own copy of theta, so that one backward pass gives all groups' gradients. The losses
+    are means over dimensions: D times their gradient is compared with the truth.
+    """
+    groups, size, dims = states[0].shape
+    steps = len(states) - 1
+    times = rtdmd.timestep_schedule(steps)
+    theta = THETA.expand(groups, 2).clone().requires_grad_()
+    member = theta.repeat_interleave(size, 0)
+    if advantages is None:
+        advantages = rtdmd.group_advantages(toy_reward(states[-1]), std)
+    x = [state.flatten(0, 1) for state in states]
+
+    def step(k):
+        return rtdmd.cps_mean_std(x[k - 1], toy_velocity(member, x[k - 1], None), times[k - 1], times[k], ETA)
+
+    log_prob = torch.stack([rtdmd.gaussian_log_prob(x[k], *step(k)) for k in selected], 1)
+    policy = rtdmd.subgrpo_loss(log_prob, log_prob.detach(), advantages.flatten(), steps, 1e-5)
+    pathwise = rtdmd.pathwise_loss(toy_reward(step(steps)[0]), dims=dims)
+    slopes = [torch.autograd.grad(loss, theta, retain_graph=True)[0] for loss in (policy, pathwise)]
+    return [-dims * groups * slope for slope in slopes]
+
+
+def test_exact_gradient_agrees_with_finite_differences():
+    """Eq. 14's left side: the closed form that judges all others, by common random numbers."""
+    steps, n = 4, 100_000
+    noise, x = torch.randn(3, n, DIMS, generator=rng(29)), torch.randn(n, DIMS, generator=rng(30))
+
+    def rewards(theta):
+        states, _ = rtdmd.rollout(lambda x, t: toy_velocity(theta.expand(n, 2), x, t), x, noise,
+                                  rtdmd.timestep_schedule(steps), ETA)
+        return toy_reward(states[-1])
+
+    steps_of_theta = 0.02 * torch.eye(2)
+    slopes = torch.stack([(rewards(THETA + d) - rewards(THETA - d)) / 0.04 for d in steps_of_theta], 1)
+    assert off(slopes, sum(toy_gradients(steps))) < AGREE
+
+
+# ---- Eq. 14 to Eq. 18 and Eq. 31: the gradients
 
 @pytest.mark.parametrize("steps", [2, 3])
 def test_hybrid_gradient_is_the_gradient_of_the_expected_reward(steps):
@@ -783,28 +862,6 @@ def through_all_steps(states, steps):
         x = mean + (states[k].flatten(0, 1) - mean).detach()
     loss = rtdmd.pathwise_loss(toy_reward(x), dims=DIMS)
     return -DIMS * len(x) * torch.autograd.grad(loss, theta)[0]
-
-
-def test_exact_gradient_agrees_with_finite_differences():
-    """Eq. 14's left side: the closed form that judges all others, by common random numbers."""
-    steps, n = 4, 100_000
-    noise, x = torch.randn(3, n, DIMS, generator=rng(29)), torch.randn(n, DIMS, generator=rng(30))
-
-    def rewards(theta):
-        states, _ = rtdmd.rollout(lambda x, t: toy_velocity(theta.expand(n, 2), x, t), x, noise,
-                                  rtdmd.timestep_schedule(steps), ETA)
-        return toy_reward(states[-1])
-
-    steps_of_theta = 0.02 * torch.eye(2)
-    slopes = torch.stack([(rewards(THETA + d) - rewards(THETA - d)) / 0.04 for d in steps_of_theta], 1)
-    assert off(slopes, sum(toy_gradients(steps))) < AGREE
-
-
-def over_subsets(steps, size, subset_size, groups, seed, **options):
-    """Rollouts for every S of the given size in turn, the same number of groups each: [(S, states)]."""
-    subsets = list(itertools.combinations(range(1, steps), subset_size))
-    return [(S, toy_rollouts(groups // len(subsets), size, steps, S, seed + i, **options))
-            for i, S in enumerate(subsets)]
 
 
 @pytest.mark.parametrize("share_initial", [False, True])
@@ -900,9 +957,79 @@ def dm_estimates(states, steps, teacher, t):
     return torch.autograd.grad((x * slopes.view_as(x)).mean(1).sum() / size, theta)[0]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# What saves passes through the network keeps the gradient's expectation (for Eq. 22's one side see above)
-# ------------------------------------------------------------------------------------------------------------
+# ---- What the functions of 2 to 5 promise besides their formulas
+
+def test_every_sample_may_have_its_own_level():
+    """Levels (B, 1) give what the same levels give as numbers, sample by sample."""
+    x, v, noise, other = torch.randn(4, 5, 3, generator=rng(43))
+    s = torch.tensor([0.0, 0.25, 0.25, 0.5, 0.75])[:, None]
+    t = torch.tensor([0.3, 0.4, 1.0, 0.7, 0.9])[:, None]
+    losses = [lambda x, v, n, o, s, t: rtdmd.ambient_dsm_loss(v, x, n, s, t),
+              lambda x, v, n, o, s, t: rtdmd.consistency_loss(lambda x, t: t * x, x, v, t, s, n, o),
+              lambda x, v, n, o, s, t: rtdmd.dmd_loss(x, n, v, o, s, t)]
+    for loss in losses:
+        rows = [loss(*(a[i:i + 1] for a in (x, v, noise, other)), float(s[i]), float(t[i])) for i in range(5)]
+        close(loss(x, v, noise, other, s, t), torch.stack(rows).mean())
+
+
+def test_fp32_out_for_bf16_in():
+    """bf16 in, fp32 arithmetic and fp32 out: rounding on the way would drown x - t v."""
+    x, v, noise, other = torch.randn(4, 8, 3, generator=rng(38)).bfloat16()
+    fake = torch.tanh
+    pure = dict(
+        x0_from_velocity=lambda x, v, n, o: rtdmd.x0_from_velocity(x, v, 0.9582),
+        eps_from_velocity=lambda x, v, n, o: rtdmd.eps_from_velocity(x, v, 0.9582),
+        score_from_velocity=lambda x, v, n, o: rtdmd.score_from_velocity(x, v, 0.9582),
+        cps_mean=lambda x, v, n, o: rtdmd.cps_mean_std(x, v, 0.9582, 0.7, 0.9)[0],
+        cps_step=lambda x, v, n, o: rtdmd.cps_step(x, v, 0.9582, 0.7, n, 0.9),
+        renoise=lambda x, v, n, o: rtdmd.renoise(x, 0.3, 0.9582, n),
+        target=lambda x, v, n, o: rtdmd.ambient_velocity_target(x, n, 0.3, 0.9582),
+        dsm=lambda x, v, n, o: rtdmd.ambient_dsm_loss(v, x, n, 0.3, 0.9582),
+        reverse=lambda x, v, n, o: rtdmd.reverse_step(x, v, 0.9582, 0.9, n),
+        consistency=lambda x, v, n, o: rtdmd.consistency_loss(lambda x, t: fake(x), x, v, 0.9582, 0.9, n, o),
+        boundary=lambda x, v, n, o: rtdmd.boundary_mean(x, v, 0.3, 0.9582),
+        dmd=lambda x, v, n, o: rtdmd.dmd_loss(x, n, v, o, 0.3, 0.9582),
+        log_prob=lambda x, v, n, o: rtdmd.gaussian_log_prob(x, v, 0.7),
+        pathwise=lambda x, v, n, o: rtdmd.pathwise_loss(x[:, 0]),
+    )
+    for name, f in pure.items():
+        low, high = f(x, v, noise, other), f(x.float(), v.float(), noise.float(), other.float())
+        assert low.dtype == torch.float32, name
+        close(low, high, 1e-6)
+
+
+def copied(*names):
+    """The named functions' source text alone in an empty module that knows only math and torch."""
+    module = {"math": math, "torch": torch}
+    for name in names:
+        exec(inspect.getsource(getattr(rtdmd, name)), module)
+    return [module[name] for name in names]
+
+
+def test_functions_can_be_copied_out():
+    """What people will copy works without the rest of the file, and gives the same number."""
+    x, v, noise_1, noise_2 = torch.randn(4, 16, 3, generator=rng(39))
+    cps_mean_std, = copied("cps_mean_std")
+    close(cps_mean_std(x, v, 0.75, 0.5, 0.9)[0], rtdmd.cps_mean_std(x, v, 0.75, 0.5, 0.9)[0], 0)
+    consistency_loss, = copied("consistency_loss")
+    for kernel in ("posterior", "cps"):
+        arguments = (lambda x, t: torch.sin(x), x, v, 0.75, 0.5, noise_1, noise_2, kernel, 0.9)
+        close(consistency_loss(*arguments), rtdmd.consistency_loss(*arguments), 0)
+    dmd_loss, = copied("dmd_loss")
+    close(dmd_loss(x, noise_1, v, noise_2, 0.25, 0.6), rtdmd.dmd_loss(x, noise_1, v, noise_2, 0.25, 0.6), 0)
+    group_noise, subgrpo_loss = copied("group_noise", "subgrpo_loss")
+    log_prob = group_noise((2,), [1, 3], 5, 4, rng(40))[0]
+    close(log_prob, rtdmd.group_noise((2,), [1, 3], 5, 4, rng(40))[0], 0)
+    arguments = (log_prob, 0.9 * log_prob, torch.randn(5, generator=rng(41)), 4, 0.1)
+    close(subgrpo_loss(*arguments), rtdmd.subgrpo_loss(*arguments), 0)
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# 6. The two stages (App. I, Algorithm 1)
+# -----------------------------------------------------------------------------------------------------------------
+
+# ---- Sharing passes through the networks keeps the expected gradients
+
 FAKE, TEACHER = torch.tensor([-0.6, 0.5]), torch.tensor([0.4, -1.0])
 
 
@@ -970,13 +1097,6 @@ def fresh_matching_gradients(n=6000, dims=128):
     return torch.autograd.grad(total, theta)[0]
 
 
-def apart(a, b):
-    """Standard errors between the means of two independent samples (n, ...), (m, ...), for the worst
-    component."""
-    variance = sum(x.double().var(0) / len(x) for x in (a, b))
-    return float(((a.double().mean(0) - b.double().mean(0)).abs() / variance.sqrt()).max())
-
-
 @pytest.mark.parametrize("stage", [1, 2])
 def test_shared_rollouts_keep_the_expected_gradients(stage, monkeypatch):
     """Stage 1: F fake updates on the K states of shared rollouts; k in equal parts for the generator. Stage 2:
@@ -993,265 +1113,198 @@ def test_shared_rollouts_keep_the_expected_gradients(stage, monkeypatch):
     assert off(updates, truth) < AGREE and apart(found["generator"], fresh) < AGREE
 
 
-# ------------------------------------------------------------------------------------------------------------
-# What the functions promise besides their formulas
-# ------------------------------------------------------------------------------------------------------------
+def test_one_side_of_the_consistency_term_is_enough(monkeypatch):
+    """update_fake itself, with its two halves: its gradient is gamma times that of Eq. 11 at the levels that it
+    drew."""
+    n, w, drawn = 40_000, torch.tensor([0.9, -0.5]), {}
+    copies = w.expand(n, 2).clone().requires_grad_()
+    cfg = rtdmd.resolve(dict(model="tiny", device="cpu", gamma=2.0, micro_batch=n, delta=0.3))
+    velocity = lambda role, x, t, cond: wrong_fake(copies)(x, t)
+    run = SimpleNamespace(cfg=cfg, device="cpu", terms={}, times=rtdmd.timestep_schedule(4, 1.0),
+                          roles=SimpleNamespace(velocity=velocity), text=SimpleNamespace(batch=lambda *a: {}),
+                          backbone=SimpleNamespace(quantise=lambda t: t))
+    original = rtdmd.reverse_step
 
-def test_every_sample_may_have_its_own_level():
-    """Levels (B, 1) give what the same levels give as numbers, sample by sample."""
-    x, v, noise, other = torch.randn(4, 5, 3, generator=rng(43))
-    s = torch.tensor([0.0, 0.25, 0.25, 0.5, 0.75])[:, None]
-    t = torch.tensor([0.3, 0.4, 1.0, 0.7, 0.9])[:, None]
-    losses = [lambda x, v, n, o, s, t: rtdmd.ambient_dsm_loss(v, x, n, s, t),
-              lambda x, v, n, o, s, t: rtdmd.consistency_loss(lambda x, t: t * x, x, v, t, s, n, o),
-              lambda x, v, n, o, s, t: rtdmd.dmd_loss(x, n, v, o, s, t)]
-    for loss in losses:
-        rows = [loss(*(a[i:i + 1] for a in (x, v, noise, other)), float(s[i]), float(t[i])) for i in range(5)]
-        close(loss(x, v, noise, other, s, t), torch.stack(rows).mean())
-
-
-def test_fp32_out_for_bf16_in():
-    """bf16 in, fp32 arithmetic and fp32 out: rounding on the way would drown x - t v."""
-    x, v, noise, other = torch.randn(4, 8, 3, generator=rng(38)).bfloat16()
-    fake = torch.tanh
-    pure = dict(
-        x0_from_velocity=lambda x, v, n, o: rtdmd.x0_from_velocity(x, v, 0.9582),
-        eps_from_velocity=lambda x, v, n, o: rtdmd.eps_from_velocity(x, v, 0.9582),
-        score_from_velocity=lambda x, v, n, o: rtdmd.score_from_velocity(x, v, 0.9582),
-        cps_mean=lambda x, v, n, o: rtdmd.cps_mean_std(x, v, 0.9582, 0.7, 0.9)[0],
-        cps_step=lambda x, v, n, o: rtdmd.cps_step(x, v, 0.9582, 0.7, n, 0.9),
-        renoise=lambda x, v, n, o: rtdmd.renoise(x, 0.3, 0.9582, n),
-        target=lambda x, v, n, o: rtdmd.ambient_velocity_target(x, n, 0.3, 0.9582),
-        dsm=lambda x, v, n, o: rtdmd.ambient_dsm_loss(v, x, n, 0.3, 0.9582),
-        reverse=lambda x, v, n, o: rtdmd.reverse_step(x, v, 0.9582, 0.9, n),
-        consistency=lambda x, v, n, o: rtdmd.consistency_loss(lambda x, t: fake(x), x, v, 0.9582, 0.9, n, o),
-        boundary=lambda x, v, n, o: rtdmd.boundary_mean(x, v, 0.3, 0.9582),
-        dmd=lambda x, v, n, o: rtdmd.dmd_loss(x, n, v, o, 0.3, 0.9582),
-        log_prob=lambda x, v, n, o: rtdmd.gaussian_log_prob(x, v, 0.7),
-        pathwise=lambda x, v, n, o: rtdmd.pathwise_loss(x[:, 0]),
-    )
-    for name, f in pure.items():
-        low, high = f(x, v, noise, other), f(x.float(), v.float(), noise.float(), other.float())
-        assert low.dtype == torch.float32, name
-        close(low, high, 1e-6)
+    def reverse_step(x, v, t, t_next, *rest):
+        drawn.update(x=x, t=t, t_next=t_next)
+        return original(x, v, t, t_next, *rest)
+    monkeypatch.setattr(rtdmd, "reverse_step", reverse_step)
+    monkeypatch.setattr(rtdmd, "ambient_dsm_loss", lambda v, *rest: 0 * v.sum())
+    monkeypatch.setattr(rtdmd, "optimizer_step", lambda run, role: None)
+    k, x_s = torch.arange(n) % 4 + 1, torch.randn(n, 1, generator=rng(51))
+    rtdmd.update_fake(run, 0, 0, x_s, run.times[k].float(), k, [""] * n, list(range(n)), n)
+    monkeypatch.undo()
+    exact = w.expand(n, 2).clone().requires_grad_()
+    residual = residual_of(wrong_fake(exact), drawn["x"], drawn["t"], drawn["t_next"], "posterior")
+    slopes, = torch.autograd.grad(residual.square().sum(), exact)
+    assert off(n * copies.grad - 2.0 * slopes) < AGREE and slopes.mean(0).abs().min() > 1e-3
 
 
-def copied(*names):
-    """The named functions' source text alone in an empty module that knows only math and torch."""
-    module = {"math": math, "torch": torch}
-    for name in names:
-        exec(inspect.getsource(getattr(rtdmd, name)), module)
-    return [module[name] for name in names]
+def test_every_step_is_matched_equally_often():
+    """Stage 2: the step k of a trajectory's matching term, over S and the draw, is uniform over 1..K."""
+    K, n = 4, 40_000
+    for M in (1, 2, 3):
+        cfg, g, counts = SimpleNamespace(steps=K, subset_size=M, no_dmd=False, dm_steps="all"), rng(M), [0] * (K + 1)
+        for slot in rtdmd.matched_slots(cfg, torch.rand(n, generator=g).tolist()):
+            S = rtdmd.choose_steps(K, M, g)
+            counts[K if slot == M else int(S[slot])] += 1
+        chi = sum((c - n / K) ** 2 / (n / K) for c in counts[1:])
+        assert counts[0] == 0 and chi < 16.3, counts            # 3 degrees of freedom: p = .001
+    assert rtdmd.matched_slots(SimpleNamespace(no_dmd=False, dm_steps="last", subset_size=2), [0.1, 0.9]) == [2, 2]
+    assert rtdmd.matched_slots(SimpleNamespace(no_dmd=True), [0.1, 0.9]) == [-1, -1]
 
 
-def test_posterior_kernel_at_the_corner():
-    """Eq. 11 at t' = t'' = 1, where bf16 levels may fall: x'' = x', and no 0/0."""
-    x, v, noise = torch.randn(3, 8, 2, generator=rng(3))
-    close(rtdmd.reverse_step(x, v, 1.0, 1.0, noise), x)
-    loss = rtdmd.consistency_loss(lambda x, t: torch.zeros_like(x), x, v, torch.ones(8, 1), torch.ones(8, 1), noise, noise)
-    assert loss.isfinite()
+# ---- Small runs of the tiny world
+
+# Small enough for a second a run: 3 iterations, 8 boundary states or 4 groups of 3, adapters of rank 4.
+SMALL = ("--device cpu --tiny_steps 1 --max_prompts 24 --batch 8 --fake_updates 1 --groups 4 --group_size 3 "
+         "--micro_batch 6 --lora_rank 4 --lora_alpha 4 --iterations 3 --save_every 1 --keep 9 --sample_every 3").split()
 
 
-def test_functions_can_be_copied_out():
-    """What people will copy works without the rest of the file, and gives the same number."""
-    x, v, noise_1, noise_2 = torch.randn(4, 16, 3, generator=rng(39))
-    cps_mean_std, = copied("cps_mean_std")
-    close(cps_mean_std(x, v, 0.75, 0.5, 0.9)[0], rtdmd.cps_mean_std(x, v, 0.75, 0.5, 0.9)[0], 0)
-    consistency_loss, = copied("consistency_loss")
-    for kernel in ("posterior", "cps"):
-        arguments = (lambda x, t: torch.sin(x), x, v, 0.75, 0.5, noise_1, noise_2, kernel, 0.9)
-        close(consistency_loss(*arguments), rtdmd.consistency_loss(*arguments), 0)
-    dmd_loss, = copied("dmd_loss")
-    close(dmd_loss(x, noise_1, v, noise_2, 0.25, 0.6), rtdmd.dmd_loss(x, noise_1, v, noise_2, 0.25, 0.6), 0)
-    group_noise, subgrpo_loss = copied("group_noise", "subgrpo_loss")
-    log_prob = group_noise((2,), [1, 3], 5, 4, rng(40))[0]
-    close(log_prob, rtdmd.group_noise((2,), [1, 3], 5, 4, rng(40))[0], 0)
-    arguments = (log_prob, 0.9 * log_prob, torch.randn(5, generator=rng(41)), 4, 0.1)
-    close(subgrpo_loss(*arguments), rtdmd.subgrpo_loss(*arguments), 0)
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """A tiny world after one update. Its gates and output, still almost zero, become random, or they would stop
+    gradients."""
+    folder = tmp_path_factory.mktemp("cache")
+    make_world(folder)
+    return folder
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The 1-D laboratory: `python test_rtdmd.py lab`. Measurements, not tests: they say how much, whoever wins.
-# ------------------------------------------------------------------------------------------------------------
-
-def table(title, rows):
-    """Prints a list of dicts as columns under a title and hands it back."""
-    text = [list(rows[0])] + [[a if isinstance(a, str) else f"{a:.4g}" for a in row.values()] for row in rows]
-    width = [max(map(len, column)) for column in zip(*text)]
-    print("\n" + title)
-    for line in text:
-        print("  ".join(a.ljust(n) for a, n in zip(line, width)))
-    return rows
+def make_world(folder):
+    cfg = rtdmd.resolve(dict(model="tiny", device="cpu", tiny_steps=1, cache=str(folder)))
+    rtdmd.TinyBackbone(cfg)
+    path, g = folder / "tiny-1.safetensors", rng()
+    state = rtdmd.load_file(path)
+    for name, p in state.items():
+        if name.startswith("net.") and p.abs().max() < 1e-3:
+            state[name] = 0.5 * torch.randn(p.shape, generator=g)
+    path.write_bytes(rtdmd.safetensors_bytes(state))
 
 
-def estimator_row(estimates, truth, backward_passes, factor):
-    """Bias and variance of one estimate per group (G, 2) of the gradient `truth` (2,).
-
-    scale, cos: the mean against the truth, in length and direction. bias: |mean - truth| / |truth|, beside
-    its size by chance alone. variance: trace of one group's covariance over (scale |truth|)^2, so that
-    estimates of different scale can be compared: the inverse of signal to noise, squared.
-    """
-    estimates, truth = estimates.double(), truth.double()
-    mean, error, norm = estimates.mean(0), estimates.std(0) / len(estimates) ** 0.5, truth.norm()
-    scale = float(mean @ truth / norm ** 2)
-    squares = (estimates - mean).square().sum(1) / (scale * norm) ** 2
-    return {"bias": float((mean - truth).norm() / norm), "(s.e.)": float(error.norm() / norm), "scale": scale,
-            "without (K-1)/M": scale / factor, "cos": float(mean @ truth / norm / mean.norm()),
-            "variance": float(squares.mean()), "+-": float(squares.std() / len(squares) ** 0.5),
-            "variance x M": float(squares.mean()) * backward_passes}
+@pytest.fixture(autouse=True)
+def signals():
+    """What a run does to SIGINT and SIGTERM ends with the test."""
+    kept = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
 
 
-def lab_variance(dims=DIMS, groups=24_000, size=12, steps=4):
-    """(a) Stochastic part of Eq. 14 by naive GRPO (Eq. 31) and by SubGRPO (Eq. 17), bias and variance."""
-    truth, _ = toy_gradients(steps)
-    rows = []
-    for start, M, share in itertools.product((False, True), (3, 2, 1), (True, False)):
-        if M == steps - 1 and not share:                         # naive GRPO: no step is outside S
-            continue
-        options = dict(share_noise=share, share_initial=start, dims=dims)
-        rollouts = over_subsets(steps, size, M, groups, 50, **options)
-        label = {"estimator": "naive" if M == steps - 1 else f"subset M={M}",
-                 "noise outside S": "-" if M == steps - 1 else "shared" if share else "independent",
-                 "x_t0": "shared" if start else "independent"}
-        for std, name in (("none", "leave-one-out"), ("group", "over group std")):
-            estimates = torch.cat([toy_estimates(states, S, std)[0] for S, states in rollouts])
-            row = estimator_row(estimates, truth, M, (steps - 1) / M)
-            rows.append(label | {"advantage": name} | row)
-    return table(f"(a) {groups} groups of {size}, K = {steps}, {dims} dimensions. variance: one group, so at "
-                 "equal rollouts; variance x M: at equal backward passes", rows)
+@pytest.fixture(scope="session")
+def begun(cache, tmp_path_factory):
+    """A finished stage 1 of 3 iterations, for stage 2 to start from. Nobody writes to it."""
+    out = tmp_path_factory.mktemp("begun")
+    rtdmd.main([*SMALL, "--stage", "1", "--cache", str(cache), "--out", str(out)])
+    return out
 
 
-def network(runs, width, g):
-    """Weights of `runs` independent MLPs (x, t) -> v."""
-    shapes = [(3, width), (width, width), (width, 1)]
-    weights = []
-    for n_in, n_out in shapes:
-        weights += [torch.randn(runs, n_in, n_out, generator=g) / n_in ** 0.5, torch.zeros(runs, 1, n_out)]
-    return [w.requires_grad_() for w in weights]
+@pytest.fixture
+def flags(cache, begun, tmp_path):
+    """flags(stage, *more) -> a command line that writes to tmp_path / "run"."""
+    return lambda stage, *more: small_flags(stage, cache, begun, tmp_path / "run", *more)
 
 
-def run_network(weights, x, t):
-    """v of every run on its own batch: x, t (R, B, 1)."""
-    h = torch.cat([x, t, x * t], -1)
-    for w, b in zip(weights[:4:2], weights[1:4:2]):
-        h = F.silu(torch.baddbmm(b, h, w))
-    return torch.baddbmm(weights[5], h, weights[4])
+def small_flags(stage, cache, begun, out, *more):
+    init = ["--init", str(begun / "stage1")] if stage == 2 else []
+    return [*SMALL, *init, "--stage", str(stage), "--cache", str(cache), "--out", str(out), *map(str, more)]
 
 
-def moving_student(progress):
-    """Two modes that travel by 1 and trade places in weight; progress in [0, 1]."""
-    w = 0.3 + 0.4 * progress
-    return Mixture(0.0, (w, 1 - w), (-1.2 + progress, 0.8 + progress), (0.3, 0.5))
+def state_of(folder):
+    """All tensors of a checkpoint, or of the newest one below."""
+    return rtdmd.load_file(rtdmd.find_checkpoint(folder) / "state/state.safetensors")
 
 
-def boundary_batch(student, runs, batch, g):
-    """Boundary states as stage 1 has them: x_s (R, B, 1), s from the 4-step grid, t in [s, 1], new noise."""
-    x_0 = student.sample(runs * batch, g).view(runs, batch, 1)
-    s = torch.randint(4, (runs, batch, 1), generator=g) / 4
-    t = s + (1 - s) * (0.02 + 0.96 * torch.rand(runs, batch, 1, generator=g))
-    first, noise = torch.randn(2, runs, batch, 1, generator=g)
-    return (1 - s) * x_0 + s * first, s, t, noise
+def rows_of(folder):
+    """metrics.jsonl without the one number that differs from run to run."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{n: v for n, v in row.items() if n != "seconds"} for row in rows]
 
 
-def fake_update(weights, optimizer, student, batch, gamma, kernel, g, g_consistency):
-    """One step of Eq. 12 for every run. Two generators: gamma does not change the data that a run sees."""
-    runs = len(weights[0])
-    x_s, s, t, noise = boundary_batch(student, runs, batch, g)
-    x = rtdmd.renoise(x_s, s, t, noise)
-    v = run_network(weights, x, t)
-    loss = rtdmd.ambient_dsm_loss(v, x_s, noise, s, t)
-    if gamma:
-        low = torch.maximum(s, t - 0.1)
-        t_next = low + (t - low) * torch.rand(t.shape, generator=g_consistency)
-        noises = torch.randn(2, *x.shape, generator=g_consistency)
-        fake = functools.partial(run_network, weights)
-        loss = loss + gamma * rtdmd.consistency_loss(fake, x, v, t, t_next, *noises, kernel, ETA)
-    optimizer.zero_grad()
-    (runs * loss).backward()                     # undoes the mean over runs, which are strangers
-    optimizer.step()
+def bytes_differing(a, b):
+    """Bytes in which two sets of tensors differ; a missing tensor differs in all of them."""
+    raw = lambda tensor: tensor.contiguous().flatten().view(torch.uint8)
+    lost = sum((a.get(n, b.get(n))).nbytes for n in a.keys() ^ b.keys())
+    return lost + sum(int((raw(a[n]) != raw(b[n])).sum()) for n in a.keys() & b.keys())
 
 
-@torch.no_grad()
-def fake_error(weights, student, g):
-    """E |v_phi - v|^2 of every run, (R,): the score's error times t / (1-t), where DMD asks for it."""
-    x_s, s, t, noise = boundary_batch(student, len(weights[0]), 512, g)
-    x = rtdmd.renoise(x_s, s, t, noise)
-    truth = student.velocity(x.double(), t[..., 0].double()[..., None]).float()
-    return (run_network(weights, x, t) - truth).square().mean((1, 2))
+def same(a, b):
+    """Two run folders hold the same newest checkpoint and the same log, bit for bit."""
+    assert bytes_differing(state_of(a), state_of(b)) == 0
+    assert rtdmd.find_checkpoint(a).name == rtdmd.find_checkpoint(b).name and repr(rows_of(a)) == repr(rows_of(b))
 
 
-def track(start, updates, lr, batch, gamma, kernel, iterations=120):
-    """Mean squared error along the student's way, (R,), of fakes that begin at the weights `start`."""
-    weights = [w.detach().clone().requires_grad_() for w in start]
-    optimizer = torch.optim.Adam(weights, lr)
-    g, g_consistency, g_test, errors = rng(60), rng(61), rng(62), []
-    for i in range(iterations):
-        student = moving_student(i / iterations)
-        for _ in range(updates):
-            fake_update(weights, optimizer, student, batch, gamma, kernel, g, g_consistency)
-        if i % 4 == 3:
-            errors.append(fake_error(weights, student, g_test))
-    return torch.stack(errors).mean(0)
+def nothing_in(folder):
+    """No file below, but for the lock of a run that was refused."""
+    return not [p for p in folder.rglob("*") if p.is_file() and p.name != ".lock"]
 
 
-def lab_tracking(runs=8):
-    """(b) Does the consistency term of Eq. 12 help a fake score to follow a moving student?"""
-    start, g = network(runs, 48, rng(63)), rng(64)
-    optimizer = torch.optim.Adam(start, 3e-3)
-    for i in range(1500):
-        optimizer.param_groups[0]["lr"] = 3e-3 * (1 - i / 1500)
-        fake_update(start, optimizer, moving_student(0.0), 64, 0.0, None, g, g)
-    before = fake_error(start, moving_student(0.0), g)
-    rows = []
-    for name, *settings in (("tracks", 5, 3e-3, 64), ("lags", 1, 3e-4, 64), ("few samples", 5, 3e-3, 8)):
-        name = "{} (updates {}, lr {:g}, batch {})".format(name, *settings)
-        base = track(start, *settings, 0.0, None)
-        rows.append(tracking_row(name, 0.0, "-", base, base))
-        for kernel, gamma in itertools.product(("posterior", "cps"), (0.01, 0.1, 1.0, 10.0)):
-            error = track(start, *settings, gamma, kernel)
-            rows.append(tracking_row(name, gamma, kernel, error, base))
-    return table(f"(b) E |v_phi - v|^2 along the way of a moving student, {runs} seeds; {before.mean():.4f} "
-                 "before it moves. change: against gamma 0 on the same data", rows)
+def refused(capfd, argv, words, code=2):
+    """The run ends with this code and one sentence, the last line of stderr."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        rtdmd.main(argv)
+    return one_sentence(capfd.readouterr().err, exit.value.code, words, code)
 
 
-def tracking_row(name, gamma, kernel, error, base):
-    change, n = 100 * (error / base - 1), len(error) ** 0.5
-    return {"fake score": name, "gamma": f"{gamma:g}", "kernel": kernel, "error": float(error.mean()),
-            "error +-": float(error.std() / n), "change %": float(change.mean()),
-            "change +-": float(change.std() / n)}
+def one_sentence(text, found, words, code=2):
+    lines = [line for line in text.replace("\r", "\n").splitlines() if line.strip()]
+    assert found == code, text
+    assert [line.startswith("rtdmd: ") for line in lines].count(True) == 1 and lines[-1].startswith("rtdmd: "), text
+    assert "Traceback" not in text and re.search(words, lines[-1]), text
+    assert lines[-1].endswith("."), text
+    return lines[-1]
 
 
-def lab_renoise():
-    """(c) Eq. 8, student = teacher: the state's variance and its W1 to the teacher's marginal, exactly."""
-    teacher, x, rows = Mixture(), torch.linspace(-8, 8, 16_001, dtype=torch.float64), []
-    for s, t in [(0.25, 0.3), (0.25, 0.5), (0.25, 0.8), (0.5, 0.55), (0.5, 0.7), (0.5, 0.9), (0.75, 0.9)]:
-        row = {"s": s, "t": t, "variance teacher": float(teacher.variance(t))}
-        for std, name in (("markov", "ours"), ("paper", "printed")):
-            a, kappa = (float(c) for c in rtdmd.renoise_coefficients(s, t, std))
-            stds = ((a * (1 - s) * teacher.d) ** 2 + (a * s) ** 2 + kappa ** 2).sqrt()
-            state = Mixture(t, m=tuple(((1 - t) * teacher.m).tolist()), d=tuple(stds.tolist()))
-            gap = float((state.cdf(x, t) - teacher.cdf(x, t)).abs().sum() * (x[1] - x[0]))
-            row |= {f"variance {name}": float(state.variance(t)), f"W1 {name}": gap}
-        rows.append(row)
-    return table("(c) Variance of the re-noised state and its W1 to the teacher's marginal at level t", rows)
+def test_the_ratio_is_exactly_one_before_the_first_update(flags, monkeypatch):
+    """Then the second epoch's is not, and the clip acts: gradients of samples beyond it vanish."""
+    seen, original = [], rtdmd.subgrpo_loss
+
+    def subgrpo_loss(log_prob, old, advantages, steps, clip):
+        seen.append((log_prob.detach(), old, advantages))
+        return original(log_prob, old, advantages, steps, clip)
+
+    monkeypatch.setattr(rtdmd, "subgrpo_loss", subgrpo_loss)
+    rtdmd.main(flags(2, "--inner_epochs", 2, "--iterations", 1, "--micro_batch", 12))
+    first, second = seen[:2], seen[2:]                          # M = 2 slots, 12 trajectories in each
+    assert len(second) == 2 and sum(len(log_prob) for log_prob, _, _ in first) == 24
+    assert all((log_prob - old).exp().eq(1.0).all() for log_prob, old, _ in first)
+    clipped = 0
+    for log_prob, old, advantages in second:
+        log_prob.requires_grad_()
+        ratio = (log_prob - old).detach().exp()[:, 0]
+        gradient, = torch.autograd.grad(original(log_prob, old, advantages, 4, 1e-5), log_prob)
+        beyond = ((ratio - 1) * advantages.sign() > 1e-5)
+        assert (gradient[beyond] == 0).all() and (gradient[~beyond & (advantages != 0)] != 0).all()
+        clipped += int(beyond.sum())
+    assert clipped > 0
 
 
-def lab(out=None):
-    """Runs the laboratory, prints its tables, returns them; `out` also gets them as JSON."""
-    torch.set_num_threads(1)
-    tables = {"variance": lab_variance(), "variance_32": lab_variance(32, 9_000), "tracking": lab_tracking(),
-              "renoise": lab_renoise()}
-    if out:
-        Path(out).write_text(json.dumps(tables, indent=1))
-    return tables
+ABLATIONS = ["1 --gamma 0", "1 --eta 0", "1 --eta .5", "1 --eta 1", "1 --kernel cps", "1 --consistency_times schedule",
+             "1 --renoise paper", "1 --renoise dmd2", "1 --recipe official --lora_rank 4 --lora_alpha 4", "1 --guidance 1",
+             "2 --gamma 0", "2 --eta .5", "2 --eta 1", "2 --eta 0 --no_policy", "2 --subset_size 1", "2 --subset_size 3",
+             "2 --independent_noise", "2 --share_initial", "2 --no_det", "2 --no_dmd", "2 --no_policy", "2 --kernel cps",
+             "2 --consistency_times schedule", "2 --renoise paper", "2 --renoise dmd2", "2 --advantage_std none",
+             "2 --advantage_std global", "2 --dm_steps last", "2 --log_prob unscaled", "2 --inner_epochs 2",
+             "2 --recipe official --lora_rank 4 --lora_alpha 4", "2 --rewards strict=1,attributes=-.5", "2 --checkpointing"]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 2. Rewards and metrics
-# ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("switch", ABLATIONS)
+def test_every_switch_runs(switch, flags, tmp_path):
+    stage, *more = switch.split()
+    rtdmd.main(flags(int(stage), *more, "--iterations", 2))
+    states = [state_of(folder) for folder in rtdmd.list_checkpoints(tmp_path / f"run/stage{stage}")]
+    assert len(states) == 2 and all(p.isfinite().all() for p in states[0].values())
+    for role in ("generator.", "fake.", "ema."):
+        moved = [not torch.equal(p, states[1][n]) for n, p in states[0].items() if n.startswith(role)]
+        assert sum(moved) >= len(moved) - 2, role               # the last block makes no use of the text's query
+    assert all(math.isfinite(v) for row in rows_of(tmp_path / f"run/stage{stage}") for v in row.values())
 
-CFG = SimpleNamespace(weights_dir=None, device="cpu", prompts=None)
 
+# -----------------------------------------------------------------------------------------------------------------
+# 7. Rewards
+# -----------------------------------------------------------------------------------------------------------------
+
+# ---- Preprocessing
 
 def picture(height, width, seed=0):
     """A smooth random image with edges in it, uint8 (H,W,3): noise alone would hide a wrong resize."""
@@ -1265,24 +1318,6 @@ def picture(height, width, seed=0):
 
 def tensor(image):
     return torch.from_numpy(image).permute(2, 0, 1)[None] / 255
-
-
-def tiny_clip():
-    """A CLIPModel of two layers and a tokenizer of letters."""
-    from transformers import CLIPConfig, CLIPModel
-    torch.manual_seed(0)
-    part = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
-    net = CLIPModel(CLIPConfig(text_config=dict(part, vocab_size=64, eos_token_id=63), projection_dim=8,
-                               vision_config=dict(part, image_size=224, patch_size=56)))
-
-    def embed_text(prompts):
-        ids = torch.tensor([[ord(c) % 60 for c in (p + " " * 20)[:20]] + [63] for p in prompts])
-        return net.get_text_features(input_ids=ids).pooler_output
-
-    return net, lambda pixels: net.get_image_features(pixel_values=pixels).pooler_output, embed_text
-
-
-# ------------------------------------------------------------------ preprocessing
 
 
 @pytest.mark.parametrize("size", [(256, 256), (512, 384), (300, 700), (224, 224)])
@@ -1366,7 +1401,21 @@ def test_half_precision_images_are_resized_in_fp32():
     assert rtdmd.square_crop(image).dtype == torch.float32 and rtdmd.letterbox(image).dtype == torch.float32
 
 
-# ------------------------------------------------------------------ the CLIP family
+# ---- The CLIP family
+
+def tiny_clip():
+    """A CLIPModel of two layers and a tokenizer of letters."""
+    from transformers import CLIPConfig, CLIPModel
+    torch.manual_seed(0)
+    part = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+    net = CLIPModel(CLIPConfig(text_config=dict(part, vocab_size=64, eos_token_id=63), projection_dim=8,
+                               vision_config=dict(part, image_size=224, patch_size=56)))
+
+    def embed_text(prompts):
+        ids = torch.tensor([[ord(c) % 60 for c in (p + " " * 20)[:20]] + [63] for p in prompts])
+        return net.get_text_features(input_ids=ids).pooler_output
+
+    return net, lambda pixels: net.get_image_features(pixel_values=pixels).pooler_output, embed_text
 
 
 def test_hpsv2_is_strictly_loadable_into_open_clip():
@@ -1471,23 +1520,7 @@ def test_transformers_host_loads_a_folder(tmp_path):
     assert reward(torch.rand(2, 3, 32, 32), ["a red fox", "snow " * 200]).shape == (2,)   # one is cut
 
 
-# ------------------------------------------------------------------ choosing rewards
-
-
-def test_parse_rewards():
-    assert ev.parse_rewards("hpsv2=1, clipscore=.5,my_module:score=2,pickscore", ()) == [
-        ("hpsv2", 1.), ("clipscore", .5), ("my_module:score", 2.), ("pickscore", 1.)]
-    assert ev.parse_rewards("judge=-1e-1", extra={"judge": None}) == [("judge", -.1)]
-
-
-@pytest.mark.parametrize("text, words", [
-    ("", "write name=weight"), ("hpsv2=1,", "write name=weight"), ("=2", "write name=weight"), ("hpsv2=x", "hpsv2=x"), ("hpsv2=", "finite"),
-    ("hpsv2=1,hpsv2=2", "twice"), ("hpsv2=0", "other than 0"), ("hpsv2=nan", "finite"),
-    ("hpsv2=inf", "finite"), ("hpsv9=1", "hpsv9.*hpsv2")])
-def test_parse_rewards_complains(text, words):
-    with pytest.raises(rtdmd.UsageError, match=words):
-        ev.parse_rewards(text)
-
+# ---- Your own rewards
 
 def test_user_rewards(tmp_path, monkeypatch):
     (tmp_path / "my_rewards.py").write_text("""
@@ -1533,6 +1566,1527 @@ def test_score_names_reward_and_prompt():
     assert rtdmd.score(lambda i, p: i[:, 0, 0, 0] * math.nan, images, ["a"] * 3).isnan().all()   # as it is
 
 
+# -----------------------------------------------------------------------------------------------------------------
+# 8. Backbones
+# -----------------------------------------------------------------------------------------------------------------
+
+# ---- Small pipelines, channels as in the real ones: 64 px -> SD3 16 x 8 x 8, FLUX.2 128 x 4 x 4
+
+PROMPTS = ["a red cat", "two blue birds above a très long " + "wooden " * 40 + "fence"]      # CLIP cuts it
+
+BYTES = sorted(ByteLevel.alphabet())           # 256 symbols: any text tokenises without a merge
+VAE = dict(in_channels=3, out_channels=3, block_out_channels=[4] * 4, layers_per_block=1, norm_num_groups=1,
+           sample_size=64)
+
+
+def clip_tokenizer():
+    tokens = BYTES + [a + "</w>" for a in BYTES] + ["<|startoftext|>", "<|endoftext|>"]  # EOS: highest id
+    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=77)
+
+
+def t5_tokenizer():
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
+    pieces += [(chr(c), -3.0) for c in range(33, 127)]
+    return T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=512)
+
+
+def qwen_tokenizer():
+    vocab = {token: i for i, token in enumerate(BYTES + ["<|endoftext|>", "<|im_start|>", "<|im_end|>"])}
+    tokenizer = Qwen2TokenizerFast(vocab=vocab, merges=[], eos_token="<|im_end|>", pad_token="<|endoftext|>",
+                                   model_max_length=131072)
+    tokenizer.add_tokens(["<|im_start|>"], special_tokens=True)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+        "{% if enable_thinking is defined and not enable_thinking %}"
+        "{{ '<think>\n\n</think>\n\n' }}{% endif %}")
+    return tokenizer
+
+
+def small_sd3(dual):
+    torch.manual_seed(0)
+    tokenizer, t5 = clip_tokenizer(), t5_tokenizer()
+    clip = lambda: CLIPTextModelWithProjection(CLIPTextConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, projection_dim=16,
+        vocab_size=len(tokenizer), max_position_embeddings=77, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+    net = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=16, out_channels=16, num_layers=2, attention_head_dim=8,
+        num_attention_heads=2, joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=32,
+        pos_embed_max_size=16, **dict(dual_attention_layers=(0,), qk_norm="rms_norm") if dual else {})
+    vae = AutoencoderKL(
+        **VAE, down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+        latent_channels=16, use_quant_conv=False, use_post_quant_conv=False, scaling_factor=1.5305,
+        shift_factor=0.0609)
+    encoder = T5EncoderModel(T5Config(
+        d_model=32, d_ff=32, d_kv=8, num_heads=2, num_layers=1, dropout_rate=0.0, vocab_size=len(t5),
+        feed_forward_proj="gated-gelu", pad_token_id=0, eos_token_id=1))
+    return StableDiffusion3Pipeline(
+        transformer=net, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae, text_encoder=clip(),
+        tokenizer=tokenizer, text_encoder_2=clip(), tokenizer_2=clip_tokenizer(), text_encoder_3=encoder,
+        tokenizer_3=t5)
+
+
+def small_klein(distilled):
+    torch.manual_seed(0)
+    tokenizer = qwen_tokenizer()
+    encoder = Qwen3ForCausalLM(Qwen3Config(      # 30 layers: some above the last tap, as in the real one
+        hidden_size=16, intermediate_size=16, num_hidden_layers=30, num_attention_heads=2, head_dim=8,
+        num_key_value_heads=1, vocab_size=len(tokenizer), tie_word_embeddings=True,
+        max_position_embeddings=1024))
+    vae = AutoencoderKLFlux2(**VAE, latent_channels=32)
+    vae.bn.running_mean.normal_(0, .05)         # like the real ones: mistakes would hide behind 0 and 1
+    vae.bn.running_var.uniform_(2.9, 3.5)
+    torch.manual_seed(int(distilled))           # the two repositories differ in this network alone
+    net = Flux2Transformer2DModel(
+        patch_size=1, in_channels=128, num_layers=1, num_single_layers=2, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=48, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    return Flux2KleinPipeline(scheduler=scheduler, vae=vae, text_encoder=encoder, tokenizer=tokenizer,
+                              transformer=net, is_distilled=distilled)
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """Saved pipelines by name; "flux2-4b" is the GENERATOR,TEACHER pair."""
+    root = tmp_path_factory.mktemp("pipelines")
+    for name, pipe in {"sd3m": small_sd3(False), "sd35m": small_sd3(True), "distilled": small_klein(True),
+                       "base": small_klein(False)}.items():
+        pipe.save_pretrained(root / name)
+    return {"sd3m": str(root / "sd3m"), "sd35m": str(root / "sd35m"), "distilled": str(root / "distilled"),
+            "base": str(root / "base"), "flux2-4b": f"{root / 'distilled'},{root / 'base'}"}
+
+
+FAMILIES = ["sd3m", "sd35m", "flux2-4b"]
+
+
+def backbone_of(folders, name, **options):
+    cls = rtdmd.Flux2Backbone if name.startswith("flux2") else rtdmd.SD3Backbone
+    return cls(rtdmd.Config(model=name, pretrained=folders[name], resolution=64, device="cpu", **options))
+
+
+def stock(folder, **options):
+    pipe = DiffusionPipeline.from_pretrained(folder, **options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def latents(backbone, batch=2):
+    return torch.randn(batch, *backbone.latent_shape, generator=torch.Generator().manual_seed(5))
+
+
+def timesteps(backbone, steps=4):
+    u = torch.linspace(1, 0, steps + 1)
+    return backbone.shift * u / (1 + (backbone.shift - 1) * u)
+
+
+def rollout(backbone, x, cond, eta, generator):
+    """Eq. 21 in four steps, with the noise drawn in the pipeline's layout (FLUX.2: tokens)."""
+    grid = timesteps(backbone)
+    for t, t_next in zip(grid[:-1], grid[1:]):
+        with torch.no_grad():
+            v = backbone.velocity(backbone.nets["generator"], x, t.expand(len(x)), cond)
+        x0, eps = x - t * v, x + (1 - t) * v
+        x = (1 - t_next) * x0 + t_next * math.cos(eta * math.pi / 2) * eps
+        if t_next > 0 and eta > 0:
+            packed = x.shape[1] == 128
+            shape = (len(x), x.shape[2] * x.shape[3], 128) if packed else x.shape
+            noise = torch.randn(shape, generator=generator)
+            noise = noise.transpose(1, 2).unflatten(2, x.shape[2:]) if packed else noise
+            x = x + t_next * math.sin(eta * math.pi / 2) * noise
+    return x
+
+
+def image_of(pipe, x, **options):
+    return pipe(prompt=PROMPTS, height=64, width=64, latents=x.clone(), output_type="pt",
+                **{"num_inference_steps": 4, "guidance_scale": 1.0} | options).images
+
+
+# ---- Sampling: CPSScheduler in the stock pipelines
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("eta", [0.0, 0.9])
+def test_our_rollout_equals_the_stock_pipeline_with_our_scheduler(folders, name, eta):
+    backbone, pipe = backbone_of(folders, name), stock(folders[name].split(",")[0])
+    pipe.scheduler = rtdmd.CPSScheduler.from_config(pipe.scheduler.config, eta=eta)
+    pipe.scheduler.generator = torch.Generator().manual_seed(9)
+    x = latents(backbone)
+    theirs = image_of(pipe, x)
+    noise = torch.Generator().manual_seed(9)
+    ours = backbone.decode(rollout(backbone, x, backbone.encode(PROMPTS), eta, noise))
+    torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
+    assert theirs.std() > 1e-3 and (theirs[0] - theirs[1]).abs().max() > 1e-3
+    torch.testing.assert_close(pipe.scheduler.sigmas, timesteps(backbone), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_eta_0_is_stock_euler_and_eta_1_is_stochastic_sampling(folders, name):
+    pipe = stock(folders[name].split(",")[0])
+    config, x, images = pipe.scheduler.config, latents(backbone_of(folders, name)), {}
+    euler = FlowMatchEulerDiscreteScheduler
+    for label, scheduler in {"euler": euler.from_config(config),
+                             "eta 0": rtdmd.CPSScheduler.from_config(config, eta=0.0),
+                             "stochastic": euler.from_config(config, stochastic_sampling=True),
+                             "eta 1": rtdmd.CPSScheduler.from_config(config, eta=1.0)}.items():
+        pipe.scheduler = scheduler
+        torch.manual_seed(3)
+        images[label] = image_of(pipe, x, sigmas=[1, .75, .5, .25])
+    torch.testing.assert_close(images["eta 0"], images["euler"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(images["eta 1"], images["stochastic"], atol=1e-5, rtol=0)
+    assert (images["eta 0"] - images["eta 1"]).abs().max() > 1e-3
+
+
+def test_the_scheduler_gives_the_papers_grid_by_default(folders):
+    sd3 = rtdmd.CPSScheduler.from_config(stock(folders["sd3m"]).scheduler.config)
+    sd3.set_timesteps(4)
+    assert sd3.eta == 0.9 and sd3.sigmas.tolist() == pytest.approx([1, .9, .75, .5, 0])
+    klein = rtdmd.CPSScheduler.from_config(stock(folders["base"]).scheduler.config)
+    for mu, grid in ((2.030690, [1, .958085, .883982, .717497, 0]),
+                     (2.291180, [1, .967384, .908144, .767200, 0])):
+        klein.set_timesteps(4, mu=mu)
+        assert klein.sigmas.tolist() == pytest.approx(grid, abs=1e-6)
+
+
+@pytest.mark.parametrize("name, resolution, grid", [
+    ("sd3m", 512, [1, .9, .75, .5, 0]), ("sd35m", 1024, [1, .9, .75, .5, 0]),
+    ("flux2-4b", 512, [1, .958085, .883982, .717497, 0]),
+    ("flux2-4b", 1024, [1, .967384, .908144, .767200, 0])])
+def test_the_grid_by_resolution(folders, name, resolution, grid):
+    backbone = backbone_of(folders, name)
+    side = resolution // (16 if name.startswith("flux2") else 8)
+    backbone.latent_shape = (backbone.latent_shape[0], side, side)
+    backbone.shift = backbone.shift_for(4)
+    assert timesteps(backbone).tolist() == pytest.approx(grid, abs=1e-6)
+
+
+def test_the_scheduler_keeps_eta_and_repeats_with_a_generator(folders, tmp_path):
+    pipe = stock(folders["sd3m"])
+    pipe.scheduler = rtdmd.CPSScheduler.from_config(pipe.scheduler.config, eta=0.7)
+    assert rtdmd.CPSScheduler.from_config(pipe.scheduler.config).eta == 0.7
+    pipe.scheduler.save_pretrained(tmp_path)
+    assert rtdmd.CPSScheduler.from_pretrained(tmp_path).eta == 0.7
+    x, images = torch.randn(2, 16, 8, 8), []
+    for seed in (1, 1, 2):
+        pipe.scheduler.generator = torch.Generator().manual_seed(seed)
+        images.append(image_of(pipe, x))
+    assert torch.equal(images[0], images[1]) and not torch.equal(images[0], images[2])
+
+
+# ---- Velocity
+
+@pytest.mark.parametrize("name, folder", [("sd3m", "sd3m"), ("sd35m", "sd35m"), ("flux2-4b", "base")])
+def test_teacher_guidance_equals_the_stock_pipeline(folders, name, folder):
+    backbone, pipe, w = backbone_of(folders, name), stock(folders[folder]), rtdmd.MODELS[name]["guidance"]
+    seen, step = [], pipe.scheduler.step
+    pipe.scheduler.step = lambda v, t, x, **options: seen.append((v, t, x)) or step(v, t, x, **options)
+    image_of(pipe, latents(backbone), guidance_scale=w)
+    cond, null = backbone.encode(PROMPTS), backbone.encode(["", ""])
+    both = {name: torch.cat([null[name], cond[name]]) for name in cond}
+    assert len(seen) == 4
+    for v, t, x in seen:
+        if x.dim() == 3:                                          # FLUX.2's tokens (B, h w, 128)
+            v, x = (tokens.transpose(1, 2).unflatten(2, (4, 4)) for tokens in (v, x))
+        with torch.no_grad():
+            out = backbone.velocity(backbone.nets["score"], torch.cat([x, x]), (t / 1000).expand(4), both)
+        u, c = out.chunk(2)
+        torch.testing.assert_close(u + w * (c - u), v, atol=1e-5, rtol=1e-5)
+        assert (c - u).abs().max() > 1e-4
+
+
+def test_flux2_is_told_what_quantise_says(folders):
+    backbone = backbone_of(folders, "flux2-4b", dtype="bf16")
+    told = []
+    hook = lambda module, inputs: told.append(inputs[0].float())
+    backbone.nets["score"].time_guidance_embed.time_proj.register_forward_pre_hook(hook)
+    cond = backbone.encode(PROMPTS[:1])
+    for t in ([1, .958085, .883982, .717497], [1, .967384, .908144, .767200]):
+        t = torch.tensor(t)
+        many = {name: rows.expand(4, -1, -1) for name, rows in cond.items()}
+        backbone.velocity(backbone.nets["score"], latents(backbone, 4), t, many)
+        assert torch.equal(told[-1], (1000 * backbone.quantise(t)).round())
+    assert told[0].tolist() == [1000, 960, 884, 716] and told[1].tolist() == [1000, 968, 908, 768]
+    t = backbone.quantise(torch.rand(100_000))
+    assert torch.equal(backbone.quantise(t), t) and t.max() <= 1      # such a level is told as it is
+    exact = backbone_of(folders, "sd3m", dtype="bf16")
+    assert torch.equal(exact.quantise(t), t)
+
+
+def test_sd3_is_told_the_exact_timestep_even_in_bf16(folders):
+    backbone, told = backbone_of(folders, "sd3m", dtype="bf16"), []
+    net, cond = backbone.nets["score"], backbone.encode(PROMPTS[:1])
+    net.time_text_embed.time_proj.register_forward_pre_hook(lambda module, inputs: told.append(inputs[0]))
+    v = backbone.velocity(net, latents(backbone, 1), torch.tensor([.8125]), cond)
+    assert told[0].item() == 812.5 and v.dtype == torch.float32                    # bf16 would say 812
+
+
+# ---- Text
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("length", [None, 128])
+def test_encoding_is_the_pipelines_bit_for_bit(folders, name, length):
+    backbone, pipe = backbone_of(folders, name, text_length=length), stock(folders[name].split(",")[0])
+    prompts, options = PROMPTS + [""], {"max_sequence_length": length} if length else {}
+    ours = backbone.encode(prompts)
+    with torch.no_grad():
+        if name.startswith("flux2"):
+            theirs = {"text": pipe.encode_prompt(prompts, **options)[0]}
+        else:
+            rows = pipe.encode_prompt(prompts, None, None, do_classifier_free_guidance=False, **options)
+            theirs = {"text": rows[0], "pooled": rows[2]}
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert ours["text"].shape[1] == (length or 512) if name.startswith("flux2") else 77 + (length or 256)
+    backbone.free_text()
+    assert backbone.text is None
+
+
+def test_qwen_runs_only_to_its_last_tap(folders):
+    backbone = backbone_of(folders, "flux2-4b")
+    backbone.encode([""])
+    assert len(backbone.text.text_encoder.layers) == 27 and not hasattr(backbone.text.text_encoder, "lm_head")
+
+
+# ---- Images
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_decode_inverts_the_pipelines_scaling(folders, name):
+    backbone, image = backbone_of(folders, name), torch.rand(2, 3, 64, 64) * 2 - 1
+    vae = backbone.vae
+    z = vae.encode(image).latent_dist.mode()
+    if name.startswith("flux2"):
+        x = stock(folders["base"])._encode_vae_image(image, None)
+    else:
+        x = (z - vae.config.shift_factor) * vae.config.scaling_factor
+    images, decode, seen = None, vae.decode, []
+    vae.decode = lambda z, **options: seen.append(z) or decode(z, **options)
+    images = backbone.decode(x)
+    torch.testing.assert_close(torch.cat(seen), z, atol=1e-5, rtol=1e-5)
+    assert images.shape == (2, 3, 64, 64) and 0 <= images.min() and images.max() <= 1
+
+
+@pytest.mark.parametrize("name", ["sd3m", "flux2-4b"])
+def test_decode_in_chunks_with_gradient_and_checkpointing(folders, name):
+    gradients = []
+    for checkpointing, pixels in ((False, 2**20), (False, 64 * 64), (True, 2**20)):
+        backbone = backbone_of(folders, name, no_vae_checkpointing=not checkpointing)
+        assert backbone.vae.decoder.gradient_checkpointing == checkpointing
+        x = latents(backbone).requires_grad_()
+        z = x if name == "sd3m" else torch.nn.functional.pixel_shuffle(x, 2)
+        rtdmd.decode_chunks(backbone.vae, z, pixels=pixels).square().mean().backward()
+        gradients.append(x.grad)
+    assert gradients[0].abs().max() > 0
+    torch.testing.assert_close(gradients[0], gradients[1])
+    torch.testing.assert_close(gradients[0], gradients[2])
+
+
+# ---- Sizes
+
+@pytest.mark.parametrize("name, parameters, linears, rank_64", [
+    ("sd3m", 2_028_328_000, 191, 37_552_128), ("sd35m", 2_243_171_520, 243, 47_775_744),
+    ("flux2-4b", 3_875_544_576, 80, 74_711_040), ("flux2-9b", 9_078_581_248, 112, 127_926_272)])
+def test_full_size_networks(name, parameters, linears, rank_64):
+    cls = Flux2Transformer2DModel if name.startswith("flux2") else SD3Transformer2DModel
+    with torch.device("meta"):
+        net = cls(**rtdmd.BACKBONES[name]["net"])
+    targets = rtdmd.attention_linears(net)
+    assert sum(p.numel() for p in net.parameters()) == parameters and len(targets) == linears
+    modules = dict(net.named_modules())
+    assert sum(64 * (modules[t].in_features + modules[t].out_features) for t in targets) == rank_64
+
+
+def test_full_size_vaes():
+    with torch.device("meta"):
+        sd3, flux2 = AutoencoderKL(**rtdmd.SD3_VAE), AutoencoderKLFlux2()
+    assert [round(sum(p.numel() for p in vae.parameters()) / 1e6, 1) for vae in (sd3, flux2)] == [83.8, 84.0]
+    assert (sd3.config.latent_channels, flux2.config.latent_channels) == (16, 32) and flux2.bn.eps == 1e-4
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_random_weights_need_no_repository(folders, name, monkeypatch):
+    tiny = dict(num_layers=2, num_attention_heads=1, caption_projection_dim=64)
+    small = {"sd3m": dict(rtdmd.SD3_NET, **tiny),
+             "sd35m": dict(rtdmd.SD35_NET, dual_attention_layers=(0,), **tiny),
+             "flux2-4b": dict(rtdmd.K4_NET, num_layers=1, num_single_layers=1, num_attention_heads=1)}
+    monkeypatch.setitem(rtdmd.BACKBONES[name], "net", small[name])
+    monkeypatch.setattr(rtdmd, "SD3_VAE", dict(rtdmd.SD3_VAE, block_out_channels=(32,) * 4))
+    cls, state = rtdmd.Flux2Backbone if name.startswith("flux2") else rtdmd.SD3Backbone, torch.get_rng_state()
+    make = lambda: cls(rtdmd.Config(model=name, device="cpu", resolution=64, random_weights=True, text_length=16))
+    a = make()
+    assert torch.equal(state, torch.get_rng_state()) and torch.get_default_dtype() == torch.float32
+    torch.manual_seed(1234)                    # another rank may be anywhere in its random stream
+    b = make()
+    pair = zip(a.nets["score"].parameters(), b.nets["score"].parameters())
+    assert all(torch.equal(p, q) for p, q in pair)
+    cond, again = a.encode(PROMPTS), a.encode(PROMPTS[::-1])
+    assert torch.equal(cond["text"][0], again["text"][1])
+    assert not torch.equal(cond["text"][0], cond["text"][1])
+    assert torch.equal(*a.encode(["twice", "twice"])["text"])
+    v = a.velocity(a.nets["generator"], latents(a), torch.tensor([.9, .5]), cond)
+    assert v.shape == (2, *a.latent_shape) and v.isfinite().all() and v.std() > .01
+    assert a.decode(latents(a)).shape == (2, 3, 64, 64)
+    assert a.text_key != backbone_of(folders, name, text_length=16).text_key
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_meta_device_counts_full_size_networks_without_memory(tmp_path, name):
+    config = rtdmd.Config(model=name, device="meta", dtype="bf16", resolution=512, random_weights=True)
+    backbone = rtdmd.load_backbone(config)
+    assert type(backbone) is (rtdmd.Flux2Backbone if name.startswith("flux2") else rtdmd.SD3Backbone)
+    for module in (*backbone.nets.values(), backbone.vae):
+        rows = [*module.parameters(), *module.buffers()]
+        assert all(row.is_meta and row.dtype in (torch.bfloat16, torch.int64) for row in rows)
+    assert torch.get_default_dtype() == torch.float32
+    cond = backbone.encode(PROMPTS)
+    assert all(rows.device.type == "cpu" and rows.dtype == torch.bfloat16 for rows in cond.values())
+    cache = rtdmd.TextCache(backbone, tmp_path)
+    cache.prepare(PROMPTS)
+    cond = cache.batch(PROMPTS, "meta")
+    assert all(rows.is_meta and len(rows) == 2 for rows in cond.values())
+    x = torch.randn(2, *backbone.latent_shape, device="meta", requires_grad=True)
+    v = backbone.velocity(backbone.nets["score"], x, torch.rand(2, device="meta"), cond)
+    assert v.is_meta and v.shape == x.shape and v.dtype == torch.float32
+    images = backbone.decode(v)
+    assert images.is_meta and images.shape == (2, 3, 512, 512)
+    images.mean().backward()
+    assert x.grad.is_meta
+
+
+def test_load_backbone_knows_every_model(monkeypatch):
+    for name in ("TinyBackbone", "SD3Backbone", "Flux2Backbone"):
+        monkeypatch.setattr(rtdmd, name, lambda cfg, name=name: name)
+    found = {model: rtdmd.load_backbone(rtdmd.Config(model=model)) for model in ("tiny", *rtdmd.BACKBONES)}
+    assert found == {"tiny": "TinyBackbone", "sd3m": "SD3Backbone", "sd35m": "SD3Backbone",
+                     "flux2-4b": "Flux2Backbone", "flux2-9b": "Flux2Backbone"}
+
+
+# ---- What cannot be loaded
+
+def test_a_repository_that_cannot_be_used(folders, tmp_path):
+    def attempt(path, model="sd3m"):
+        with pytest.raises(rtdmd.UsageError) as error:
+            backbone_of({model: str(path)}, model)
+        return sentence(error)
+
+    for path in (tmp_path / "nowhere", "someone/model-that-is-not-cached", tmp_path):
+        text = attempt(path)
+        assert text.startswith(f"model_index.json of {path} is neither in {path} nor on the hub") and "check name" in text
+    assert "Flux2KleinPipeline" in attempt(folders["base"])
+    assert "StableDiffusion3Pipeline" in attempt(folders["sd3m"], "flux2-4b")
+    broken = tmp_path / "broken"
+    for part in ("vae", "transformer", "scheduler"):
+        shutil.copytree(folders["sd3m"], broken)
+        shutil.rmtree(broken / part)
+        assert re.match(fr"{part}/\S*config.json of {broken} is neither in", attempt(broken))
+        shutil.rmtree(broken)
+    shutil.copytree(folders["sd3m"], broken)
+    weights = broken / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])                             # a download that stopped
+    assert f"{broken} is incomplete or damaged" in attempt(broken)
+    index = json.loads((broken / "model_index.json").read_text())
+    (broken / "model_index.json").write_text(json.dumps(index | {"text_encoder_3": [None, None]}))
+    assert "StableDiffusion3Pipeline without text_encoder_3" in attempt(broken)
+
+
+def test_missing_text_encoder_and_gated_repository(folders, tmp_path, monkeypatch):
+    broken = tmp_path / "broken"
+    shutil.copytree(folders["sd3m"], broken)
+    shutil.rmtree(broken / "text_encoder_3")
+    backbone = backbone_of({"sd3m": str(broken)}, "sd3m")
+    with pytest.raises(rtdmd.UsageError) as error:
+        backbone.encode(PROMPTS)
+    assert f"{broken} is incomplete or damaged" in sentence(error)
+
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError
+
+    def refuse(*args, **options):
+        raise GatedRepoError("Access to this model is restricted", response=Response())
+
+    class Response:
+        headers, status_code, text, request = {}, 403, "", None
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+    with pytest.raises(rtdmd.UsageError) as error:
+        rtdmd.SD3Backbone(rtdmd.Config(model="sd3m", device="cpu"))
+    assert re.search("GatedRepoError.*accept the licence on https://huggingface.co/stabilityai/", sentence(error))
+
+
+def test_the_distilled_flux2_is_no_teacher(folders):
+    for path in (folders["distilled"], f"{folders['base']},{folders['distilled']}"):
+        with pytest.raises(rtdmd.UsageError) as error:
+            backbone_of({"flux2-4b": path}, "flux2-4b")
+        assert "cannot be the teacher" in sentence(error)
+    backbone = backbone_of({"flux2-4b": folders["base"]}, "flux2-4b")      # one base for both roles is fine
+    assert backbone.nets["generator"] is backbone.nets["score"]
+    pair = backbone_of(folders, "flux2-4b").nets
+    assert pair["generator"] is not pair["score"]
+
+
+def test_a_resolution_that_does_not_fit(folders):
+    for name, resolution in (("sd3m", 100), ("sd3m", 272), ("flux2-4b", 72), ("sd3m", 0)):  # pos_embed: 256
+        backbone = backbone_of(folders, name)
+        cls = type(backbone)
+        with pytest.raises(rtdmd.UsageError) as error:
+            cls(replace(backbone.cfg, resolution=resolution))
+        assert "multiple of 16" in sentence(error)
+
+
+def test_weights_dir_comes_before_the_hub(tmp_path):
+    cfg = SimpleNamespace(weights_dir=str(tmp_path), device="cpu", prompts=None)
+    (tmp_path / "file.pt").touch()
+    assert rtdmd.find_weights("some/repo", "file.pt", cfg) == tmp_path / "file.pt"
+    (tmp_path / "repo").mkdir()
+    (tmp_path / "repo" / "file.pt").touch()
+    assert rtdmd.find_weights("some/repo", "file.pt", cfg) == tmp_path / "repo" / "file.pt"
+
+
+# ---- Text cache
+
+class Letters:
+    """The least that a backbone must have for the cache."""
+    text_key, calls = "letters 8", 0
+
+    def encode(self, prompts):
+        self.calls += 1
+        rows = [[float(len(p)), *map(float, p.encode()[:7].ljust(7, b"\0"))] for p in prompts]
+        return {"text": torch.tensor(rows), "pooled": torch.tensor(rows)[:, :1].bfloat16()}
+
+    def free_text(self):
+        self.freed = True
+
+
+def test_text_cache(tmp_path, capsys):
+    backbone = Letters()
+    cache = rtdmd.TextCache(backbone, tmp_path)
+    prompts = [f"prompt {i}" for i in range(40)] + ["prompt 3", "ünï/..\n\0 odd"]
+    cache.prepare(prompts)
+    files = list(tmp_path.rglob("*.safetensors"))
+    assert backbone.freed and len(files) == 42 and "42 prompts" in "".join(capsys.readouterr())
+    wanted = ["prompt 3", "", "prompt 3", "ünï/..\n\0 odd"]
+    cond, truth = cache.batch(wanted, "cpu"), backbone.encode(wanted)
+    assert all(torch.equal(cond[name], truth[name]) for name in truth)
+    assert cond["pooled"].dtype == torch.bfloat16
+    assert all(path.stat().st_size < 1000 for path in files)      # no file drags its whole batch along
+
+    calls = backbone.calls
+    cache.prepare(prompts)      # nothing to do
+    assert backbone.calls == calls
+    for cut in (slice(0, 0), slice(0, 20), slice(0, -1)):      # empty, within the header, one byte short
+        path = cache.path("prompt 7")
+        path.write_bytes(path.read_bytes()[cut])
+        cache = rtdmd.TextCache(backbone, tmp_path)                   # a new process: nothing in memory
+        with pytest.raises(rtdmd.UsageError, match="cannot be read"):
+            cache.batch(["prompt 7"], "cpu")
+        cache.prepare(prompts)
+        assert torch.equal(cache.batch(["prompt 7"], "cpu")["text"], backbone.encode(["prompt 7"])["text"])
+    backbone.text_key = "letters 9"
+    assert rtdmd.TextCache(backbone, tmp_path).folder != cache.folder
+
+
+def test_text_cache_reads_ahead_each_row_once_and_keeps_the_latest(tmp_path, monkeypatch):
+    backbone, prompts = Letters(), [f"prompt {i}" for i in range(5)]
+    cache, truth, read, go = rtdmd.TextCache(backbone, tmp_path), backbone.encode(prompts), [], threading.Event()
+    cache.prepare(prompts)
+    load_file = rtdmd.load_file
+    monkeypatch.setattr(rtdmd, "load_file", lambda path: go.wait(60) and read.append(path) or load_file(path))
+    cache.keep = 3
+    cache.prefetch(prompts[:3])                 # returns although nothing can be read yet
+    assert not read and list(cache.rows) == prompts[:3]
+    go.set()
+    for wanted in ([0, 1], [2, 0, 2], [3], [2, 0]):       # the fourth row pushes out the one that was not asked for longest
+        cond = cache.batch([prompts[i] for i in wanted], "cpu")
+        assert all(torch.equal(cond[name], truth[name][wanted]) for name in truth)
+    assert read == [cache.path(prompts[i]) for i in (0, 1, 2, 3)] and list(cache.rows) == [prompts[i] for i in (3, 2, 0)]
+    assert threading.main_thread() not in cache.reader._threads
+    shutil.rmtree(cache.folder)
+    cache.prefetch(prompts)                     # a file that is not there is nobody's concern
+    assert torch.equal(cache.batch([prompts[0]], "cpu")["text"], truth["text"][:1]) and cache.keep == 5
+    with pytest.raises(rtdmd.UsageError, match="cannot be read"):       # before it is wanted
+        cache.batch(prompts, "cpu")
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_an_iteration_waits_for_no_text_but_the_first(stage, flags, monkeypatch):
+    """Whatever batch is asked for was prefetched an iteration before, but for "" and the panel's prompts."""
+    asked, ahead, batch, prefetch = [], [], rtdmd.TextCache.batch, rtdmd.TextCache.prefetch
+    monkeypatch.setattr(rtdmd.TextCache, "batch", lambda self, prompts, device: (asked.append((len(ahead), set(prompts))),
+                                                                             batch(self, prompts, device))[1])
+    monkeypatch.setattr(rtdmd, "read_ahead", lambda run, *more, read_ahead=rtdmd.read_ahead: (ahead.append(set()), read_ahead(run, *more))[1])
+
+    def spy(self, prompts):
+        if inspect.currentframe().f_back.f_code.co_name == "read_ahead":
+            ahead[-1] |= set(prompts)
+        return prefetch(self, prompts)
+
+    monkeypatch.setattr(rtdmd.TextCache, "prefetch", spy)
+    rtdmd.main(flags(stage, "--sample_every", 9, "--iterations", 2, "--max_prompts", 400))
+    assert len(ahead) == 2
+    for call, prompts in asked:
+        assert prompts <= ahead[0] | {""} or len(prompts) == 16 or call == 2 and prompts <= ahead[1] | {""}
+    own = set().union(*(prompts for call, prompts in asked if call == 2 and len(prompts) != 16)) - {""}
+    assert own and own <= ahead[0] & ahead[1]             # the second iteration's were known in the first
+
+
+def test_text_cache_refuses_a_full_disk_and_splits_over_ranks(tmp_path, monkeypatch):
+    monkeypatch.setattr(rtdmd.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+    with pytest.raises(rtdmd.UsageError) as error:
+        rtdmd.TextCache(Letters(), tmp_path).prepare(["a"])
+    assert "larger disk" in sentence(error)
+    monkeypatch.undo()
+    prompts = [f"prompt {i}" for i in range(100)]
+    for rank in range(3):
+        monkeypatch.setattr(rtdmd, "dist_info", lambda: (rank, rank, 3))
+        before = len(list(tmp_path.rglob("*.safetensors")))
+        cache = rtdmd.TextCache(Letters(), tmp_path / "shared")
+        monkeypatch.setattr(cache, "has", lambda prompt: False)      # all three listed before one wrote
+        cache.prepare(prompts)
+        assert len(list(tmp_path.rglob("*.safetensors"))) - before in range(20, 49)
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 101
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_text_cache_of_a_real_backbone(folders, tmp_path, name):
+    backbone = backbone_of(folders, name)
+    cache = rtdmd.TextCache(backbone, tmp_path)
+    cache.prepare(PROMPTS)
+    assert backbone.text is None
+    cond, truth = cache.batch([PROMPTS[1], ""], "cpu"), backbone.encode(["", *PROMPTS])
+    assert all(torch.equal(cond[name], truth[name][[2, 0]]) for name in truth)
+
+
+# ---- Export
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("rank, alpha", [(64, 32), (32, 64)])
+def test_an_exported_adapter_is_exact_in_the_stock_pipeline(folders, tmp_path, name, rank, alpha):
+    backbone = backbone_of(folders, name)
+    net, x, t = backbone.nets["generator"], latents(backbone), torch.tensor([.9, .5])
+    cond = backbone.encode(PROMPTS)
+    bare = backbone.velocity(net, x, t, cond).detach()
+    net.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=backbone.lora_targets), "generator")
+    torch.manual_seed(1)
+    for parameter in net.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=.05)
+    ours = backbone.velocity(net, x, t, cond).detach()
+    state = get_peft_model_state_dict(net, adapter_name="generator")
+    folder = tmp_path / "checkpoint-000100"
+    rtdmd.save_lora(folder, state, rank, alpha, backbone.lora_targets, {"steps": 4, "eta": .9})
+    pipe = stock(backbone.base)
+    pipe.load_lora_weights(folder)
+    assert torch.equal(backbone.velocity(pipe.transformer, x, t, cond), ours)
+    assert (ours - bare).abs().max() > 1e-3
+    loaded, info = rtdmd.load_lora(folder)
+    assert loaded.keys() == state.keys() and all(torch.equal(loaded[n], state[n]) for n in state)
+    assert info == dict(steps=4, eta=.9, rank=rank, alpha=alpha, targets=sorted(backbone.lora_targets))
+
+
+def test_adapters_that_cannot_be_loaded(tmp_path):
+    with pytest.raises(rtdmd.UsageError, match="missing or damaged"):
+        rtdmd.load_lora(tmp_path)
+    from safetensors.torch import save_file
+    save_file({"transformer.x.lora_A.weight": torch.zeros(1)}, tmp_path / rtdmd.LORA_FILE)
+    with pytest.raises(rtdmd.UsageError, match="rank and alpha"):
+        rtdmd.load_lora(tmp_path)
+    path = tmp_path / rtdmd.LORA_FILE
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(rtdmd.UsageError, match="missing or damaged"):
+        rtdmd.load_lora(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["sd3m", "flux2-4b"])
+def test_adapters_are_fp32_over_a_bf16_base_and_run_as_deployed(folders, tmp_path, name):
+    """Both adapters, not only the last that PEFT made: a step of 1e-6 must move them. And what is trained is what
+    is deployed: in bf16, the stock bf16 pipeline with the exported adapter gives the training model's velocity
+    bit for bit."""
+    backbone = backbone_of(folders, name, dtype="bf16")
+    roles = rtdmd.Roles(backbone, rtdmd.Config(model=name, device="cpu", lora_rank=4, lora_alpha=2))
+    assert {p.dtype for role in ("generator", "fake") for p in roles.parameters(role)} == {torch.float32}
+    for p in roles.parameters("generator"):
+        torch.nn.init.normal_(p, std=.3, generator=rng(1))
+    x, t, cond = latents(backbone), torch.tensor([.75, .5]), backbone.encode(PROMPTS)
+    ours = roles.velocity("generator", x, t, cond)
+    ours.square().mean().backward()
+    assert all(p.grad.dtype == torch.float32 for p in roles.parameters("generator"))
+    p = roles.parameters("generator")[1]
+    before = p.detach().clone()
+    rtdmd.save_lora(tmp_path, roles.named["generator"], 4, 2, backbone.lora_targets, {})
+    torch.optim.AdamW(roles.parameters("generator"), 1e-6).step()
+    assert not torch.equal(before, p)
+    pipe = stock(backbone.base, torch_dtype=torch.bfloat16)
+    pipe.load_lora_weights(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(backbone.velocity(pipe.transformer, x, t, cond), ours)
+
+
+# ---- Both stages on the real classes: from the command line to a picture by stock diffusers
+
+JUDGE = '''
+def vivid(images, prompts):
+    """Spread and redness: its gradient passes through the VAE's decoder."""
+    return images.flatten(1).std(1) + images[:, 0].mean((1, 2))
+vivid.differentiable = True
+'''
+REAL_FLAGS = ("--iterations 2 --batch 4 --fake_updates 2 --groups 2 --group_size 2 --micro_batch 4 --lora_rank 4 --lora_alpha 2 "
+              "--resolution 64 --device cpu --prompts prompts.txt --rewards vivid_judge:vivid --lr 1e-3 --lr_fake 1e-3")
+REAL_LENGTHS = {"sd3m": 256, "sd35m": 32, "flux2-4b": 512}     # 32 is asked for, the others are the pipelines' own
+
+
+def frozen_hashes(backbone):
+    """Hash of every weight and buffer of the base networks and the VAE, by its name in the bare network."""
+    nets = {"generator": backbone.nets["generator"], "score": backbone.nets["score"], "vae": backbone.vae}
+    return {f"{part}.{name.replace('.base_layer.', '.')}": hash(tensor.numpy().tobytes())
+            for part, net in nets.items() for name, tensor in net.state_dict().items() if ".lora_" not in name}
+
+
+def adapter_copy(run, role):
+    return {name: p.detach().clone() for name, p in run.roles.named[role].items()}
+
+
+def trained_on_small(folders, root, name):
+    """Runs both stages of a family; {stage: what was seen of the run}."""
+    (root / "vivid_judge.py").write_text(JUDGE)
+    (root / "prompts.txt").write_text("\n".join(PROMPTS + ["a green house"]))
+    seen, load, prepare = {}, rtdmd.load_backbone, rtdmd.prepare
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+
+        def load_and_hash(cfg):
+            backbone = load(cfg)
+            seen[cfg.stage] = SimpleNamespace(hashes=frozen_hashes(backbone))
+            return backbone
+
+        def prepare_and_keep(cfg):
+            run = prepare(cfg)
+            seen[cfg.stage].run = run
+            seen[cfg.stage].start = {role: adapter_copy(run, role) for role in ("generator", "fake")}
+            return run
+
+        patch.setattr(rtdmd, "load_backbone", load_and_hash)
+        patch.setattr(rtdmd, "prepare", prepare_and_keep)
+        length = ["--text_length", "32"] if name == "sd35m" else []
+        for stage in ("1", "2"):
+            rtdmd.main(["--stage", stage, "--model", name, "--pretrained", folders[name], "--out", "run", "--cache", str(root / "cache"),
+                        *REAL_FLAGS.split(), *length])
+    for stage, one in seen.items():
+        one.folder = root / f"run/stage{stage}"
+        one.checkpoint = one.folder / "checkpoint-000002"
+    return seen
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def real_run(request, folders, tmp_path_factory):
+    root = tmp_path_factory.mktemp(request.param)
+    return SimpleNamespace(name=request.param, root=root, stages=trained_on_small(folders, root, request.param))
+
+
+def test_both_stages_train_a_real_class(real_run):
+    """Finite losses and gradients, adapters that moved, a base that did not; stage 2 starts where stage 1's
+    average ended."""
+    for stage, one in real_run.stages.items():
+        rows = [json.loads(line) for line in (one.folder / "metrics.jsonl").read_text().splitlines()]
+        assert [row["iteration"] for row in rows] == [1, 2] and all(math.isfinite(v) for row in rows for v in row.values())
+        wanted = {"dsm", "consistency", "dm", "grad_generator", "grad_fake"} | ({"push_policy", "push_det", "push_dm"} if stage == 2 else set())
+        assert all(row[name] != 0 for row in rows for name in wanted) and rows[-1]["skipped"] == 0
+        for role in ("generator", "fake"):
+            now, start = adapter_copy(one.run, role), one.start[role]
+            # The last block of SD3 has a text query that nobody reads: its adapter has no gradient.
+            still = [n for n in now if torch.equal(now[n], start[n]) and "add_q_proj" not in n]
+            assert not still, still[:3]
+        assert frozen_hashes(one.run.backbone) == one.hashes and len(one.hashes) > 50
+        assert list((one.folder / "samples").glob("*.png"))
+    first, second = real_run.stages[1], real_run.stages[2]
+    average = dict(zip(first.run.roles.named["generator"], first.run.ema))
+    assert all(torch.equal(second.start["generator"][n], p) for n, p in average.items())
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_checkpoint_is_exact_in_the_stock_pipeline(real_run, stage):
+    """load_lora_weights(folder) gives the averaged generator's velocity bit for bit, and not the raw one's or the
+    base's."""
+    one = real_run.stages[stage]
+    backbone, x, t = one.run.backbone, latents(one.run.backbone), torch.tensor([.9, .5])
+    cond, pipe = one.run.text.batch(PROMPTS, "cpu"), stock(backbone.base)
+    with torch.no_grad():
+        raw = one.run.roles.velocity("generator", x, t, cond)
+        with ev.ema_weights(one.run):
+            ours = one.run.roles.velocity("generator", x, t, cond)
+        bare = backbone.velocity(pipe.transformer, x, t, cond)
+        pipe.load_lora_weights(one.checkpoint)
+        theirs = backbone.velocity(pipe.transformer, x, t, cond)
+    assert torch.equal(theirs, ours) and not torch.equal(raw, ours) and not torch.equal(bare, ours)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_checkpoint_says_how_to_sample(real_run, stage):
+    one, (_, info) = real_run.stages[stage], rtdmd.load_lora(real_run.stages[stage].checkpoint)
+    backbone = one.run.backbone
+    wanted = dict(model=real_run.name, base=backbone.base, stage=stage, iteration=2, steps=4, eta=0.9, shift=backbone.shift, guidance=1.0,
+                  text_length=REAL_LENGTHS[real_run.name], resolution=64, rank=4, alpha=2)
+    assert {n: info[n] for n in wanted} == wanted and info["sigmas"] == pytest.approx(timesteps(backbone)[:-1].tolist())
+
+
+def test_the_readmes_lines_give_our_picture(real_run):
+    """pipe.load_lora_weights and CPSScheduler against rtdmd.rollout, with the same noise."""
+    one = real_run.stages[2]
+    backbone, info, x = one.run.backbone, rtdmd.load_lora(one.checkpoint)[1], latents(one.run.backbone)
+    pipe = stock(backbone.base)
+    pipe.load_lora_weights(one.checkpoint)
+    pipe.scheduler = rtdmd.CPSScheduler.from_config(pipe.scheduler.config, eta=info["eta"])
+    pipe.scheduler.generator = torch.Generator().manual_seed(0)
+    theirs = image_of(pipe, x, num_inference_steps=info["steps"], guidance_scale=info["guidance"], max_sequence_length=info["text_length"])
+    packed, g, (channels, side, _) = real_run.name.startswith("flux2"), torch.Generator().manual_seed(0), backbone.latent_shape
+    noise = [torch.randn(2, side * side, channels, generator=g).transpose(1, 2).unflatten(2, (side, side)) if packed else
+             torch.randn(x.shape, generator=g) for _ in range(3)]
+    cond = one.run.text.batch(PROMPTS, "cpu")
+    with torch.no_grad(), ev.ema_weights(one.run):
+        velocity = lambda x, t: one.run.roles.velocity("generator", x, t, cond)
+        ours = backbone.decode(rtdmd.rollout(velocity, x, torch.stack(noise), one.run.times, info["eta"])[0][-1])
+    torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
+
+
+def test_eval_samples_a_real_checkpoint(real_run, folders, monkeypatch, capsys):
+    """eval.py --lora scores it, --prompt paints with it; both take the text length from the checkpoint."""
+    monkeypatch.chdir(real_run.root)
+    lengths, load = [], rtdmd.load_backbone
+    monkeypatch.setattr(rtdmd, "load_backbone", lambda cfg: lengths.append(load(cfg)) or lengths[-1])
+    base = ["--model", real_run.name, "--pretrained", folders[real_run.name], "--lora", "run/stage2", "--resolution", "64",
+            "--device", "cpu", "--cache", "cache", "--out", "eval"]
+    ev.main([*base, "--prompts", "prompts.txt", "--metrics", "vivid_judge:vivid"])
+    report = json.loads(Path("eval/report.json").read_text())
+    assert math.isfinite(report["rows"]["stage2"]["vivid_judge:vivid"]) and len(report["scores"]["stage2"]["vivid_judge:vivid"]) == 3
+    ev.main([*base, "--prompt", PROMPTS[0]])
+    assert Image.open("eval/prompt.png").size[0] >= 64
+    assert [backbone.text_length for backbone in lengths] == 2 * [REAL_LENGTHS[real_run.name]]
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# 9. Plumbing
+# -----------------------------------------------------------------------------------------------------------------
+
+# ---- Processes
+
+FORK = multiprocessing.get_context("forkserver")          # a process that has imported everything, and run nothing
+
+
+def child(argv, env, output, before):
+    """One process of a run, in a fresh fork: `before` is a function of this file that prepares a fault or a
+    witness."""
+    os.environ.update(env, OMP_NUM_THREADS="1")
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())                        # tqdm's own is a semaphore that a killed process leaks
+    if before:
+        globals()[before](Path(output))
+    rtdmd.main(argv)
+
+
+def start(argv, folder, world=1, before=None):
+    """Processes of one run, as torchrun would start them; what they print goes to FOLDER/rank-0 and so on."""
+    os.environ["PYTHONPATH"] = f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}"    # for the server's import
+    FORK.set_forkserver_preload([Path(__file__).stem])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder.mkdir(parents=True, exist_ok=True)
+    processes = []
+    for rank in range(world):
+        env = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        args = argv, {n: str(value) for n, value in env.items()}, str(folder / f"rank-{rank}"), before
+        processes.append(FORK.Process(target=child, args=args, daemon=True))
+        processes[-1].start()
+    return processes
+
+
+def finish(processes, limit=60):
+    """Exit codes; a process that hangs is killed and fails the test."""
+    end = time.monotonic() + limit
+    for process in processes:
+        process.join(max(0, end - time.monotonic()))
+    hanging = [process for process in processes if process.is_alive()]
+    for process in hanging:
+        process.kill()
+    assert not hanging, "a process hangs"
+    return [process.exitcode for process in processes]
+
+
+def keep_rewards(output):
+    """Before a run: every (G, N) table of rewards goes to a file as well."""
+    original, tables = rtdmd.gather_groups, []
+
+    def gather_groups(rewards):
+        tables.append(original(rewards))
+        torch.save(tables, output.with_suffix(".rewards"))
+        return tables[-1]
+
+    rtdmd.gather_groups = gather_groups
+
+
+def mean_colour(images, prompts):
+    """A reward for networks that come without one: red minus blue."""
+    return images[:, 0].mean((1, 2)) - images[:, 2].mean((1, 2))
+
+
+mean_colour.differentiable = True
+
+
+@pytest.fixture(scope="session")
+def small_sd3_world(folders, tmp_path_factory):
+    """(flags, finished stage 1) of an SD3 with two blocks, a VAE and three text encoders."""
+    root = tmp_path_factory.mktemp("sd3")
+    words = "red blue tall wet loud old flat warm".split()
+    prompts = written(root, "prompts.txt", "".join(f"a {word} cat\n" for word in words))
+    common = [*SMALL, "--model", "sd3m", "--pretrained", folders["sd3m"], "--resolution", "64", "--prompts", prompts,
+              "--lr", "1e-3", "--rewards", f"{Path(__file__).stem}:mean_colour=1", "--cache", str(root / "cache")]
+    rtdmd.main([*common, "--stage", "1", "--out", str(root / "begun")])
+    return common, root / "begun"
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("model", ["tiny", "sd3m"])
+def test_processes_and_micro_batches_change_nothing(model, stage, flags, tmp_path, request):
+    """1, 2 and 4 processes and any micro-batch are one run, but for the order of fp32 sums.
+
+    Tolerances. A gradient is a sum of some 10^3 terms of either sign, 10 to 100 times larger than what is left
+    (advantages cancel): another order costs about 10^3^.5 * 6e-8 * 100 = 2e-4 of its largest component. Adam's
+    first moments after one iteration are that gradient: 5e-4 is allowed, where a lost sample or a mean of means
+    makes 1e-1. Adam divides by the gradient's size, so a component close to its rounding error may move by a part
+    of lr = 1e-3; the others agree like gradients: 99 % of all weights within 1e-6, a thousandth of one update,
+    and all within a tenth (seen: 3e-8 and 6e-7). Rewards before the first update come from the same weights and
+    noise: equal to the last bit, for every trajectory, where the same four go through the network together
+    (--micro_batch 1); another shape may round differently.
+    """
+    base = None
+    if model == "sd3m":
+        common, begun = request.getfixturevalue("small_sd3_world")
+    for world, micro in ((1, 1), (2, 1), (4, 6)) if model == "tiny" else ((1, 1), (2, 5), (4, 1)):
+        more = f"--group_size 4 --sample_every 9 --micro_batch {micro}".split()
+        out = tmp_path / f"{world}-{micro}"
+        if model == "sd3m":
+            argv = [*common, "--stage", str(stage), *(["--init", str(begun / "stage1")] if stage == 2 else [])]
+        else:
+            argv = flags(stage)
+        argv += ["--out", str(out), *more]
+        assert finish(start(argv, out / "log", world, "keep_rewards")) == [0] * world
+        states = [state_of(out / f"stage{stage}/checkpoint-{n:06d}") for n in (1, 3)]
+        rewards = torch.load(out / "log/rank-0.rewards") if stage == 2 else []
+        base = base or (states, rewards)
+        for n, other in base[0][0].items():
+            if "exp_avg" in n and not n.endswith("sq"):
+                assert (states[0][n] - other).abs().max() <= 5e-4 * other.abs().max(), (world, micro, n)
+        weights = [n for n in states[1] if not n.startswith("adam")]
+        differences = torch.cat([(states[1][n] - base[0][1][n]).abs().flatten() for n in weights])
+        assert differences.quantile(0.99) < 1e-6 and differences.max() < 1e-4, (world, micro)
+        for a, b in zip(rewards[:1], base[1]):
+            assert torch.equal(a, b) if micro == 1 else torch.allclose(a, b, rtol=0, atol=1e-6)
+
+
+def test_processes_that_differ_are_refused(flags, tmp_path):
+    """Another seed, or a folder that one node does not see: the gradients would be added up all the same."""
+    assert finish(start(flags(1), tmp_path / "log", 2, "another_seed")) == [2, 2]
+    for rank in (0, 1):
+        one_sentence((tmp_path / f"log/rank-{rank}").read_text(), 2, "processes differ")
+    assert nothing_in(tmp_path / "run")
+
+
+def another_seed(output):
+    """Before a run: rank 1 is started with another seed."""
+    original = rtdmd.resolve
+    rtdmd.resolve = lambda given: original({**given, "seed": rtdmd.dist_info()[0]})
+
+
+# ---- Roles
+
+def tiny_roles(cache, **options):
+    cfg = rtdmd.resolve(dict(model="tiny", device="cpu", tiny_steps=1, cache=str(cache), lora_rank=4, **options))
+    backbone, g = rtdmd.TinyBackbone(cfg), rng(3)
+    x, t = torch.randn(6, *backbone.latent_shape, generator=g), torch.rand(6, generator=g)
+    cond = backbone.encode(rtdmd.tiny_captions()[20:26])
+    with torch.no_grad():
+        base = backbone.velocity(backbone.nets["score"], x, t, cond)
+    return rtdmd.Roles(backbone, cfg), x, t, cond, base
+
+
+def shake(roles, role, seed=0):
+    for p in roles.parameters(role):
+        p.data += 0.3 * torch.randn(p.shape, generator=rng(seed))
+
+
+def test_three_roles_on_one_base(cache):
+    roles, x, t, cond, base = tiny_roles(cache)
+    look = torch.no_grad()(lambda role: roles.velocity(role, x, t, cond))
+    assert all(torch.equal(look(role), base) for role in ("generator", "fake", "teacher"))        # B = 0
+    shake(roles, "generator")
+    fake = look("fake")
+    assert torch.equal(look("teacher"), base) and torch.equal(fake, base) and not torch.equal(look("generator"), base)
+    generator = look("generator")
+    shake(roles, "fake", 1)
+    assert torch.equal(look("teacher"), base) and torch.equal(look("generator"), generator)
+    assert not torch.equal(look("fake"), fake)
+    assert all(len(roles.parameters(role)) == 2 * len(roles.backbone.lora_targets) for role in ("generator", "fake"))
+
+
+@pytest.mark.parametrize("checkpointing, compiled", [(False, False), (True, False), (True, True)])
+def test_gradients_survive_the_other_roles(cache, checkpointing, compiled, monkeypatch):
+    """A teacher and a fake pass between the generator's forward and backward change no bit of its gradient."""
+    compile_net, gradients = nn.Module.compile, []
+    monkeypatch.setattr(nn.Module, "compile", lambda net: compile_net(net, backend="aot_eager"))      # without a compiler
+    for between in ((), ("teacher", "fake")):
+        roles, x, t, cond, _ = tiny_roles(cache, checkpointing=checkpointing, compile=compiled)
+        roles.nets["generator"].train()                         # diffusers checkpoints whenever gradients are on
+        shake(roles, "generator")
+        shake(roles, "fake", 1)
+        v = roles.velocity("generator", x, t, cond)
+        with torch.no_grad():
+            for role in between:
+                roles.velocity(role, x, t, cond)
+        v.square().mean().backward()
+        gradients.append([p.grad for p in roles.parameters("generator")])
+        assert all(p.grad is None for p in roles.parameters("fake"))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+    assert sum(bool(a.any()) for a in gradients[0]) >= len(gradients[0]) - 2      # the last block drops the text's query
+    if checkpointing:
+        plain = tiny_roles(cache)[0]
+        shake(plain, "generator")
+        plain.velocity("generator", x, t, cond).square().mean().backward()
+        pairs = zip(gradients[0], plain.parameters("generator"))
+        assert all(torch.allclose(a, p.grad, rtol=1e-4, atol=1e-7) for a, p in pairs)
+
+
+def test_everything_that_learns_is_fp32_over_a_bf16_base(small_sd3_world, tmp_path):
+    common, _ = small_sd3_world
+    run = rtdmd.prepare(rtdmd.resolve(rtdmd.parse_flags([*common, "--dtype", "bf16", "--out", str(tmp_path), "--iterations", "1"])))
+    rtdmd.stage1(run)
+    assert {p.dtype for n, p in run.roles.nets["teacher"].named_parameters() if "lora" not in n} == {torch.bfloat16}
+    learnt = [p for role in run.optimizers for p in run.roles.parameters(role)]
+    moments = [m for optimizer in run.optimizers.values() for state in optimizer.state.values() for m in state.values()]
+    assert len(moments) == 3 * len(learnt) and {p.dtype for p in [*learnt, *moments, *run.ema]} == {torch.float32}
+    assert {p.dtype for p in state_of(tmp_path / "stage1").values()} == {torch.float32}
+
+
+# ---- Numbers that are none
+
+def spoil(name, when, value=math.nan):
+    """A function of rtdmd.py whose result is multiplied by value wherever `when()` is true."""
+    original = getattr(rtdmd, name)
+    return lambda *args, **options: original(*args, **options) * (value if when() else 1.0)
+
+
+SOURCES = {                 # function, what the log names, which adapter is left alone, stage
+    "dm": ("dmd_loss", "generator", 1), "dsm": ("ambient_dsm_loss", "fake", 1), "consistency": ("reverse_step", "fake", 1),
+    "reward_attributes": ("score", "generator", 2),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_number_that_is_none_skips_the_step(source, value, flags, tmp_path, monkeypatch, capfd):
+    name, role, stage = SOURCES[source]
+    rows = tmp_path / f"run/stage{stage}/metrics.jsonl"
+    monkeypatch.setattr(rtdmd, name, spoil(name, lambda: rows.exists() and rows.read_text().count("\n") == 1, value))
+    rtdmd.main(flags(stage, "--watch", ""))
+    assert re.search(f"Iteration 2: the {role}'s gradient is not finite .*{source}.* is skipped", capfd.readouterr().err)
+    first, second, third = (state_of(tmp_path / f"run/stage{stage}/checkpoint-{n:06d}") for n in (1, 2, 3))
+    assert all(p.isfinite().all() for p in third.values())
+    for kind, of in (("generator.", "generator"), ("ema.", "generator"), ("adam.generator.", "generator"),
+                     ("fake.", "fake"), ("adam.fake.", "fake")):
+        moved = lambda a, b: any(not torch.equal(p, b[n]) for n, p in a.items() if n.startswith(kind))
+        assert moved(first, second) is (of != role) and moved(second, third), kind
+    assert [row["skipped"] for row in rows_of(rows.parent)] == [0, 1, 1]
+
+
+def nan_on_rank_1(output):
+    """Before a run: rank 1's matching loss is nan in the second iteration."""
+    rows = output.parents[1] / "run/stage1/metrics.jsonl"
+    rtdmd.dmd_loss = spoil("dmd_loss", lambda: rtdmd.dist_info()[0] == 1 and rows.read_text().count("\n") == 1)
+
+
+def test_all_processes_skip_together(flags, tmp_path):
+    assert finish(start(flags(1), tmp_path / "log", 2, "nan_on_rank_1")) == [0, 0]
+    text = (tmp_path / "log/rank-0").read_text()
+    assert re.search("Iteration 2: the generator's gradient is not finite .dm.; ", text)
+    assert [row["skipped"] for row in rows_of(tmp_path / "run/stage1")] == [0, 1, 1]
+
+
+@pytest.mark.parametrize("name, stage", [("dmd_loss", 1), ("score", 2), ("ambient_dsm_loss", 1)])
+def test_a_run_without_numbers_stops(name, stage, flags, tmp_path, monkeypatch, capfd):
+    """Although the other adapter goes on well in between."""
+    monkeypatch.setattr(rtdmd, name, spoil(name, lambda: True))
+    argv = flags(stage, "--max_bad_steps", 2, "--watch", "")
+    text = refused(capfd, argv, "2 updates of the .* in a row were not finite", code=1)
+    assert {"dmd_loss": "(dm)", "score": "reward_attributes", "ambient_dsm_loss": "(dsm)"}[name] in text
+
+
+# ---- Checkpoints and resuming
+
+FILES = [rtdmd.LORA_FILE, "state/state.safetensors", "state/run.json", "state/manifest.json"]
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[-9] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.fixture(scope="session")
+def four(cache, tmp_path_factory):
+    """A stage 1 of four iterations, never stopped."""
+    out = tmp_path_factory.mktemp("four")
+    rtdmd.main(small_flags(1, cache, None, out, "--iterations", 4))
+    return out / "stage1"
+
+
+def stop_after(monkeypatch, iteration, number=signal.SIGTERM):
+    """The run gets a signal while this iteration ends."""
+    original = rtdmd.record
+
+    def record(run, row):
+        if run.done == iteration:
+            os.kill(os.getpid(), number)
+        return original(run, row)
+
+    monkeypatch.setattr(rtdmd, "record", record)
+
+
+@pytest.mark.parametrize("stage, iteration", [(1, 1), (1, 2), (2, 1), (2, 2)])
+def test_a_stopped_run_goes_on_bit_for_bit(stage, iteration, flags, tmp_path, monkeypatch):
+    rtdmd.main(flags(stage, "--out", tmp_path / "whole"))
+    stop_after(monkeypatch, iteration)
+    rtdmd.main(flags(stage, "--save_every", 50))                    # SIGTERM: returns, having saved
+    assert [p.name for p in rtdmd.list_checkpoints(tmp_path / f"run/stage{stage}")] == [f"checkpoint-{iteration:06d}"]
+    monkeypatch.undo()
+    with open(tmp_path / f"run/stage{stage}/metrics.jsonl", "a") as file:
+        file.write('{"iteration": 3, "dm": 1.0, "seconds": 1.0}\n{"iteration": 4, "d')     # what a kill leaves
+    rtdmd.main(flags(stage))
+    same(tmp_path / f"whole/stage{stage}", tmp_path / f"run/stage{stage}")
+    state = state_of(tmp_path / f"run/stage{stage}")
+    assert {n.split(".")[0] for n in state} == {"generator", "fake", "ema", "adam"}
+    assert all(p.dtype == torch.float32 for p in state.values())
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", [cut, Path.unlink, flip])
+def test_a_damaged_newest_checkpoint_is_passed_over(name, damage, begun, four, flags, tmp_path, capfd):
+    shutil.copytree(begun, tmp_path / "run")
+    damage(tmp_path / "run/stage1/checkpoint-000003" / name)
+    rtdmd.main(flags(1, "--iterations", 4, "--keep", 1))
+    text = capfd.readouterr().err
+    assert re.search(r"checkpoint-000003 is damaged.*older", text) and "Resumed" in text and "2 iterations are done" in text
+    assert bytes_differing(state_of(tmp_path / "run/stage1"), state_of(four)) == 0
+    assert [p.name for p in rtdmd.list_checkpoints(tmp_path / "run/stage1")] == ["checkpoint-000004"]
+
+
+def test_a_damaged_newer_one_does_not_push_out_the_whole_one(begun, flags, tmp_path, monkeypatch):
+    """--keep 1, and the run ends before it reaches the damaged number again."""
+    shutil.copytree(begun, tmp_path / "run")
+    cut(tmp_path / "run/stage1/checkpoint-000003" / FILES[1])
+    shutil.rmtree(tmp_path / "run/stage1/checkpoint-000002")
+    stop_after(monkeypatch, 2)
+    rtdmd.main(flags(1, "--keep", 1))
+    assert rtdmd.find_checkpoint(tmp_path / "run/stage1").name == "checkpoint-000002"
+
+
+def test_checkpoints_are_kept_by_number(flags, tmp_path):
+    rtdmd.main(flags(1, "--iterations", 5, "--keep", 2))
+    (tmp_path / "run/stage1/checkpoint-best").mkdir()
+    assert [p.name for p in rtdmd.list_checkpoints(tmp_path / "run/stage1")] == ["checkpoint-000005", "checkpoint-000004"]
+    assert not [p for p in tmp_path.rglob("*.partial")]
+
+
+def test_a_changed_setting_is_refused_with_the_differences(begun, flags, tmp_path, capfd):
+    shutil.copytree(begun, tmp_path / "run")
+    before = snapshot(tmp_path)
+    text = refused(capfd, flags(1, "--gamma", .5, "--lr", 1e-4, "--keep", 3), "other settings")
+    assert "gamma 0.01 -> 0.5; " in text and "lr 0.001 -> 0.0001)" in text and "keep" not in text
+    prompts = written(tmp_path, "p.txt", "a red circle\n")
+    refused(capfd, flags(1, "--prompts", prompts), "prompts '24 prompts, .*' -> '1 prompts")
+    assert before == {n: v for n, v in snapshot(tmp_path).items() if n != "p.txt"}
+    rtdmd.main(flags(1, "--gamma", .5, "--force_resume", "--iterations", 4))
+    assert rows_of(tmp_path / "run/stage1")[-1]["iteration"] == 4
+
+
+def test_a_checkpoint_of_another_version(begun, flags, tmp_path, capfd):
+    """Whole by its digests, and yet without what is asked for."""
+    shutil.copytree(begun, tmp_path / "run")
+    for content in ("{}", "[]", '{"config": 3, "prompts": 4}', '{"config": {}, "prompts": "?"}'):
+        for folder in rtdmd.list_checkpoints(tmp_path / "run/stage1"):
+            (folder / FILES[2]).write_text(content)
+            (folder / FILES[3]).write_text(json.dumps(rtdmd.digests(folder)))
+        refused(capfd, flags(1), "not of this version|other settings")
+    refused(capfd, flags(1, "--force_resume"), "not of this version.*iteration")
+    for content in ("[]", "[1]", '"x"', "{}", '{"other": 1}'):
+        (tmp_path / "run/stage1/checkpoint-000003" / FILES[3]).write_text(content)
+        assert rtdmd.find_checkpoint(tmp_path / "run/stage1").name == "checkpoint-000002"
+
+
+def test_stage_2_resumes_without_stage_1(begun, flags, tmp_path):
+    shutil.copytree(begun, tmp_path / "init")
+    rtdmd.main([*flags(2), "--init", str(tmp_path / "init/stage1"), "--iterations", "1"])
+    shutil.rmtree(tmp_path / "init")
+    rtdmd.main([*flags(2), "--init", str(tmp_path / "init/stage1"), "--iterations", "2"])
+    assert rows_of(tmp_path / "run/stage2")[-1]["iteration"] == 2
+
+
+# ---- Faults
+
+def wait_for(path, processes=(), limit=60):
+    end = time.monotonic() + limit
+    while not (path.exists() and path.stat().st_size):
+        assert time.monotonic() < end and all(p.is_alive() for p in processes), f"no {path}"
+        time.sleep(0.02)
+
+
+def slow(output, seconds=0.25):
+    """Before a run: iterations take a while."""
+    original = rtdmd.record
+
+    def record(run, row):
+        text = original(run, row)
+        time.sleep(seconds)
+        return text
+
+    rtdmd.record = record
+
+
+def very_slow(output):
+    slow(output, 60)
+
+
+def test_two_runs_on_one_folder(flags, tmp_path, capfd):
+    processes = start(flags(1), tmp_path / "log", before="slow")
+    wait_for(tmp_path / "run/stage1/metrics.jsonl", processes)
+    refused(capfd, flags(1), "Another run is writing")
+    assert finish(processes) == [0]
+    rtdmd.main(flags(1, "--iterations", 4))                        # the lock went with the process, and goes with main
+    rtdmd.main(flags(1, "--iterations", 5))
+    assert len(rows_of(tmp_path / "run/stage1")) == 5
+
+
+@pytest.mark.parametrize("numbers, world", [([signal.SIGTERM], 1), ([signal.SIGINT], 1), ([signal.SIGTERM] * 2, 1),
+                                            ([signal.SIGTERM], 2)])
+def test_a_signal_ends_the_run_with_a_checkpoint(numbers, world, flags, tmp_path):
+    """A second SIGTERM changes nothing: a cluster signals everybody, and torchrun passes it on."""
+    folder = tmp_path / "run/stage1"
+    processes = start(flags(1, "--iterations", 100, "--save_every", 100), tmp_path / "log", world, "slow")
+    wait_for(folder / "metrics.jsonl", processes)
+    for number in numbers:
+        os.kill(processes[-1].pid, number)                   # of two processes the second alone: both end together
+        time.sleep(0.05)
+    assert finish(processes) == [0] * world
+    rows = rows_of(folder)
+    assert rtdmd.find_checkpoint(folder).name == f"checkpoint-{len(rows):06d}" and len(rows) < 10
+    assert "Stopped by a signal" in (tmp_path / "log/rank-0").read_text()
+
+
+def test_a_second_interrupt_ends_at_once(flags, tmp_path):
+    processes = start(flags(1), tmp_path / "log", before="very_slow")
+    wait_for(tmp_path / "run/stage1/metrics.jsonl", processes)
+    for _ in range(2):
+        os.kill(processes[0].pid, signal.SIGINT)
+        time.sleep(0.1)
+    assert finish(processes, 5) == [-signal.SIGINT]
+
+
+def die_in_the_second(output):
+    """Before a run: rank 1 is killed in its second iteration, unless it was before."""
+    original, marker = rtdmd.update_ema, output.with_suffix(".died")
+
+    def update_ema(run):
+        if run.done == 1 and rtdmd.dist_info()[0] == 1 and not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        original(run)
+
+    rtdmd.update_ema = update_ema
+
+
+def test_one_rank_that_dies_ends_the_others(flags, tmp_path):
+    codes = finish(start(flags(1), tmp_path / "log", 2, "die_in_the_second"), 30)
+    assert codes[1] == -signal.SIGKILL and codes[0] not in (0, None)
+    assert rtdmd.find_checkpoint(tmp_path / "run/stage1").name == "checkpoint-000001"
+    assert finish(start(flags(1), tmp_path / "log", 2)) == [0, 0]                    # what torchrun's restart does
+    assert len(rows_of(tmp_path / "run/stage1")) == 3
+
+
+@contextlib.contextmanager
+def quota(size):
+    """No file may grow beyond size bytes: writes fail as on a full disk."""
+    kept = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, kept[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, kept)
+
+
+@pytest.mark.parametrize("size", [60_000, 260_000])      # too small for the copy of the source, for the checkpoint
+def test_a_full_disk(size, flags, tmp_path, capfd):
+    rtdmd.main(flags(1, "--sample_every", 1, "--out", tmp_path / "whole"))
+    rtdmd.main(flags(1, "--sample_every", 1, "--iterations", 1))
+    kept = tmp_path / "run/stage1/checkpoint-000001"
+    assert (kept / FILES[1]).stat().st_size > 260_000 > Path(rtdmd.__file__).stat().st_size > 60_000
+    before = snapshot(kept)
+    with quota(size):
+        refused(capfd, flags(1, "--sample_every", 1), "Cannot write .*: make room")
+    assert before == snapshot(kept) and rtdmd.list_checkpoints(tmp_path / "run/stage1") == [kept]
+    assert not [p for p in tmp_path.rglob(".*.partial") if p.is_file()]
+    rtdmd.main(flags(1, "--sample_every", 1))
+    same(tmp_path / "whole/stage1", tmp_path / "run/stage1")
+
+
+def test_folders_that_cannot_be_written(flags, tmp_path, capfd, monkeypatch):
+    file = Path(written(tmp_path, "file", "x"))
+    refused(capfd, flags(1, "--out", file / "run"), "Not a directory: .*run.*choose another folder")
+    refused(capfd, flags(1, "--out", "/proc/run"), "/proc/run")
+    refused(capfd, flags(1, "--out", tmp_path / ("x" * 300)), "File name too long")
+    refused(capfd, flags(1, "--cache", file), "Cannot write|Not a directory")
+
+    def read_only(path, *args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "mkdir", read_only)               # root may write anywhere, so the refusal is played
+    refused(capfd, flags(1), "Permission denied: .*run.*choose another folder")
+    file.unlink()
+    assert nothing_in(tmp_path)
+
+
+def test_truncated_caches(cache, flags, tmp_path, capfd):
+    """A text embedding is made anew; a tiny world takes minutes, so its owner decides."""
+    shutil.copytree(cache, tmp_path / "cache")
+    rtdmd.main(flags(1, "--cache", tmp_path / "cache", "--sample_every", 1, "--iterations", 1))
+    for path in (tmp_path / "cache/text").rglob("*.safetensors"):
+        cut(path)
+    rtdmd.main(flags(1, "--cache", tmp_path / "cache", "--sample_every", 1))
+    rtdmd.main(flags(1, "--sample_every", 1, "--out", tmp_path / "whole"))
+    same(tmp_path / "run/stage1", tmp_path / "whole/stage1")
+    cut(tmp_path / "cache/tiny-1.safetensors")
+    refused(capfd, flags(1, "--cache", tmp_path / "cache"), "tiny-1.safetensors is damaged.*delete")
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# 10. Command line
+# -----------------------------------------------------------------------------------------------------------------
+
+WRONG = [line.split(" | ") for line in r"""
+1 --stage 3 | unknown: take one of 1, 2
+1 --stage two | invalid int
+1 --stage | expected one argument
+1 --model sdxl | --model sdxl is unknown
+1 --model | expected one argument
+1 --recipe mine | --recipe mine is unknown
+1 --iteration 3 | unrecognized arguments
+1 --leraning_rate 3 | unrecognized arguments
+1 extra | unrecognized arguments: extra
+1 --no_det=1 | ignored explicit argument
+1 --seed 1.5 | invalid int
+1 --seed -1 | at least 0
+1 --iterations -5 | at least 1
+1 --eta 1.5 | at most 1
+1 --eta -.1 | at least 0
+1 --eta nan | finite
+1 --gamma inf | finite
+1 --gamma -1 | at least 0
+1 --lr -1 | at least 0
+1 --lr fast | invalid float
+1 --lr_fake nan | finite
+1 --grad_clip 0 | above 0
+1 --clip 0 | above 0
+1 --delta 0 | above 0
+1 --delta 2 | at most 1
+1 --ema 1.01 | at most 1
+1 --steps 1 | at least 2
+1 --batch 7 | multiple of --steps
+1 --batch 0 | at least 1
+1 --fake_updates -1 | at least 1
+1 --micro_batch 0 | at least 1
+1 --keep 0 | at least 1
+1 --save_every 0 | at least 1
+1 --sample_every 0 | at least 1
+1 --max_bad_steps 0 | at least 1
+1 --max_prompts 0 | at least 1
+1 --tiny_steps 0 | at least 1
+1 --lora_rank 0 | at least 1
+1 --lora_alpha 0 | at least 1
+1 --resolution 0 | at least 8
+1 --weight_decay -.1 | at least 0
+1 --guidance nan | finite
+1 --dtype fp16 | take one of 'bf16', 'fp32'
+1 --dtype float | take one of
+1 --device tpu | unknown: take cuda, cpu
+1 --device meta | only counts
+1 --kernel gauss | take one of 'posterior', 'cps'
+1 --renoise yes | take one of
+1 --advantage_std batch | take one of
+1 --watch nonsense | no reward is called 'nonsense'
+1 --rewards nonsense | no reward is called 'nonsense'
+2 --rewards attributes=0 | other than 0
+2 --rewards attributes=x | finite number
+2 --rewards attributes,attributes | no name named twice
+2 --rewards no_such_module:score | No module
+2 --group_size 1 | at least 2
+2 --groups 0 | at least 1
+2 --subset_size 0 | at least 1
+2 --subset_size 4 | only 3
+2 --std_floor -1 | at least 0
+2 --inner_epochs 0 | at least 1
+2 --eta 0 | no stochastic step
+2 --no_policy --no_det --no_dmd | nothing to train
+2 --lora_rank 8 | lora_rank 4 -> 8
+2 --lora_alpha 8 | lora_alpha 4 -> 8
+2 --init TMP/nothing | No stage-1 checkpoint
+2 --init TMP/file | No stage-1 checkpoint
+2 --init TMP/cut/checkpoint-000003 | No stage-1 checkpoint
+2 --init TMP/other | model 'sd3m' -> 'tiny'
+2 --init TMP/bare | not of this version
+1 --out TMP/file/run | Not a directory
+1 --prompts TMP/nothing.txt | cannot be read|No such file
+1 --prompts TMP | cannot be read|none of .txt|Is a directory
+1 --prompts TMP/empty.txt | holds no prompt
+1 --prompts TMP/latin.txt | line 2
+1 --prompts TMP/nul.txt | line 2.*NUL
+1 --prompts TMP/long.txt | up to 20,000
+1 --prompts TMP/broken.jsonl | line 1
+1 --prompts TMP/sentence.txt | tiny world (does not know|cannot draw)
+1 --prompts TMP/what.docx | none of .txt
+1 --model sd3m --pretrained TMP/nothing --resolution 64 --prompts TMP/good.txt --rewards WORLD:mean_colour | neither in .* nor on the hub
+1 --model sd3m --pretrained TMP/cut --resolution 64 --prompts TMP/good.txt --rewards WORLD:mean_colour | model_index.json of .* is neither in
+""".strip().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def wrong_files(begun, tmp_path_factory):
+    root = tmp_path_factory.mktemp("wrong")
+    contents = {"file": "x", "good.txt": "a cat\n", "empty.txt": "\n \n", "latin.txt": b"a red circle\nna\xefve\n",
+                "nul.txt": b"a red circle\na\x00\n", "long.txt": "x" * 1_000_000, "broken.jsonl": '{"prompt": \n',
+                "sentence.txt": "a cat\n", "what.docx": "x"}
+    for name, content in contents.items():
+        written(root, name, content)
+    shutil.copytree(begun / "stage1", root / "cut")
+    cut(root / "cut/checkpoint-000003" / FILES[1])
+    for name, edit in (("other", lambda saved: saved["config"].update(model="sd3m")), ("bare", lambda saved: saved.clear())):
+        folder = root / name / "checkpoint-000003"
+        shutil.copytree(begun / "stage1/checkpoint-000003", folder)
+        saved = json.loads((folder / FILES[2]).read_text())
+        edit(saved)
+        (folder / FILES[2]).write_text(json.dumps(saved))
+        (folder / FILES[3]).write_text(json.dumps(rtdmd.digests(folder)))
+    return root
+
+
+@pytest.mark.parametrize("line, words", WRONG, ids=[line for line, _ in WRONG])
+def test_wrong_input_is_one_sentence(line, words, flags, wrong_files, cache, tmp_path, capfd):
+    stage, *more = line.replace("TMP", str(wrong_files)).replace("WORLD", Path(__file__).stem).split()
+    before = snapshot(wrong_files), snapshot(cache)
+    refused(capfd, flags(int(stage), *more), words)
+    assert before == (snapshot(wrong_files), snapshot(cache)) and nothing_in(tmp_path)
+
+
+def test_other_wrong_input(flags, tmp_path, capfd, monkeypatch):
+    argv = ["--stage", "2", "--device", "cpu", "--out", str(tmp_path / "none")]
+    refused(capfd, argv, "No stage-1 checkpoint at .*none/stage1")
+    refused(capfd, flags(2, "--rewards", ""), "write name=weight|no name")
+    refused(capfd, flags(1, "--prompts", ""), "none of .txt|cannot be read|Is a directory")
+    if not torch.cuda.is_available():
+        refused(capfd, flags(1, "--device", "cuda"), "sees 0 here")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    refused(capfd, flags(2), "--groups 4 does not split over 3 processes: take 6")
+    assert nothing_in(tmp_path)
+
+
+def test_duplicate_prompts_are_one(flags, tmp_path, capfd):
+    prompts = written(tmp_path, "p.txt", "a red circle\na red circle\n\na blue square\n")
+    rtdmd.main(flags(1, "--prompts", prompts, "--iterations", 1))
+    assert "2 from" in (text := capfd.readouterr().err) and "1 duplicates" in text
+
+
+@pytest.mark.parametrize("options", [rtdmd.Config, ev.Flags])
+def test_torchrun_does_not_swallow_a_flag(options):
+    """torchrun reads the script's flags too, and takes one for an abbreviation of its own if it can: --run was
+    --run-path."""
+    from torch.distributed.run import get_args_parser
+    theirs = [name for action in get_args_parser()._actions for name in action.option_strings]
+    ours = [f"--{field.name}" for field in dataclasses.fields(options)]
+    assert not [(a, b) for a in ours for b in theirs if b.startswith(a)]
+
+
+def test_out_of_memory_names_the_knob(monkeypatch, capsys):
+    def full(cfg):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(rtdmd, "prepare", full)
+    with pytest.raises(SystemExit) as stop:
+        rtdmd.main(["--dry_run", "1", "--device", "cpu", "--micro_batch", "8"])
+    assert stop.value.code == 1 and "--micro_batch" in capsys.readouterr().err
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# Appendix. The tiny world
+# -----------------------------------------------------------------------------------------------------------------
+
+def test_tiny_captions_are_disjoint_and_parse():
+    """66 captions are kept from all training; "a below b" is the picture of "b above a"."""
+    train, held_out = rtdmd.tiny_captions(), rtdmd.tiny_captions(held_out=True)
+    assert (len(train), len(held_out), len(set(train) & set(held_out))) == (474, 66, 0)
+    below, above = (rtdmd.parse_caption(c) for c in ("a red circle below a blue square", "a blue square above a red circle"))
+    assert torch.equal(below[1], above[1]) and not torch.equal(below[0], above[0])
+    assert rtdmd.parse_caption("a red circle")[1].tolist() == [0, 0, 0, -1, -1]
+    for bad in ("a pink circle", "a red circle above", "a red circle above a blue square above a red circle", "circle"):
+        with pytest.raises(rtdmd.UsageError, match="cannot draw"):
+            rtdmd.parse_caption(bad)
+
+
+def test_tiny_judge_learns_and_scores():
+    """100 updates teach a judge its layouts and colours; its reward is differentiable, its strict verdict is
+    not."""
+    torch.manual_seed(0)
+    judge = rtdmd.train_tiny_judge(rtdmd.TinyJudge(16, torch.nn.ReLU), "judge", 100, seed=0)
+    captions = rtdmd.tiny_captions()[12:212]
+    images = (rtdmd.render(captions, torch.Generator().manual_seed(1)) / 2 + 0.5).requires_grad_()
+    soft, strict = rtdmd.judge_scores(judge, images, captions)
+    wrong = rtdmd.judge_scores(judge, images, captions[1:] + captions[:1])[0]
+    assert soft.mean() > wrong.mean() + 0.5 and set(strict.unique().tolist()) <= {0.0, 1.0} and strict.mean() > 0.2
+    assert (soft <= 0).all() and (soft >= -4).all()
+    assert torch.autograd.grad(soft.sum(), images)[0].abs().sum() > 0
+    assert rtdmd.TinyReward("strict", judge, 1).differentiable is False
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# eval.py: metrics
+# -----------------------------------------------------------------------------------------------------------------
+
+# ---- Names, files, the table
+
+def test_metric_table_is_complete():
+    assert list(ev.METRICS) == ["clipscore", "aesthetic", "pickscore", "hpsv2", "imagereward", "hpsv3",
+                                "geneval", "geneval2", "ocr"]
+    for name, row in ev.METRICS.items():
+        assert {"column", "scale", "licence", "repo"} <= set(row), name
+        if "scorer" in row:
+            assert row["scorer"].name == name
+            assert row["scorer"].differentiable == (name in ("aesthetic", "imagereward"))
+    with pytest.raises(rtdmd.UsageError, match="clipscore"):
+        ev.load_metric("clip", CFG)
+
+
+def test_parse_rewards():
+    assert ev.parse_rewards("hpsv2=1, clipscore=.5,my_module:score=2,pickscore", ()) == [
+        ("hpsv2", 1.), ("clipscore", .5), ("my_module:score", 2.), ("pickscore", 1.)]
+    assert ev.parse_rewards("judge=-1e-1", extra={"judge": None}) == [("judge", -.1)]
+
+
+@pytest.mark.parametrize("text, words", [
+    ("", "write name=weight"), ("hpsv2=1,", "write name=weight"), ("=2", "write name=weight"), ("hpsv2=x", "hpsv2=x"), ("hpsv2=", "finite"),
+    ("hpsv2=1,hpsv2=2", "twice"), ("hpsv2=0", "other than 0"), ("hpsv2=nan", "finite"),
+    ("hpsv2=inf", "finite"), ("hpsv9=1", "hpsv9.*hpsv2")])
+def test_parse_rewards_complains(text, words):
+    with pytest.raises(rtdmd.UsageError, match=words):
+        ev.parse_rewards(text)
+
+
 def test_missing_files_are_one_sentence(tmp_path):
     cfg = SimpleNamespace(weights_dir=str(tmp_path), device="cpu", prompts=None)
     missing = {"hpsv2": "HPS_v2.1_compressed.pt", "imagereward": "ImageReward.pt", "hpsv3": "hpsv3",
@@ -1546,17 +3100,11 @@ def test_missing_files_are_one_sentence(tmp_path):
         assert file in text and str(tmp_path) in text and "weights_dir" in text and "\n" not in text, text
 
 
-def test_weights_dir_comes_before_the_hub(tmp_path):
-    cfg = SimpleNamespace(weights_dir=str(tmp_path), device="cpu", prompts=None)
-    (tmp_path / "file.pt").touch()
-    assert rtdmd.find_weights("some/repo", "file.pt", cfg) == tmp_path / "file.pt"
-    (tmp_path / "repo").mkdir()
-    (tmp_path / "repo" / "file.pt").touch()
-    assert rtdmd.find_weights("some/repo", "file.pt", cfg) == tmp_path / "repo" / "file.pt"
+def load(name, folder, prompts=None):
+    return ev.load_metric(name, SimpleNamespace(weights_dir=str(folder), device="cpu", prompts=prompts))
 
 
-# ------------------------------------------------------------------ Aesthetic, ImageReward, HPSv3
-
+# ---- Aesthetic
 
 def head_state(prefix):
     sizes = {0: (1024, 768), 2: (128, 1024), 4: (64, 128), 6: (16, 64), 7: (1, 16)}
@@ -1587,6 +3135,22 @@ def test_aesthetic_is_affine_in_the_unit_embedding():
     with pytest.raises(RuntimeError, match="4.bias"):
         ev.score_head(state, "layers.")
 
+
+def test_load_aesthetic(tmp_path):
+    """From the hub copy's safetensors and from LAION's own file: the same scores."""
+    from safetensors.torch import save_file
+    wide_clip().save_pretrained(tmp_path / "clip-vit-large-patch14")
+    state = head_state("layers.")
+    (tmp_path / "sac-logos-ava1-l14-linearMSE").mkdir()
+    save_file(state, tmp_path / "sac-logos-ava1-l14-linearMSE" / "model.safetensors")
+    images = torch.rand(2, 3, 30, 30)
+    scores = load("aesthetic", tmp_path)(images)
+    (tmp_path / "sac-logos-ava1-l14-linearMSE" / "model.safetensors").unlink()
+    torch.save(state, tmp_path / "sac+logos+ava1-l14-linearMSE.pth")
+    assert torch.equal(scores, load("aesthetic", tmp_path)(images))
+
+
+# ---- ImageReward
 
 VISION = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
 TEXT = dict(vocab_size=50, hidden_size=768, intermediate_size=32, num_hidden_layers=2)
@@ -1659,25 +3223,6 @@ def test_imagereward_loads_the_originals_names_strictly():
         ev.ImageReward.networks({**state, "blip.text_encoder.surprise": torch.zeros(1)}, VISION, TEXT)
 
 
-def test_imagereward_scores():
-    """Against the vision network written out; text padding is not seen, gradients reach the pixels."""
-    state = imagereward_state()
-    vision, text, head = (net.eval() for net in ev.ImageReward.networks(state, VISION, TEXT))
-    scorer = ev.ImageReward(vision, text, head, LetterTokenizer())
-    images = torch.rand(2, 3, 60, 50, requires_grad=True)
-    scores = scorer(images, ["a cat", "a very long prompt"])
-    assert (scores[0] - scores[1]).abs() > .01   # the random networks do tell prompts apart
-    assert scores.shape == (2,) and torch.autograd.grad(scores.sum(), images)[0].abs().sum() > 0
-    with torch.no_grad():
-        seen = slow_vit(state, rtdmd.square_crop(images))
-        ours = vision(pixel_values=rtdmd.square_crop(images)).last_hidden_state
-        torch.testing.assert_close(ours, seen, atol=1e-4, rtol=1e-4)
-        words = torch.tensor([[1] + [2 + ord(c) % 40 for c in "a cat"]])
-        read = text(input_ids=words, encoder_hidden_states=seen[:1])
-        by_hand = (head(read.last_hidden_state[:, 0]) - .16717362830052426) / 1.0333394966054072
-    torch.testing.assert_close(scores[:1], by_hand[:, 0], atol=1e-4, rtol=1e-4)
-
-
 def slow_vit(state, pixels):
     """timm's ViT forward from ImageReward's own names: what vision.last_hidden_state must be."""
     def get(name):
@@ -1699,6 +3244,40 @@ def slow_vit(state, pixels):
         x = x + F.linear(inner, get(b + "mlp.fc2.weight"), get(b + "mlp.fc2.bias"))
     return norm(x, "norm")
 
+
+def test_imagereward_scores():
+    """Against the vision network written out; text padding is not seen, gradients reach the pixels."""
+    state = imagereward_state()
+    vision, text, head = (net.eval() for net in ev.ImageReward.networks(state, VISION, TEXT))
+    scorer = ev.ImageReward(vision, text, head, LetterTokenizer())
+    images = torch.rand(2, 3, 60, 50, requires_grad=True)
+    scores = scorer(images, ["a cat", "a very long prompt"])
+    assert (scores[0] - scores[1]).abs() > .01   # the random networks do tell prompts apart
+    assert scores.shape == (2,) and torch.autograd.grad(scores.sum(), images)[0].abs().sum() > 0
+    with torch.no_grad():
+        seen = slow_vit(state, rtdmd.square_crop(images))
+        ours = vision(pixel_values=rtdmd.square_crop(images)).last_hidden_state
+        torch.testing.assert_close(ours, seen, atol=1e-4, rtol=1e-4)
+        words = torch.tensor([[1] + [2 + ord(c) % 40 for c in "a cat"]])
+        read = text(input_ids=words, encoder_hidden_states=seen[:1])
+        by_hand = (head(read.last_hidden_state[:, 0]) - .16717362830052426) / 1.0333394966054072
+    torch.testing.assert_close(scores[:1], by_hand[:, 0], atol=1e-4, rtol=1e-4)
+
+
+def test_load_imagereward(tmp_path, monkeypatch):
+    from transformers import BertTokenizer
+    networks = ev.ImageReward.networks
+    monkeypatch.setattr(ev.ImageReward, "networks", staticmethod(lambda state: networks(state, VISION, TEXT)))
+    (tmp_path / "ImageReward").mkdir()
+    torch.save(imagereward_state(), tmp_path / "ImageReward" / "ImageReward.pt")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "fox"]
+    BertTokenizer(vocab={w: i for i, w in enumerate(words)}).save_pretrained(tmp_path / "bert-base-uncased")
+    scorer = load("imagereward", tmp_path)
+    assert scorer.tokenizer("A red fox")["input_ids"] == [2, 5, 6, 7, 3]      # lower case, [CLS] first
+    assert scorer(torch.rand(2, 3, 30, 30), ["a red fox", "a fox " * 40]).isfinite().all()
+
+
+# ---- HPSv3
 
 def tiny_qwen2(vocabulary=60, image=5):
     from transformers import Qwen2VLConfig
@@ -1808,8 +3387,22 @@ def test_hpsv3_through_the_real_processor():
     torch.testing.assert_close(scores[:1], scorer(images[:1], ["a"]), atol=1e-5, rtol=1e-4)
 
 
-# ------------------------------------------------------------------ GenEval
+def test_load_hpsv3(tmp_path):
+    from safetensors.torch import save_file
+    processor = qwen_processor(2)
+    config = tiny_qwen2(len(processor.tokenizer), processor.tokenizer.convert_tokens_to_ids("<|image_pad|>"))
+    for folder in ("Qwen2-VL-7B-Instruct", "HPSv3"):
+        (tmp_path / folder).mkdir()
+    processor.save_pretrained(tmp_path / "Qwen2-VL-7B-Instruct")
+    config.save_pretrained(tmp_path / "Qwen2-VL-7B-Instruct")
+    save_file(hpsv3_state(config), tmp_path / "HPSv3" / "HPSv3.safetensors")
+    (tmp_path / "HPSv3" / "data_collator_qwen.py").write_text(
+        'INSTRUCTION = "rate {text_prompt}"\nprompt_with_special_token = " <|Reward|>"\n')
+    scores = load("hpsv3", tmp_path)(torch.rand(2, 3, 30, 30), ["a", "longer"])
+    assert scores.shape == (2,) and scores.dtype == torch.float32 and scores.isfinite().all()
 
+
+# ---- GenEval
 
 def seen(name, score, box=(0, 0, 10, 10)):
     mask = torch.zeros(100, 100, dtype=torch.bool)
@@ -2071,8 +3664,26 @@ def test_geneval_metadata_complains(tmp_path, line, words):
         ev.read_geneval_metadata(tmp_path / "rows.jsonl")
 
 
-# ------------------------------------------------------------------ GenEval2
+def test_load_geneval(tmp_path, monkeypatch):
+    """The detector from files; CLIP's weights from the file that open_clip is handed; rows from --prompts."""
+    import open_clip
+    from transformers.models.mask2former import modeling_mask2former as theirs
+    monkeypatch.setattr(theirs, "requires_backends", lambda *_: None)
+    theirs.Mask2FormerForUniversalSegmentation(tiny_detector()).save_pretrained(
+        tmp_path / "mask2former-swin-small-coco-instance")
+    (tmp_path / "open_clip_model.safetensors").touch()
+    asked = []
+    monkeypatch.setattr(open_clip, "create_model", lambda *a, **k: asked.append((a, k)) or nn.Linear(1, 1))
+    row = ev.geneval_row("counting", random.Random(0))
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    scorer = load("geneval", tmp_path, str(tmp_path / "rows.jsonl"))
+    assert asked == [(("ViT-L-14-quickgelu",), {"pretrained": str(tmp_path / "open_clip_model.safetensors")})]
+    assert scorer(torch.rand(1, 3, 64, 64), [row["prompt"]]).tolist() == [0]
+    cfg = SimpleNamespace(weights_dir=str(tmp_path), device="cpu", prompts=None)
+    assert (scorer.rule, ev.load_metric("geneval", cfg, training=True).rule) == ("geneval", "geneval_partial")
 
+
+# ---- GenEval2
 
 def test_accepted_answers():
     three = ["3", " 3", "three", " three", "Three", " Three"]
@@ -2160,8 +3771,16 @@ def test_geneval2_on_a_tiny_qwen3vl():
     assert scorer(images, [row, row]).shape == (2,)
 
 
-# ------------------------------------------------------------------ OCR
+def test_load_geneval2(tmp_path):
+    processor, folder = qwen_processor(3), tmp_path / "Qwen3-VL-8B-Instruct"
+    tiny_qwen3(processor).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    row = {"prompt": "dogs", "vqa_list": [["Is there a dog?", "Yes"], ["How many dogs?", "two"]]}
+    details = load("geneval2", tmp_path).details(torch.rand(1, 3, 64, 64), [row])
+    assert 0 < details["geneval2"] <= details["geneval2_am"] < 1
 
+
+# ---- OCR
 
 @pytest.mark.parametrize("a, b, distance", [
     ("", "", 0), ("a", "", 1), ("", "abc", 3), ("abc", "abc", 0), ("kitten", "sitting", 3),
@@ -2301,83 +3920,6 @@ def test_ocr_lays_upright_lines_down():
         assert shapes[-1] == expected
 
 
-# ------------------------------------------------------------------ loading the real way, from folders
-
-
-def load(name, folder, prompts=None):
-    return ev.load_metric(name, SimpleNamespace(weights_dir=str(folder), device="cpu", prompts=prompts))
-
-
-def test_load_aesthetic(tmp_path):
-    """From the hub copy's safetensors and from LAION's own file: the same scores."""
-    from safetensors.torch import save_file
-    wide_clip().save_pretrained(tmp_path / "clip-vit-large-patch14")
-    state = head_state("layers.")
-    (tmp_path / "sac-logos-ava1-l14-linearMSE").mkdir()
-    save_file(state, tmp_path / "sac-logos-ava1-l14-linearMSE" / "model.safetensors")
-    images = torch.rand(2, 3, 30, 30)
-    scores = load("aesthetic", tmp_path)(images)
-    (tmp_path / "sac-logos-ava1-l14-linearMSE" / "model.safetensors").unlink()
-    torch.save(state, tmp_path / "sac+logos+ava1-l14-linearMSE.pth")
-    assert torch.equal(scores, load("aesthetic", tmp_path)(images))
-
-
-def test_load_imagereward(tmp_path, monkeypatch):
-    from transformers import BertTokenizer
-    networks = ev.ImageReward.networks
-    monkeypatch.setattr(ev.ImageReward, "networks", staticmethod(lambda state: networks(state, VISION, TEXT)))
-    (tmp_path / "ImageReward").mkdir()
-    torch.save(imagereward_state(), tmp_path / "ImageReward" / "ImageReward.pt")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "fox"]
-    BertTokenizer(vocab={w: i for i, w in enumerate(words)}).save_pretrained(tmp_path / "bert-base-uncased")
-    scorer = load("imagereward", tmp_path)
-    assert scorer.tokenizer("A red fox")["input_ids"] == [2, 5, 6, 7, 3]      # lower case, [CLS] first
-    assert scorer(torch.rand(2, 3, 30, 30), ["a red fox", "a fox " * 40]).isfinite().all()
-
-
-def test_load_hpsv3(tmp_path):
-    from safetensors.torch import save_file
-    processor = qwen_processor(2)
-    config = tiny_qwen2(len(processor.tokenizer), processor.tokenizer.convert_tokens_to_ids("<|image_pad|>"))
-    for folder in ("Qwen2-VL-7B-Instruct", "HPSv3"):
-        (tmp_path / folder).mkdir()
-    processor.save_pretrained(tmp_path / "Qwen2-VL-7B-Instruct")
-    config.save_pretrained(tmp_path / "Qwen2-VL-7B-Instruct")
-    save_file(hpsv3_state(config), tmp_path / "HPSv3" / "HPSv3.safetensors")
-    (tmp_path / "HPSv3" / "data_collator_qwen.py").write_text(
-        'INSTRUCTION = "rate {text_prompt}"\nprompt_with_special_token = " <|Reward|>"\n')
-    scores = load("hpsv3", tmp_path)(torch.rand(2, 3, 30, 30), ["a", "longer"])
-    assert scores.shape == (2,) and scores.dtype == torch.float32 and scores.isfinite().all()
-
-
-def test_load_geneval(tmp_path, monkeypatch):
-    """The detector from files; CLIP's weights from the file that open_clip is handed; rows from --prompts."""
-    import open_clip
-    from transformers.models.mask2former import modeling_mask2former as theirs
-    monkeypatch.setattr(theirs, "requires_backends", lambda *_: None)
-    theirs.Mask2FormerForUniversalSegmentation(tiny_detector()).save_pretrained(
-        tmp_path / "mask2former-swin-small-coco-instance")
-    (tmp_path / "open_clip_model.safetensors").touch()
-    asked = []
-    monkeypatch.setattr(open_clip, "create_model", lambda *a, **k: asked.append((a, k)) or nn.Linear(1, 1))
-    row = ev.geneval_row("counting", random.Random(0))
-    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
-    scorer = load("geneval", tmp_path, str(tmp_path / "rows.jsonl"))
-    assert asked == [(("ViT-L-14-quickgelu",), {"pretrained": str(tmp_path / "open_clip_model.safetensors")})]
-    assert scorer(torch.rand(1, 3, 64, 64), [row["prompt"]]).tolist() == [0]
-    cfg = SimpleNamespace(weights_dir=str(tmp_path), device="cpu", prompts=None)
-    assert (scorer.rule, ev.load_metric("geneval", cfg, training=True).rule) == ("geneval", "geneval_partial")
-
-
-def test_load_geneval2(tmp_path):
-    processor, folder = qwen_processor(3), tmp_path / "Qwen3-VL-8B-Instruct"
-    tiny_qwen3(processor).save_pretrained(folder)
-    processor.save_pretrained(folder)
-    row = {"prompt": "dogs", "vqa_list": [["Is there a dog?", "Yes"], ["How many dogs?", "two"]]}
-    details = load("geneval2", tmp_path).details(torch.rand(1, 3, 64, 64), [row])
-    assert 0 < details["geneval2"] <= details["geneval2_am"] < 1
-
-
 def test_load_ocr(tmp_path, monkeypatch):
     """The networks' outputs are what the code takes them for. The detector is the server one's small twin,
     since the server one takes its layers from the hub's configuration."""
@@ -2401,8 +3943,7 @@ def test_load_ocr(tmp_path, monkeypatch):
     assert isinstance(scorer.line(torch.randint(0, 255, (3, 20, 90), dtype=torch.uint8)), str)
 
 
-# ------------------------------------------------------------------ running a metric
-
+# ---- Scoring many pictures
 
 def test_one_bad_image_does_not_stop_an_evaluation():
     class Picky:
@@ -2456,663 +3997,23 @@ def test_run_metric_returns_every_number_that_a_scorer_knows():
         assert [math.isnan(v) for v in values] == [False, False, True, False]
 
 
-def test_metric_table_is_complete():
-    assert list(ev.METRICS) == ["clipscore", "aesthetic", "pickscore", "hpsv2", "imagereward", "hpsv3",
-                                "geneval", "geneval2", "ocr"]
-    for name, row in ev.METRICS.items():
-        assert {"column", "scale", "licence", "repo"} <= set(row), name
-        if "scorer" in row:
-            assert row["scorer"].name == name
-            assert row["scorer"].differentiable == (name in ("aesthetic", "imagereward"))
-    with pytest.raises(rtdmd.UsageError, match="clipscore"):
-        ev.load_metric("clip", CFG)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# 3. Backbones
-# ------------------------------------------------------------------------------------------------------------
-
-PROMPTS = ["a red cat", "two blue birds above a très long " + "wooden " * 40 + "fence"]      # CLIP cuts it
-
-
-# ---- Small pipelines, channels as in the real ones: 64 px -> SD3 16 x 8 x 8, FLUX.2 128 x 4 x 4 ----
-
-BYTES = sorted(ByteLevel.alphabet())           # 256 symbols: any text tokenises without a merge
-VAE = dict(in_channels=3, out_channels=3, block_out_channels=[4] * 4, layers_per_block=1, norm_num_groups=1,
-           sample_size=64)
-
-
-def clip_tokenizer():
-    tokens = BYTES + [a + "</w>" for a in BYTES] + ["<|startoftext|>", "<|endoftext|>"]  # EOS: highest id
-    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=77)
-
-
-def t5_tokenizer():
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
-    pieces += [(chr(c), -3.0) for c in range(33, 127)]
-    return T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=512)
-
-
-def qwen_tokenizer():
-    vocab = {token: i for i, token in enumerate(BYTES + ["<|endoftext|>", "<|im_start|>", "<|im_end|>"])}
-    tokenizer = Qwen2TokenizerFast(vocab=vocab, merges=[], eos_token="<|im_end|>", pad_token="<|endoftext|>",
-                                   model_max_length=131072)
-    tokenizer.add_tokens(["<|im_start|>"], special_tokens=True)
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-        "{% if enable_thinking is defined and not enable_thinking %}"
-        "{{ '<think>\n\n</think>\n\n' }}{% endif %}")
-    return tokenizer
-
-
-def small_sd3(dual):
-    torch.manual_seed(0)
-    tokenizer, t5 = clip_tokenizer(), t5_tokenizer()
-    clip = lambda: CLIPTextModelWithProjection(CLIPTextConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, projection_dim=16,
-        vocab_size=len(tokenizer), max_position_embeddings=77, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
-    net = SD3Transformer2DModel(
-        sample_size=8, patch_size=2, in_channels=16, out_channels=16, num_layers=2, attention_head_dim=8,
-        num_attention_heads=2, joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=32,
-        pos_embed_max_size=16, **dict(dual_attention_layers=(0,), qk_norm="rms_norm") if dual else {})
-    vae = AutoencoderKL(
-        **VAE, down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
-        latent_channels=16, use_quant_conv=False, use_post_quant_conv=False, scaling_factor=1.5305,
-        shift_factor=0.0609)
-    encoder = T5EncoderModel(T5Config(
-        d_model=32, d_ff=32, d_kv=8, num_heads=2, num_layers=1, dropout_rate=0.0, vocab_size=len(t5),
-        feed_forward_proj="gated-gelu", pad_token_id=0, eos_token_id=1))
-    return StableDiffusion3Pipeline(
-        transformer=net, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae, text_encoder=clip(),
-        tokenizer=tokenizer, text_encoder_2=clip(), tokenizer_2=clip_tokenizer(), text_encoder_3=encoder,
-        tokenizer_3=t5)
-
-
-def small_klein(distilled):
-    torch.manual_seed(0)
-    tokenizer = qwen_tokenizer()
-    encoder = Qwen3ForCausalLM(Qwen3Config(      # 30 layers: some above the last tap, as in the real one
-        hidden_size=16, intermediate_size=16, num_hidden_layers=30, num_attention_heads=2, head_dim=8,
-        num_key_value_heads=1, vocab_size=len(tokenizer), tie_word_embeddings=True,
-        max_position_embeddings=1024))
-    vae = AutoencoderKLFlux2(**VAE, latent_channels=32)
-    vae.bn.running_mean.normal_(0, .05)         # like the real ones: mistakes would hide behind 0 and 1
-    vae.bn.running_var.uniform_(2.9, 3.5)
-    torch.manual_seed(int(distilled))           # the two repositories differ in this network alone
-    net = Flux2Transformer2DModel(
-        patch_size=1, in_channels=128, num_layers=1, num_single_layers=2, attention_head_dim=16,
-        num_attention_heads=2, joint_attention_dim=48, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False)
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
-    return Flux2KleinPipeline(scheduler=scheduler, vae=vae, text_encoder=encoder, tokenizer=tokenizer,
-                              transformer=net, is_distilled=distilled)
-
-
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory):
-    """Saved pipelines by name; "flux2-4b" is the GENERATOR,TEACHER pair."""
-    root = tmp_path_factory.mktemp("pipelines")
-    for name, pipe in {"sd3m": small_sd3(False), "sd35m": small_sd3(True), "distilled": small_klein(True),
-                       "base": small_klein(False)}.items():
-        pipe.save_pretrained(root / name)
-    return {"sd3m": str(root / "sd3m"), "sd35m": str(root / "sd35m"), "distilled": str(root / "distilled"),
-            "base": str(root / "base"), "flux2-4b": f"{root / 'distilled'},{root / 'base'}"}
-
-
-FAMILIES = ["sd3m", "sd35m", "flux2-4b"]
-
-
-def backbone_of(folders, name, **options):
-    cls = rtdmd.Flux2Backbone if name.startswith("flux2") else rtdmd.SD3Backbone
-    return cls(rtdmd.Config(model=name, pretrained=folders[name], resolution=64, device="cpu", **options))
-
-
-def stock(folder, **options):
-    pipe = DiffusionPipeline.from_pretrained(folder, **options)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def latents(backbone, batch=2):
-    return torch.randn(batch, *backbone.latent_shape, generator=torch.Generator().manual_seed(5))
-
-
-def timesteps(backbone, steps=4):
-    u = torch.linspace(1, 0, steps + 1)
-    return backbone.shift * u / (1 + (backbone.shift - 1) * u)
-
-
-def rollout(backbone, x, cond, eta, generator):
-    """Eq. 21 in four steps, with the noise drawn in the pipeline's layout (FLUX.2: tokens)."""
-    grid = timesteps(backbone)
-    for t, t_next in zip(grid[:-1], grid[1:]):
-        with torch.no_grad():
-            v = backbone.velocity(backbone.nets["generator"], x, t.expand(len(x)), cond)
-        x0, eps = x - t * v, x + (1 - t) * v
-        x = (1 - t_next) * x0 + t_next * math.cos(eta * math.pi / 2) * eps
-        if t_next > 0 and eta > 0:
-            packed = x.shape[1] == 128
-            shape = (len(x), x.shape[2] * x.shape[3], 128) if packed else x.shape
-            noise = torch.randn(shape, generator=generator)
-            noise = noise.transpose(1, 2).unflatten(2, x.shape[2:]) if packed else noise
-            x = x + t_next * math.sin(eta * math.pi / 2) * noise
-    return x
-
-
-def image_of(pipe, x, **options):
-    return pipe(prompt=PROMPTS, height=64, width=64, latents=x.clone(), output_type="pt",
-                **{"num_inference_steps": 4, "guidance_scale": 1.0} | options).images
-
-
-# ---- Sampling ----
-
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("eta", [0.0, 0.9])
-def test_our_rollout_equals_the_stock_pipeline_with_our_scheduler(folders, name, eta):
-    backbone, pipe = backbone_of(folders, name), stock(folders[name].split(",")[0])
-    pipe.scheduler = rtdmd.CPSScheduler.from_config(pipe.scheduler.config, eta=eta)
-    pipe.scheduler.generator = torch.Generator().manual_seed(9)
-    x = latents(backbone)
-    theirs = image_of(pipe, x)
-    noise = torch.Generator().manual_seed(9)
-    ours = backbone.decode(rollout(backbone, x, backbone.encode(PROMPTS), eta, noise))
-    torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
-    assert theirs.std() > 1e-3 and (theirs[0] - theirs[1]).abs().max() > 1e-3
-    torch.testing.assert_close(pipe.scheduler.sigmas, timesteps(backbone), atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_eta_0_is_stock_euler_and_eta_1_is_stochastic_sampling(folders, name):
-    pipe = stock(folders[name].split(",")[0])
-    config, x, images = pipe.scheduler.config, latents(backbone_of(folders, name)), {}
-    euler = FlowMatchEulerDiscreteScheduler
-    for label, scheduler in {"euler": euler.from_config(config),
-                             "eta 0": rtdmd.CPSScheduler.from_config(config, eta=0.0),
-                             "stochastic": euler.from_config(config, stochastic_sampling=True),
-                             "eta 1": rtdmd.CPSScheduler.from_config(config, eta=1.0)}.items():
-        pipe.scheduler = scheduler
-        torch.manual_seed(3)
-        images[label] = image_of(pipe, x, sigmas=[1, .75, .5, .25])
-    torch.testing.assert_close(images["eta 0"], images["euler"], atol=1e-5, rtol=0)
-    torch.testing.assert_close(images["eta 1"], images["stochastic"], atol=1e-5, rtol=0)
-    assert (images["eta 0"] - images["eta 1"]).abs().max() > 1e-3
-
-
-def test_the_scheduler_gives_the_papers_grid_by_default(folders):
-    sd3 = rtdmd.CPSScheduler.from_config(stock(folders["sd3m"]).scheduler.config)
-    sd3.set_timesteps(4)
-    assert sd3.eta == 0.9 and sd3.sigmas.tolist() == pytest.approx([1, .9, .75, .5, 0])
-    klein = rtdmd.CPSScheduler.from_config(stock(folders["base"]).scheduler.config)
-    for mu, grid in ((2.030690, [1, .958085, .883982, .717497, 0]),
-                     (2.291180, [1, .967384, .908144, .767200, 0])):
-        klein.set_timesteps(4, mu=mu)
-        assert klein.sigmas.tolist() == pytest.approx(grid, abs=1e-6)
-
-
-def test_the_scheduler_keeps_eta_and_repeats_with_a_generator(folders, tmp_path):
-    pipe = stock(folders["sd3m"])
-    pipe.scheduler = rtdmd.CPSScheduler.from_config(pipe.scheduler.config, eta=0.7)
-    assert rtdmd.CPSScheduler.from_config(pipe.scheduler.config).eta == 0.7
-    pipe.scheduler.save_pretrained(tmp_path)
-    assert rtdmd.CPSScheduler.from_pretrained(tmp_path).eta == 0.7
-    x, images = torch.randn(2, 16, 8, 8), []
-    for seed in (1, 1, 2):
-        pipe.scheduler.generator = torch.Generator().manual_seed(seed)
-        images.append(image_of(pipe, x))
-    assert torch.equal(images[0], images[1]) and not torch.equal(images[0], images[2])
-
-
-def test_the_scheduler_stands_alone():
-    """What people copy: the class and four imports, in an empty file."""
-    source = ("import math\nimport torch\nfrom diffusers import FlowMatchEulerDiscreteScheduler\n"
-              "from diffusers.schedulers.scheduling_utils import SchedulerOutput\n"
-              "from diffusers.utils.torch_utils import randn_tensor\n" + inspect.getsource(rtdmd.CPSScheduler))
-    names = {}
-    exec(compile(source, "copy", "exec"), names)
-    scheduler = names["CPSScheduler"](shift=3.0)
-    scheduler.set_timesteps(4)
-    x = torch.ones(1, 2)
-    assert scheduler.step(torch.zeros(1, 2), scheduler.timesteps[0], x).prev_sample.shape == x.shape
-
-
-@pytest.mark.parametrize("name, resolution, grid", [
-    ("sd3m", 512, [1, .9, .75, .5, 0]), ("sd35m", 1024, [1, .9, .75, .5, 0]),
-    ("flux2-4b", 512, [1, .958085, .883982, .717497, 0]),
-    ("flux2-4b", 1024, [1, .967384, .908144, .767200, 0])])
-def test_the_grid_by_resolution(folders, name, resolution, grid):
-    backbone = backbone_of(folders, name)
-    side = resolution // (16 if name.startswith("flux2") else 8)
-    backbone.latent_shape = (backbone.latent_shape[0], side, side)
-    backbone.shift = backbone.shift_for(4)
-    assert timesteps(backbone).tolist() == pytest.approx(grid, abs=1e-6)
-
-
-# ---- Velocity ----
-
-@pytest.mark.parametrize("name, folder", [("sd3m", "sd3m"), ("sd35m", "sd35m"), ("flux2-4b", "base")])
-def test_teacher_guidance_equals_the_stock_pipeline(folders, name, folder):
-    backbone, pipe, w = backbone_of(folders, name), stock(folders[folder]), rtdmd.MODELS[name]["guidance"]
-    seen, step = [], pipe.scheduler.step
-    pipe.scheduler.step = lambda v, t, x, **options: seen.append((v, t, x)) or step(v, t, x, **options)
-    image_of(pipe, latents(backbone), guidance_scale=w)
-    cond, null = backbone.encode(PROMPTS), backbone.encode(["", ""])
-    both = {name: torch.cat([null[name], cond[name]]) for name in cond}
-    assert len(seen) == 4
-    for v, t, x in seen:
-        if x.dim() == 3:                                          # FLUX.2's tokens (B, h w, 128)
-            v, x = (tokens.transpose(1, 2).unflatten(2, (4, 4)) for tokens in (v, x))
-        with torch.no_grad():
-            out = backbone.velocity(backbone.nets["score"], torch.cat([x, x]), (t / 1000).expand(4), both)
-        u, c = out.chunk(2)
-        torch.testing.assert_close(u + w * (c - u), v, atol=1e-5, rtol=1e-5)
-        assert (c - u).abs().max() > 1e-4
-
-
-def test_flux2_is_told_what_quantise_says(folders):
-    backbone = backbone_of(folders, "flux2-4b", dtype="bf16")
-    told = []
-    hook = lambda module, inputs: told.append(inputs[0].float())
-    backbone.nets["score"].time_guidance_embed.time_proj.register_forward_pre_hook(hook)
-    cond = backbone.encode(PROMPTS[:1])
-    for t in ([1, .958085, .883982, .717497], [1, .967384, .908144, .767200]):
-        t = torch.tensor(t)
-        many = {name: rows.expand(4, -1, -1) for name, rows in cond.items()}
-        backbone.velocity(backbone.nets["score"], latents(backbone, 4), t, many)
-        assert torch.equal(told[-1], (1000 * backbone.quantise(t)).round())
-    assert told[0].tolist() == [1000, 960, 884, 716] and told[1].tolist() == [1000, 968, 908, 768]
-    t = backbone.quantise(torch.rand(100_000))
-    assert torch.equal(backbone.quantise(t), t) and t.max() <= 1      # such a level is told as it is
-    exact = backbone_of(folders, "sd3m", dtype="bf16")
-    assert torch.equal(exact.quantise(t), t)
-
-
-def test_sd3_is_told_the_exact_timestep_even_in_bf16(folders):
-    backbone, told = backbone_of(folders, "sd3m", dtype="bf16"), []
-    net, cond = backbone.nets["score"], backbone.encode(PROMPTS[:1])
-    net.time_text_embed.time_proj.register_forward_pre_hook(lambda module, inputs: told.append(inputs[0]))
-    v = backbone.velocity(net, latents(backbone, 1), torch.tensor([.8125]), cond)
-    assert told[0].item() == 812.5 and v.dtype == torch.float32                    # bf16 would say 812
-
-
-# ---- Text ----
-
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("length", [None, 128])
-def test_encoding_is_the_pipelines_bit_for_bit(folders, name, length):
-    backbone, pipe = backbone_of(folders, name, text_length=length), stock(folders[name].split(",")[0])
-    prompts, options = PROMPTS + [""], {"max_sequence_length": length} if length else {}
-    ours = backbone.encode(prompts)
-    with torch.no_grad():
-        if name.startswith("flux2"):
-            theirs = {"text": pipe.encode_prompt(prompts, **options)[0]}
-        else:
-            rows = pipe.encode_prompt(prompts, None, None, do_classifier_free_guidance=False, **options)
-            theirs = {"text": rows[0], "pooled": rows[2]}
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert ours["text"].shape[1] == (length or 512) if name.startswith("flux2") else 77 + (length or 256)
-    backbone.free_text()
-    assert backbone.text is None
-
-
-def test_qwen_runs_only_to_its_last_tap(folders):
-    backbone = backbone_of(folders, "flux2-4b")
-    backbone.encode([""])
-    assert len(backbone.text.text_encoder.layers) == 27 and not hasattr(backbone.text.text_encoder, "lm_head")
-
-
-# ---- Images ----
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_decode_inverts_the_pipelines_scaling(folders, name):
-    backbone, image = backbone_of(folders, name), torch.rand(2, 3, 64, 64) * 2 - 1
-    vae = backbone.vae
-    z = vae.encode(image).latent_dist.mode()
-    if name.startswith("flux2"):
-        x = stock(folders["base"])._encode_vae_image(image, None)
-    else:
-        x = (z - vae.config.shift_factor) * vae.config.scaling_factor
-    images, decode, seen = None, vae.decode, []
-    vae.decode = lambda z, **options: seen.append(z) or decode(z, **options)
-    images = backbone.decode(x)
-    torch.testing.assert_close(torch.cat(seen), z, atol=1e-5, rtol=1e-5)
-    assert images.shape == (2, 3, 64, 64) and 0 <= images.min() and images.max() <= 1
-
-
-@pytest.mark.parametrize("name", ["sd3m", "flux2-4b"])
-def test_decode_in_chunks_with_gradient_and_checkpointing(folders, name):
-    gradients = []
-    for checkpointing, pixels in ((False, 2**20), (False, 64 * 64), (True, 2**20)):
-        backbone = backbone_of(folders, name, no_vae_checkpointing=not checkpointing)
-        assert backbone.vae.decoder.gradient_checkpointing == checkpointing
-        x = latents(backbone).requires_grad_()
-        z = x if name == "sd3m" else torch.nn.functional.pixel_shuffle(x, 2)
-        rtdmd.decode_chunks(backbone.vae, z, pixels=pixels).square().mean().backward()
-        gradients.append(x.grad)
-    assert gradients[0].abs().max() > 0
-    torch.testing.assert_close(gradients[0], gradients[1])
-    torch.testing.assert_close(gradients[0], gradients[2])
-
-
-# ---- Sizes ----
-
-@pytest.mark.parametrize("name, parameters, linears, rank_64", [
-    ("sd3m", 2_028_328_000, 191, 37_552_128), ("sd35m", 2_243_171_520, 243, 47_775_744),
-    ("flux2-4b", 3_875_544_576, 80, 74_711_040), ("flux2-9b", 9_078_581_248, 112, 127_926_272)])
-def test_full_size_networks(name, parameters, linears, rank_64):
-    cls = Flux2Transformer2DModel if name.startswith("flux2") else SD3Transformer2DModel
-    with torch.device("meta"):
-        net = cls(**rtdmd.BACKBONES[name]["net"])
-    targets = rtdmd.attention_linears(net)
-    assert sum(p.numel() for p in net.parameters()) == parameters and len(targets) == linears
-    modules = dict(net.named_modules())
-    assert sum(64 * (modules[t].in_features + modules[t].out_features) for t in targets) == rank_64
-
-
-def test_full_size_vaes():
-    with torch.device("meta"):
-        sd3, flux2 = AutoencoderKL(**rtdmd.SD3_VAE), AutoencoderKLFlux2()
-    assert [round(sum(p.numel() for p in vae.parameters()) / 1e6, 1) for vae in (sd3, flux2)] == [83.8, 84.0]
-    assert (sd3.config.latent_channels, flux2.config.latent_channels) == (16, 32) and flux2.bn.eps == 1e-4
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_random_weights_need_no_repository(folders, name, monkeypatch):
-    tiny = dict(num_layers=2, num_attention_heads=1, caption_projection_dim=64)
-    small = {"sd3m": dict(rtdmd.SD3_NET, **tiny),
-             "sd35m": dict(rtdmd.SD35_NET, dual_attention_layers=(0,), **tiny),
-             "flux2-4b": dict(rtdmd.K4_NET, num_layers=1, num_single_layers=1, num_attention_heads=1)}
-    monkeypatch.setitem(rtdmd.BACKBONES[name], "net", small[name])
-    monkeypatch.setattr(rtdmd, "SD3_VAE", dict(rtdmd.SD3_VAE, block_out_channels=(32,) * 4))
-    cls, state = rtdmd.Flux2Backbone if name.startswith("flux2") else rtdmd.SD3Backbone, torch.get_rng_state()
-    make = lambda: cls(rtdmd.Config(model=name, device="cpu", resolution=64, random_weights=True, text_length=16))
-    a = make()
-    assert torch.equal(state, torch.get_rng_state()) and torch.get_default_dtype() == torch.float32
-    torch.manual_seed(1234)                    # another rank may be anywhere in its random stream
-    b = make()
-    pair = zip(a.nets["score"].parameters(), b.nets["score"].parameters())
-    assert all(torch.equal(p, q) for p, q in pair)
-    cond, again = a.encode(PROMPTS), a.encode(PROMPTS[::-1])
-    assert torch.equal(cond["text"][0], again["text"][1])
-    assert not torch.equal(cond["text"][0], cond["text"][1])
-    assert torch.equal(*a.encode(["twice", "twice"])["text"])
-    v = a.velocity(a.nets["generator"], latents(a), torch.tensor([.9, .5]), cond)
-    assert v.shape == (2, *a.latent_shape) and v.isfinite().all() and v.std() > .01
-    assert a.decode(latents(a)).shape == (2, 3, 64, 64)
-    assert a.text_key != backbone_of(folders, name, text_length=16).text_key
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_meta_device_counts_full_size_networks_without_memory(tmp_path, name):
-    config = rtdmd.Config(model=name, device="meta", dtype="bf16", resolution=512, random_weights=True)
-    backbone = rtdmd.load_backbone(config)
-    assert type(backbone) is (rtdmd.Flux2Backbone if name.startswith("flux2") else rtdmd.SD3Backbone)
-    for module in (*backbone.nets.values(), backbone.vae):
-        rows = [*module.parameters(), *module.buffers()]
-        assert all(row.is_meta and row.dtype in (torch.bfloat16, torch.int64) for row in rows)
-    assert torch.get_default_dtype() == torch.float32
-    cond = backbone.encode(PROMPTS)
-    assert all(rows.device.type == "cpu" and rows.dtype == torch.bfloat16 for rows in cond.values())
-    cache = rtdmd.TextCache(backbone, tmp_path)
-    cache.prepare(PROMPTS)
-    cond = cache.batch(PROMPTS, "meta")
-    assert all(rows.is_meta and len(rows) == 2 for rows in cond.values())
-    x = torch.randn(2, *backbone.latent_shape, device="meta", requires_grad=True)
-    v = backbone.velocity(backbone.nets["score"], x, torch.rand(2, device="meta"), cond)
-    assert v.is_meta and v.shape == x.shape and v.dtype == torch.float32
-    images = backbone.decode(v)
-    assert images.is_meta and images.shape == (2, 3, 512, 512)
-    images.mean().backward()
-    assert x.grad.is_meta
-
-
-def test_load_backbone_knows_every_model(monkeypatch):
-    for name in ("TinyBackbone", "SD3Backbone", "Flux2Backbone"):
-        monkeypatch.setattr(rtdmd, name, lambda cfg, name=name: name)
-    found = {model: rtdmd.load_backbone(rtdmd.Config(model=model)) for model in ("tiny", *rtdmd.BACKBONES)}
-    assert found == {"tiny": "TinyBackbone", "sd3m": "SD3Backbone", "sd35m": "SD3Backbone",
-                     "flux2-4b": "Flux2Backbone", "flux2-9b": "Flux2Backbone"}
-
-
-# ---- Export ----
-
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("rank, alpha", [(64, 32), (32, 64)])
-def test_an_exported_adapter_is_exact_in_the_stock_pipeline(folders, tmp_path, name, rank, alpha):
-    backbone = backbone_of(folders, name)
-    net, x, t = backbone.nets["generator"], latents(backbone), torch.tensor([.9, .5])
-    cond = backbone.encode(PROMPTS)
-    bare = backbone.velocity(net, x, t, cond).detach()
-    net.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=backbone.lora_targets), "generator")
-    torch.manual_seed(1)
-    for parameter in net.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=.05)
-    ours = backbone.velocity(net, x, t, cond).detach()
-    state = get_peft_model_state_dict(net, adapter_name="generator")
-    folder = tmp_path / "checkpoint-000100"
-    rtdmd.save_lora(folder, state, rank, alpha, backbone.lora_targets, {"steps": 4, "eta": .9})
-    pipe = stock(backbone.base)
-    pipe.load_lora_weights(folder)
-    assert torch.equal(backbone.velocity(pipe.transformer, x, t, cond), ours)
-    assert (ours - bare).abs().max() > 1e-3
-    loaded, info = rtdmd.load_lora(folder)
-    assert loaded.keys() == state.keys() and all(torch.equal(loaded[n], state[n]) for n in state)
-    assert info == dict(steps=4, eta=.9, rank=rank, alpha=alpha, targets=sorted(backbone.lora_targets))
-
-
-def test_adapters_that_cannot_be_loaded(tmp_path):
-    with pytest.raises(rtdmd.UsageError, match="missing or damaged"):
-        rtdmd.load_lora(tmp_path)
-    from safetensors.torch import save_file
-    save_file({"transformer.x.lora_A.weight": torch.zeros(1)}, tmp_path / rtdmd.LORA_FILE)
-    with pytest.raises(rtdmd.UsageError, match="rank and alpha"):
-        rtdmd.load_lora(tmp_path)
-    path = tmp_path / rtdmd.LORA_FILE
-    path.write_bytes(path.read_bytes()[:-2])
-    with pytest.raises(rtdmd.UsageError, match="missing or damaged"):
-        rtdmd.load_lora(tmp_path)
-
-
-# ---- One sentence for each mistake ----
-
-def sentence(error):
-    text = str(error.value)
-    assert "\n" not in text and text.endswith(".") and len(text) < 400, text
-    return text
-
-
-def test_a_repository_that_cannot_be_used(folders, tmp_path):
-    def attempt(path, model="sd3m"):
-        with pytest.raises(rtdmd.UsageError) as error:
-            backbone_of({model: str(path)}, model)
-        return sentence(error)
-
-    for path in (tmp_path / "nowhere", "someone/model-that-is-not-cached", tmp_path):
-        text = attempt(path)
-        assert text.startswith(f"model_index.json of {path} is neither in {path} nor on the hub") and "check name" in text
-    assert "Flux2KleinPipeline" in attempt(folders["base"])
-    assert "StableDiffusion3Pipeline" in attempt(folders["sd3m"], "flux2-4b")
-    broken = tmp_path / "broken"
-    for part in ("vae", "transformer", "scheduler"):
-        shutil.copytree(folders["sd3m"], broken)
-        shutil.rmtree(broken / part)
-        assert re.match(fr"{part}/\S*config.json of {broken} is neither in", attempt(broken))
-        shutil.rmtree(broken)
-    shutil.copytree(folders["sd3m"], broken)
-    weights = broken / "transformer" / "diffusion_pytorch_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])                             # a download that stopped
-    assert f"{broken} is incomplete or damaged" in attempt(broken)
-    index = json.loads((broken / "model_index.json").read_text())
-    (broken / "model_index.json").write_text(json.dumps(index | {"text_encoder_3": [None, None]}))
-    assert "StableDiffusion3Pipeline without text_encoder_3" in attempt(broken)
-
-
-def test_missing_text_encoder_and_gated_repository(folders, tmp_path, monkeypatch):
-    broken = tmp_path / "broken"
-    shutil.copytree(folders["sd3m"], broken)
-    shutil.rmtree(broken / "text_encoder_3")
-    backbone = backbone_of({"sd3m": str(broken)}, "sd3m")
-    with pytest.raises(rtdmd.UsageError) as error:
-        backbone.encode(PROMPTS)
-    assert f"{broken} is incomplete or damaged" in sentence(error)
-
-    import huggingface_hub
-    from huggingface_hub.errors import GatedRepoError
-
-    def refuse(*args, **options):
-        raise GatedRepoError("Access to this model is restricted", response=Response())
-
-    class Response:
-        headers, status_code, text, request = {}, 403, "", None
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
-    with pytest.raises(rtdmd.UsageError) as error:
-        rtdmd.SD3Backbone(rtdmd.Config(model="sd3m", device="cpu"))
-    assert re.search("GatedRepoError.*accept the licence on https://huggingface.co/stabilityai/", sentence(error))
-
-
-def test_the_distilled_flux2_is_no_teacher(folders):
-    for path in (folders["distilled"], f"{folders['base']},{folders['distilled']}"):
-        with pytest.raises(rtdmd.UsageError) as error:
-            backbone_of({"flux2-4b": path}, "flux2-4b")
-        assert "cannot be the teacher" in sentence(error)
-    backbone = backbone_of({"flux2-4b": folders["base"]}, "flux2-4b")      # one base for both roles is fine
-    assert backbone.nets["generator"] is backbone.nets["score"]
-    pair = backbone_of(folders, "flux2-4b").nets
-    assert pair["generator"] is not pair["score"]
-
-
-def test_a_resolution_that_does_not_fit(folders):
-    for name, resolution in (("sd3m", 100), ("sd3m", 272), ("flux2-4b", 72), ("sd3m", 0)):  # pos_embed: 256
-        backbone = backbone_of(folders, name)
-        cls = type(backbone)
-        with pytest.raises(rtdmd.UsageError) as error:
-            cls(replace(backbone.cfg, resolution=resolution))
-        assert "multiple of 16" in sentence(error)
-
-
-# ---- Text cache ----
-
-class Letters:
-    """The least that a backbone must have for the cache."""
-    text_key, calls = "letters 8", 0
-
-    def encode(self, prompts):
-        self.calls += 1
-        rows = [[float(len(p)), *map(float, p.encode()[:7].ljust(7, b"\0"))] for p in prompts]
-        return {"text": torch.tensor(rows), "pooled": torch.tensor(rows)[:, :1].bfloat16()}
-
-    def free_text(self):
-        self.freed = True
-
-
-def test_text_cache(tmp_path, capsys):
-    backbone = Letters()
-    cache = rtdmd.TextCache(backbone, tmp_path)
-    prompts = [f"prompt {i}" for i in range(40)] + ["prompt 3", "ünï/..\n\0 odd"]
-    cache.prepare(prompts)
-    files = list(tmp_path.rglob("*.safetensors"))
-    assert backbone.freed and len(files) == 42 and "42 prompts" in "".join(capsys.readouterr())
-    wanted = ["prompt 3", "", "prompt 3", "ünï/..\n\0 odd"]
-    cond, truth = cache.batch(wanted, "cpu"), backbone.encode(wanted)
-    assert all(torch.equal(cond[name], truth[name]) for name in truth)
-    assert cond["pooled"].dtype == torch.bfloat16
-    assert all(path.stat().st_size < 1000 for path in files)      # no file drags its whole batch along
-
-    calls = backbone.calls
-    cache.prepare(prompts)      # nothing to do
-    assert backbone.calls == calls
-    for cut in (slice(0, 0), slice(0, 20), slice(0, -1)):      # empty, within the header, one byte short
-        path = cache.path("prompt 7")
-        path.write_bytes(path.read_bytes()[cut])
-        cache = rtdmd.TextCache(backbone, tmp_path)                   # a new process: nothing in memory
-        with pytest.raises(rtdmd.UsageError, match="cannot be read"):
-            cache.batch(["prompt 7"], "cpu")
-        cache.prepare(prompts)
-        assert torch.equal(cache.batch(["prompt 7"], "cpu")["text"], backbone.encode(["prompt 7"])["text"])
-    backbone.text_key = "letters 9"
-    assert rtdmd.TextCache(backbone, tmp_path).folder != cache.folder
-
-
-def test_text_cache_reads_ahead_each_row_once_and_keeps_the_latest(tmp_path, monkeypatch):
-    backbone, prompts = Letters(), [f"prompt {i}" for i in range(5)]
-    cache, truth, read, go = rtdmd.TextCache(backbone, tmp_path), backbone.encode(prompts), [], threading.Event()
-    cache.prepare(prompts)
-    load_file = rtdmd.load_file
-    monkeypatch.setattr(rtdmd, "load_file", lambda path: go.wait(60) and read.append(path) or load_file(path))
-    cache.keep = 3
-    cache.prefetch(prompts[:3])                 # returns although nothing can be read yet
-    assert not read and list(cache.rows) == prompts[:3]
-    go.set()
-    for wanted in ([0, 1], [2, 0, 2], [3], [2, 0]):       # the fourth row pushes out the one that was not asked for longest
-        cond = cache.batch([prompts[i] for i in wanted], "cpu")
-        assert all(torch.equal(cond[name], truth[name][wanted]) for name in truth)
-    assert read == [cache.path(prompts[i]) for i in (0, 1, 2, 3)] and list(cache.rows) == [prompts[i] for i in (3, 2, 0)]
-    assert threading.main_thread() not in cache.reader._threads
-    shutil.rmtree(cache.folder)
-    cache.prefetch(prompts)                     # a file that is not there is nobody's concern
-    assert torch.equal(cache.batch([prompts[0]], "cpu")["text"], truth["text"][:1]) and cache.keep == 5
-    with pytest.raises(rtdmd.UsageError, match="cannot be read"):       # before it is wanted
-        cache.batch(prompts, "cpu")
-
-
-@pytest.mark.parametrize("stage", [1, 2])
-def test_an_iteration_waits_for_no_text_but_the_first(stage, flags, monkeypatch):
-    """Whatever batch is asked for was prefetched an iteration before, but for "" and the panel's prompts."""
-    asked, ahead, batch, prefetch = [], [], rtdmd.TextCache.batch, rtdmd.TextCache.prefetch
-    monkeypatch.setattr(rtdmd.TextCache, "batch", lambda self, prompts, device: (asked.append((len(ahead), set(prompts))),
-                                                                             batch(self, prompts, device))[1])
-    monkeypatch.setattr(rtdmd, "read_ahead", lambda run, *more, read_ahead=rtdmd.read_ahead: (ahead.append(set()), read_ahead(run, *more))[1])
-
-    def spy(self, prompts):
-        if inspect.currentframe().f_back.f_code.co_name == "read_ahead":
-            ahead[-1] |= set(prompts)
-        return prefetch(self, prompts)
-
-    monkeypatch.setattr(rtdmd.TextCache, "prefetch", spy)
-    rtdmd.main(flags(stage, "--sample_every", 9, "--iterations", 2, "--max_prompts", 400))
-    assert len(ahead) == 2
-    for call, prompts in asked:
-        assert prompts <= ahead[0] | {""} or len(prompts) == 16 or call == 2 and prompts <= ahead[1] | {""}
-    own = set().union(*(prompts for call, prompts in asked if call == 2 and len(prompts) != 16)) - {""}
-    assert own and own <= ahead[0] & ahead[1]             # the second iteration's were known in the first
-
-
-def test_text_cache_refuses_a_full_disk_and_splits_over_ranks(tmp_path, monkeypatch):
-    monkeypatch.setattr(rtdmd.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
-    with pytest.raises(rtdmd.UsageError) as error:
-        rtdmd.TextCache(Letters(), tmp_path).prepare(["a"])
-    assert "larger disk" in sentence(error)
-    monkeypatch.undo()
-    prompts = [f"prompt {i}" for i in range(100)]
-    for rank in range(3):
-        monkeypatch.setattr(rtdmd, "dist_info", lambda: (rank, rank, 3))
-        before = len(list(tmp_path.rglob("*.safetensors")))
-        cache = rtdmd.TextCache(Letters(), tmp_path / "shared")
-        monkeypatch.setattr(cache, "has", lambda prompt: False)      # all three listed before one wrote
-        cache.prepare(prompts)
-        assert len(list(tmp_path.rglob("*.safetensors"))) - before in range(20, 49)
-    assert len(list(tmp_path.rglob("*.safetensors"))) == 101
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_text_cache_of_a_real_backbone(folders, tmp_path, name):
-    backbone = backbone_of(folders, name)
-    cache = rtdmd.TextCache(backbone, tmp_path)
-    cache.prepare(PROMPTS)
-    assert backbone.text is None
-    cond, truth = cache.batch([PROMPTS[1], ""], "cpu"), backbone.encode(["", *PROMPTS])
-    assert all(torch.equal(cond[name], truth[name][[2, 0]]) for name in truth)
-
-
-# ---- Prompts ----
-
-def written(folder, name, content):
-    path = folder / name
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return str(path)
-
+def test_mean_and_error_counts_prompts_not_pictures():
+    """Two prompts of two pictures each: the error is over the two means; nan pictures are left out."""
+    mean, error = ev.mean_and_error([1.0, 3.0, 5.0, 7.0], 2)
+    assert (mean, error) == (4.0, pytest.approx(2.0))
+    assert ev.mean_and_error([1.0, math.nan, 5.0, 7.0], 2)[0] == 3.5
+    assert math.isnan(ev.mean_and_error([math.nan], 1)[0])
+
+
+def test_frechet_and_spread_against_known_values():
+    """Two Gaussians whose distance is |m|^2 + sum (s_a - s_b)^2; points whose mean distance is known."""
+    g = rng(0)
+    a, b = torch.randn(200_000, 3, generator=g), torch.randn(200_000, 3, generator=g) * 2 + 1
+    assert abs(ev.frechet(a, b) - 6) < 0.1 and abs(ev.frechet(a, a)) < 1e-6
+    assert ev.spread(torch.tensor([[0.0], [3.0], [10.0], [10.0]]), 2) == 1.5
+
+
+# ---- Prompts
 
 GOOD = {
     "plain.txt": "a cat\na dog\n",
@@ -3219,173 +4120,83 @@ def test_known_prompts(tmp_path, monkeypatch):
     assert ev.read_prompts("tiny") == rtdmd.tiny_captions(False) and ev.read_prompts("tiny-test") == rtdmd.tiny_captions(True)
 
 
-# ---- Both stages on the real classes: from the command line to a picture by stock diffusers ----
+# -----------------------------------------------------------------------------------------------------------------
+# eval.py: reports
+# -----------------------------------------------------------------------------------------------------------------
 
-JUDGE = '''
-def vivid(images, prompts):
-    """Spread and redness: its gradient passes through the VAE's decoder."""
-    return images.flatten(1).std(1) + images[:, 0].mean((1, 2))
-vivid.differentiable = True
-'''
-REAL_FLAGS = ("--iterations 2 --batch 4 --fake_updates 2 --groups 2 --group_size 2 --micro_batch 4 --lora_rank 4 --lora_alpha 2 "
-              "--resolution 64 --device cpu --prompts prompts.txt --rewards vivid_judge:vivid --lr 1e-3 --lr_fake 1e-3")
-REAL_LENGTHS = {"sd3m": 256, "sd35m": 32, "flux2-4b": 512}     # 32 is asked for, the others are the pipelines' own
-
-
-def frozen_hashes(backbone):
-    """Hash of every weight and buffer of the base networks and the VAE, by its name in the bare network."""
-    nets = {"generator": backbone.nets["generator"], "score": backbone.nets["score"], "vae": backbone.vae}
-    return {f"{part}.{name.replace('.base_layer.', '.')}": hash(tensor.numpy().tobytes())
-            for part, net in nets.items() for name, tensor in net.state_dict().items() if ".lora_" not in name}
+@pytest.fixture(scope="module")
+def tiny_report(tmp_path_factory):
+    """eval.py on a tiny world with a teacher of ten updates and no training: its folder, and the flags that made
+    it."""
+    folder = tmp_path_factory.mktemp("eval")
+    flags = ["--run_folder", str(folder / "run"), "--cache", str(folder / "cache"), "--tiny_steps", "10", "--max_prompts", "4",
+             "--per_prompt", "2"]
+    ev.main(flags)
+    return folder, flags
 
 
-def adapter_copy(run, role):
-    return {name: p.detach().clone() for name, p in run.roles.named[role].items()}
+def test_report_has_the_contracts_rows(tiny_report):
+    """report.json: rows by name, numbers by metric, a score per picture; one grid with the same prompts in every
+    row."""
+    folder, _ = tiny_report
+    report = json.loads((folder / "run/report.json").read_text())
+    assert list(report["rows"]) == ["teacher", "teacher_cfg", "student_init"]
+    for row in report["rows"].values():
+        assert set(row) == {*ev.TINY_COLUMNS, "seconds_per_image"}
+        assert all(math.isfinite(value) for value in row.values())
+    assert len(report["scores"]["teacher"]["attributes"]) == 8 and len(report["prompts"]) == 4
+    assert Image.open(folder / "run/grid.png").size == (4 * 62, 3 * 62)
 
 
-def trained_on_small(folders, root, name):
-    """Runs both stages of a family; {stage: what was seen of the run}."""
-    (root / "vivid_judge.py").write_text(JUDGE)
-    (root / "prompts.txt").write_text("\n".join(PROMPTS + ["a green house"]))
-    seen, load, prepare = {}, rtdmd.load_backbone, rtdmd.prepare
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-
-        def load_and_hash(cfg):
-            backbone = load(cfg)
-            seen[cfg.stage] = SimpleNamespace(hashes=frozen_hashes(backbone))
-            return backbone
-
-        def prepare_and_keep(cfg):
-            run = prepare(cfg)
-            seen[cfg.stage].run = run
-            seen[cfg.stage].start = {role: adapter_copy(run, role) for role in ("generator", "fake")}
-            return run
-
-        patch.setattr(rtdmd, "load_backbone", load_and_hash)
-        patch.setattr(rtdmd, "prepare", prepare_and_keep)
-        length = ["--text_length", "32"] if name == "sd35m" else []
-        for stage in ("1", "2"):
-            rtdmd.main(["--stage", stage, "--model", name, "--pretrained", folders[name], "--out", "run", "--cache", str(root / "cache"),
-                        *REAL_FLAGS.split(), *length])
-    for stage, one in seen.items():
-        one.folder = root / f"run/stage{stage}"
-        one.checkpoint = one.folder / "checkpoint-000002"
-    return seen
+def test_untrained_student_is_the_teacher_without_steps(tiny_report):
+    """A generator with B = 0 is the teacher, and pictures depend on their key only: not on batch, order or other
+    rows."""
+    folder, flags = tiny_report
+    parsed, cfg = ev.parse(flags)
+    rows = ev.plan(parsed, cfg)
+    sampler = ev.Sampler(cfg, rows, ["a red circle", "a blue square"])
+    teacher = dict(rows["teacher"], nfe=4)
+    together = sampler.batch(teacher, ["a red circle", "a blue square"], [1, 2])
+    alone = sampler.batch(dict(teacher, role="generator"), ["a blue square"], [2])
+    close(together[1:], alone, 1e-5)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def real_run(request, folders, tmp_path_factory):
-    root = tmp_path_factory.mktemp(request.param)
-    return SimpleNamespace(name=request.param, root=root, stages=trained_on_small(folders, root, request.param))
+def test_compare_and_images_read_what_eval_writes(tiny_report, capsys):
+    """--save_images, then --images on that folder; --compare of a report with itself is 0 +- 0."""
+    folder, flags = tiny_report
+    ev.main([*flags, "--save_images"])
+    files, prompts = ev.read_folder(folder / "run/images/student_init")
+    assert len(files) == 8 and prompts[0] == prompts[1] != prompts[2]
+    report = str(folder / "run/report.json")
+    capsys.readouterr()
+    ev.main(["--compare", report, report])
+    assert "0.000+-0.000" in capsys.readouterr().out
 
 
-def test_both_stages_train_a_real_class(real_run):
-    """Finite losses and gradients, adapters that moved, a base that did not; stage 2 starts where stage 1's
-    average ended."""
-    for stage, one in real_run.stages.items():
-        rows = [json.loads(line) for line in (one.folder / "metrics.jsonl").read_text().splitlines()]
-        assert [row["iteration"] for row in rows] == [1, 2] and all(math.isfinite(v) for row in rows for v in row.values())
-        wanted = {"dsm", "consistency", "dm", "grad_generator", "grad_fake"} | ({"push_policy", "push_det", "push_dm"} if stage == 2 else set())
-        assert all(row[name] != 0 for row in rows for name in wanted) and rows[-1]["skipped"] == 0
-        for role in ("generator", "fake"):
-            now, start = adapter_copy(one.run, role), one.start[role]
-            # The last block of SD3 has a text query that nobody reads: its adapter has no gradient.
-            still = [n for n in now if torch.equal(now[n], start[n]) and "add_q_proj" not in n]
-            assert not still, still[:3]
-        assert frozen_hashes(one.run.backbone) == one.hashes and len(one.hashes) > 50
-        assert list((one.folder / "samples").glob("*.png"))
-    first, second = real_run.stages[1], real_run.stages[2]
-    average = dict(zip(first.run.roles.named["generator"], first.run.ema))
-    assert all(torch.equal(second.start["generator"][n], p) for n, p in average.items())
+def test_eval_prompt_makes_one_picture(tiny_report):
+    folder, flags = tiny_report
+    ev.main(["--prompt", "a red circle", *flags[2:6], "--out", str(folder / "one")])
+    assert Image.open(folder / "one/prompt.png").size == (62, 62)
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_a_checkpoint_is_exact_in_the_stock_pipeline(real_run, stage):
-    """load_lora_weights(folder) gives the averaged generator's velocity bit for bit, and not the raw one's or the
-    base's."""
-    one = real_run.stages[stage]
-    backbone, x, t = one.run.backbone, latents(one.run.backbone), torch.tensor([.9, .5])
-    cond, pipe = one.run.text.batch(PROMPTS, "cpu"), stock(backbone.base)
-    with torch.no_grad():
-        raw = one.run.roles.velocity("generator", x, t, cond)
-        with ev.ema_weights(one.run):
-            ours = one.run.roles.velocity("generator", x, t, cond)
-        bare = backbone.velocity(pipe.transformer, x, t, cond)
-        pipe.load_lora_weights(one.checkpoint)
-        theirs = backbone.velocity(pipe.transformer, x, t, cond)
-    assert torch.equal(theirs, ours) and not torch.equal(raw, ours) and not torch.equal(bare, ours)
+@pytest.mark.parametrize("flags, words", [
+    (["--lora", "nowhere"], "no checkpoint"), ([], "what to evaluate"), (["--teacher", "--nfe", "0"], "--nfe"),
+    (["--teacher", "--metrics", "beauty"], "beauty"),
+    (["--teacher", "--metrics", "geneval"], "FILE.jsonl"), (["--images", "nowhere"], "not a folder"), (["--compare", "a"], "2 arguments"),
+    (["--compare", "a", "b"], "report.json"), (["--teacher", "--model", "sd4"], "sd4"), (["--colour", "red"], "--colour"),
+    (["--teacher", "--prompts", "nowhere.txt"], "nowhere.txt")])
+def test_eval_refuses_in_one_sentence(flags, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        ev.main(flags)
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and words in error and "Traceback" not in error and len(error.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_a_checkpoint_says_how_to_sample(real_run, stage):
-    one, (_, info) = real_run.stages[stage], rtdmd.load_lora(real_run.stages[stage].checkpoint)
-    backbone = one.run.backbone
-    wanted = dict(model=real_run.name, base=backbone.base, stage=stage, iteration=2, steps=4, eta=0.9, shift=backbone.shift, guidance=1.0,
-                  text_length=REAL_LENGTHS[real_run.name], resolution=64, rank=4, alpha=2)
-    assert {n: info[n] for n in wanted} == wanted and info["sigmas"] == pytest.approx(timesteps(backbone)[:-1].tolist())
-
-
-def test_the_readmes_lines_give_our_picture(real_run):
-    """pipe.load_lora_weights and CPSScheduler against rtdmd.rollout, with the same noise."""
-    one = real_run.stages[2]
-    backbone, info, x = one.run.backbone, rtdmd.load_lora(one.checkpoint)[1], latents(one.run.backbone)
-    pipe = stock(backbone.base)
-    pipe.load_lora_weights(one.checkpoint)
-    pipe.scheduler = rtdmd.CPSScheduler.from_config(pipe.scheduler.config, eta=info["eta"])
-    pipe.scheduler.generator = torch.Generator().manual_seed(0)
-    theirs = image_of(pipe, x, num_inference_steps=info["steps"], guidance_scale=info["guidance"], max_sequence_length=info["text_length"])
-    packed, g, (channels, side, _) = real_run.name.startswith("flux2"), torch.Generator().manual_seed(0), backbone.latent_shape
-    noise = [torch.randn(2, side * side, channels, generator=g).transpose(1, 2).unflatten(2, (side, side)) if packed else
-             torch.randn(x.shape, generator=g) for _ in range(3)]
-    cond = one.run.text.batch(PROMPTS, "cpu")
-    with torch.no_grad(), ev.ema_weights(one.run):
-        velocity = lambda x, t: one.run.roles.velocity("generator", x, t, cond)
-        ours = backbone.decode(rtdmd.rollout(velocity, x, torch.stack(noise), one.run.times, info["eta"])[0][-1])
-    torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
-
-
-def test_eval_samples_a_real_checkpoint(real_run, folders, monkeypatch, capsys):
-    """eval.py --lora scores it, --prompt paints with it; both take the text length from the checkpoint."""
-    monkeypatch.chdir(real_run.root)
-    lengths, load = [], rtdmd.load_backbone
-    monkeypatch.setattr(rtdmd, "load_backbone", lambda cfg: lengths.append(load(cfg)) or lengths[-1])
-    base = ["--model", real_run.name, "--pretrained", folders[real_run.name], "--lora", "run/stage2", "--resolution", "64",
-            "--device", "cpu", "--cache", "cache", "--out", "eval"]
-    ev.main([*base, "--prompts", "prompts.txt", "--metrics", "vivid_judge:vivid"])
-    report = json.loads(Path("eval/report.json").read_text())
-    assert math.isfinite(report["rows"]["stage2"]["vivid_judge:vivid"]) and len(report["scores"]["stage2"]["vivid_judge:vivid"]) == 3
-    ev.main([*base, "--prompt", PROMPTS[0]])
-    assert Image.open("eval/prompt.png").size[0] >= 64
-    assert [backbone.text_length for backbone in lengths] == 2 * [REAL_LENGTHS[real_run.name]]
-
-
-@pytest.mark.parametrize("name", ["sd3m", "flux2-4b"])
-def test_adapters_are_fp32_over_a_bf16_base_and_run_as_deployed(folders, tmp_path, name):
-    """Both adapters, not only the last that PEFT made: a step of 1e-6 must move them. And what is trained is what
-    is deployed: in bf16, the stock bf16 pipeline with the exported adapter gives the training model's velocity
-    bit for bit."""
-    backbone = backbone_of(folders, name, dtype="bf16")
-    roles = rtdmd.Roles(backbone, rtdmd.Config(model=name, device="cpu", lora_rank=4, lora_alpha=2))
-    assert {p.dtype for role in ("generator", "fake") for p in roles.parameters(role)} == {torch.float32}
-    for p in roles.parameters("generator"):
-        torch.nn.init.normal_(p, std=.3, generator=rng(1))
-    x, t, cond = latents(backbone), torch.tensor([.75, .5]), backbone.encode(PROMPTS)
-    ours = roles.velocity("generator", x, t, cond)
-    ours.square().mean().backward()
-    assert all(p.grad.dtype == torch.float32 for p in roles.parameters("generator"))
-    p = roles.parameters("generator")[1]
-    before = p.detach().clone()
-    rtdmd.save_lora(tmp_path, roles.named["generator"], 4, 2, backbone.lora_targets, {})
-    torch.optim.AdamW(roles.parameters("generator"), 1e-6).step()
-    assert not torch.equal(before, p)
-    pipe = stock(backbone.base, torch_dtype=torch.bfloat16)
-    pipe.load_lora_weights(tmp_path)
-    with torch.no_grad():
-        assert torch.equal(backbone.velocity(pipe.transformer, x, t, cond), ours)
-
-
-# ---- Costs ----
+# -----------------------------------------------------------------------------------------------------------------
+# eval.py: costs (rtdmd.py --dry_run)
+# -----------------------------------------------------------------------------------------------------------------
 
 SMALL_NETS = {"sd3m": dict(rtdmd.SD3_NET, num_layers=2, num_attention_heads=2, caption_projection_dim=128),
               "flux2-4b": dict(rtdmd.K4_NET, num_layers=1, num_single_layers=1, num_attention_heads=2)}
@@ -3506,1015 +4317,19 @@ def test_a_dry_run_keeps_nothing_but_its_report(folders, tmp_path, monkeypatch, 
     assert [p.name for p in Path(f"run/stage{stage}").iterdir()] == ["dry_run.json"]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 4. Runs
-# ------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
+# eval.py: ablations, and the experiments beyond the paper
+# -----------------------------------------------------------------------------------------------------------------
+
+def test_every_row_of_the_ablations_parses():
+    """Flags that rtdmd.py knows and variants that exist; no two rows share a result file."""
+    rows = [(stage, row, words) for stage, table in ((1, ev.STAGE1_ROWS), (2, ev.STAGE2_ROWS)) for rows in table.values()
+            for row, words in rows.items()]
+    assert len({ev.result_of(Path(), row, 0) for _, row, _ in rows}) == len(rows)
+    for stage, _, words in rows:
+        rtdmd.resolve(rtdmd.parse_flags(["--stage", str(stage), *(word for word in words.split() if word[0] != "@")]))
+        assert all(word[1:] in ev.VARIANTS for word in words.split() if word[0] == "@")
 
-# Small enough for a second a run: 3 iterations, 8 boundary states or 4 groups of 3, adapters of rank 4.
-SMALL = ("--device cpu --tiny_steps 1 --max_prompts 24 --batch 8 --fake_updates 1 --groups 4 --group_size 3 "
-         "--micro_batch 6 --lora_rank 4 --lora_alpha 4 --iterations 3 --save_every 1 --keep 9 --sample_every 3").split()
-FORK = multiprocessing.get_context("forkserver")          # a process that has imported everything, and run nothing
-
-
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory):
-    """A tiny world after one update. Its gates and output, still almost zero, become random, or they would stop
-    gradients."""
-    folder = tmp_path_factory.mktemp("cache")
-    make_world(folder)
-    return folder
-
-
-def make_world(folder):
-    cfg = rtdmd.resolve(dict(model="tiny", device="cpu", tiny_steps=1, cache=str(folder)))
-    rtdmd.TinyBackbone(cfg)
-    path, g = folder / "tiny-1.safetensors", rng()
-    state = rtdmd.load_file(path)
-    for name, p in state.items():
-        if name.startswith("net.") and p.abs().max() < 1e-3:
-            state[name] = 0.5 * torch.randn(p.shape, generator=g)
-    path.write_bytes(rtdmd.safetensors_bytes(state))
-
-
-@pytest.fixture(autouse=True)
-def signals():
-    """What a run does to SIGINT and SIGTERM ends with the test."""
-    kept = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in kept.items():
-        signal.signal(number, handler)
-
-
-@pytest.fixture(scope="session")
-def begun(cache, tmp_path_factory):
-    """A finished stage 1 of 3 iterations, for stage 2 to start from. Nobody writes to it."""
-    out = tmp_path_factory.mktemp("begun")
-    rtdmd.main([*SMALL, "--stage", "1", "--cache", str(cache), "--out", str(out)])
-    return out
-
-
-@pytest.fixture
-def flags(cache, begun, tmp_path):
-    """flags(stage, *more) -> a command line that writes to tmp_path / "run"."""
-    return lambda stage, *more: small_flags(stage, cache, begun, tmp_path / "run", *more)
-
-
-def small_flags(stage, cache, begun, out, *more):
-    init = ["--init", str(begun / "stage1")] if stage == 2 else []
-    return [*SMALL, *init, "--stage", str(stage), "--cache", str(cache), "--out", str(out), *map(str, more)]
-
-
-def state_of(folder):
-    """All tensors of a checkpoint, or of the newest one below."""
-    return rtdmd.load_file(rtdmd.find_checkpoint(folder) / "state/state.safetensors")
-
-
-def rows_of(folder):
-    """metrics.jsonl without the one number that differs from run to run."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{n: v for n, v in row.items() if n != "seconds"} for row in rows]
-
-
-def bytes_differing(a, b):
-    """Bytes in which two sets of tensors differ; a missing tensor differs in all of them."""
-    raw = lambda tensor: tensor.contiguous().flatten().view(torch.uint8)
-    lost = sum((a.get(n, b.get(n))).nbytes for n in a.keys() ^ b.keys())
-    return lost + sum(int((raw(a[n]) != raw(b[n])).sum()) for n in a.keys() & b.keys())
-
-
-def same(a, b):
-    """Two run folders hold the same newest checkpoint and the same log, bit for bit."""
-    assert bytes_differing(state_of(a), state_of(b)) == 0
-    assert rtdmd.find_checkpoint(a).name == rtdmd.find_checkpoint(b).name and repr(rows_of(a)) == repr(rows_of(b))
-
-
-def nothing_in(folder):
-    """No file below, but for the lock of a run that was refused."""
-    return not [p for p in folder.rglob("*") if p.is_file() and p.name != ".lock"]
-
-
-def refused(capfd, argv, words, code=2):
-    """The run ends with this code and one sentence, the last line of stderr."""
-    capfd.readouterr()
-    with pytest.raises(SystemExit) as exit:
-        rtdmd.main(argv)
-    return one_sentence(capfd.readouterr().err, exit.value.code, words, code)
-
-
-def one_sentence(text, found, words, code=2):
-    lines = [line for line in text.replace("\r", "\n").splitlines() if line.strip()]
-    assert found == code, text
-    assert [line.startswith("rtdmd: ") for line in lines].count(True) == 1 and lines[-1].startswith("rtdmd: "), text
-    assert "Traceback" not in text and re.search(words, lines[-1]), text
-    assert lines[-1].endswith("."), text
-    return lines[-1]
-
-
-# ---- Processes ----
-
-def child(argv, env, output, before):
-    """One process of a run, in a fresh fork: `before` is a function of this file that prepares a fault or a
-    witness."""
-    os.environ.update(env, OMP_NUM_THREADS="1")
-    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    torch.set_num_threads(1)
-    tqdm.set_lock(threading.RLock())                        # tqdm's own is a semaphore that a killed process leaks
-    if before:
-        globals()[before](Path(output))
-    rtdmd.main(argv)
-
-
-def start(argv, folder, world=1, before=None):
-    """Processes of one run, as torchrun would start them; what they print goes to FOLDER/rank-0 and so on."""
-    os.environ["PYTHONPATH"] = f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}"    # for the server's import
-    FORK.set_forkserver_preload([Path(__file__).stem])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    folder.mkdir(parents=True, exist_ok=True)
-    processes = []
-    for rank in range(world):
-        env = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        args = argv, {n: str(value) for n, value in env.items()}, str(folder / f"rank-{rank}"), before
-        processes.append(FORK.Process(target=child, args=args, daemon=True))
-        processes[-1].start()
-    return processes
-
-
-def finish(processes, limit=60):
-    """Exit codes; a process that hangs is killed and fails the test."""
-    end = time.monotonic() + limit
-    for process in processes:
-        process.join(max(0, end - time.monotonic()))
-    hanging = [process for process in processes if process.is_alive()]
-    for process in hanging:
-        process.kill()
-    assert not hanging, "a process hangs"
-    return [process.exitcode for process in processes]
-
-
-def keep_rewards(output):
-    """Before a run: every (G, N) table of rewards goes to a file as well."""
-    original, tables = rtdmd.gather_groups, []
-
-    def gather_groups(rewards):
-        tables.append(original(rewards))
-        torch.save(tables, output.with_suffix(".rewards"))
-        return tables[-1]
-
-    rtdmd.gather_groups = gather_groups
-
-
-def mean_colour(images, prompts):
-    """A reward for networks that come without one: red minus blue."""
-    return images[:, 0].mean((1, 2)) - images[:, 2].mean((1, 2))
-
-
-mean_colour.differentiable = True
-
-
-@pytest.fixture(scope="session")
-def small_sd3_world(folders, tmp_path_factory):
-    """(flags, finished stage 1) of an SD3 with two blocks, a VAE and three text encoders."""
-    root = tmp_path_factory.mktemp("sd3")
-    words = "red blue tall wet loud old flat warm".split()
-    prompts = written(root, "prompts.txt", "".join(f"a {word} cat\n" for word in words))
-    common = [*SMALL, "--model", "sd3m", "--pretrained", folders["sd3m"], "--resolution", "64", "--prompts", prompts,
-              "--lr", "1e-3", "--rewards", f"{Path(__file__).stem}:mean_colour=1", "--cache", str(root / "cache")]
-    rtdmd.main([*common, "--stage", "1", "--out", str(root / "begun")])
-    return common, root / "begun"
-
-
-@pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("model", ["tiny", "sd3m"])
-def test_processes_and_micro_batches_change_nothing(model, stage, flags, tmp_path, request):
-    """1, 2 and 4 processes and any micro-batch are one run, but for the order of fp32 sums.
-
-    Tolerances. A gradient is a sum of some 10^3 terms of either sign, 10 to 100 times larger than what is left
-    (advantages cancel): another order costs about 10^3^.5 * 6e-8 * 100 = 2e-4 of its largest component. Adam's
-    first moments after one iteration are that gradient: 5e-4 is allowed, where a lost sample or a mean of means
-    makes 1e-1. Adam divides by the gradient's size, so a component close to its rounding error may move by a part
-    of lr = 1e-3; the others agree like gradients: 99 % of all weights within 1e-6, a thousandth of one update,
-    and all within a tenth (seen: 3e-8 and 6e-7). Rewards before the first update come from the same weights and
-    noise: equal to the last bit, for every trajectory, where the same four go through the network together
-    (--micro_batch 1); another shape may round differently.
-    """
-    base = None
-    if model == "sd3m":
-        common, begun = request.getfixturevalue("small_sd3_world")
-    for world, micro in ((1, 1), (2, 1), (4, 6)) if model == "tiny" else ((1, 1), (2, 5), (4, 1)):
-        more = f"--group_size 4 --sample_every 9 --micro_batch {micro}".split()
-        out = tmp_path / f"{world}-{micro}"
-        if model == "sd3m":
-            argv = [*common, "--stage", str(stage), *(["--init", str(begun / "stage1")] if stage == 2 else [])]
-        else:
-            argv = flags(stage)
-        argv += ["--out", str(out), *more]
-        assert finish(start(argv, out / "log", world, "keep_rewards")) == [0] * world
-        states = [state_of(out / f"stage{stage}/checkpoint-{n:06d}") for n in (1, 3)]
-        rewards = torch.load(out / "log/rank-0.rewards") if stage == 2 else []
-        base = base or (states, rewards)
-        for n, other in base[0][0].items():
-            if "exp_avg" in n and not n.endswith("sq"):
-                assert (states[0][n] - other).abs().max() <= 5e-4 * other.abs().max(), (world, micro, n)
-        weights = [n for n in states[1] if not n.startswith("adam")]
-        differences = torch.cat([(states[1][n] - base[0][1][n]).abs().flatten() for n in weights])
-        assert differences.quantile(0.99) < 1e-6 and differences.max() < 1e-4, (world, micro)
-        for a, b in zip(rewards[:1], base[1]):
-            assert torch.equal(a, b) if micro == 1 else torch.allclose(a, b, rtol=0, atol=1e-6)
-
-
-def test_processes_that_differ_are_refused(flags, tmp_path):
-    """Another seed, or a folder that one node does not see: the gradients would be added up all the same."""
-    assert finish(start(flags(1), tmp_path / "log", 2, "another_seed")) == [2, 2]
-    for rank in (0, 1):
-        one_sentence((tmp_path / f"log/rank-{rank}").read_text(), 2, "processes differ")
-    assert nothing_in(tmp_path / "run")
-
-
-def another_seed(output):
-    """Before a run: rank 1 is started with another seed."""
-    original = rtdmd.resolve
-    rtdmd.resolve = lambda given: original({**given, "seed": rtdmd.dist_info()[0]})
-
-
-# ---- Resuming ----
-
-def stop_after(monkeypatch, iteration, number=signal.SIGTERM):
-    """The run gets a signal while this iteration ends."""
-    original = rtdmd.record
-
-    def record(run, row):
-        if run.done == iteration:
-            os.kill(os.getpid(), number)
-        return original(run, row)
-
-    monkeypatch.setattr(rtdmd, "record", record)
-
-
-@pytest.mark.parametrize("stage, iteration", [(1, 1), (1, 2), (2, 1), (2, 2)])
-def test_a_stopped_run_goes_on_bit_for_bit(stage, iteration, flags, tmp_path, monkeypatch):
-    rtdmd.main(flags(stage, "--out", tmp_path / "whole"))
-    stop_after(monkeypatch, iteration)
-    rtdmd.main(flags(stage, "--save_every", 50))                    # SIGTERM: returns, having saved
-    assert [p.name for p in rtdmd.list_checkpoints(tmp_path / f"run/stage{stage}")] == [f"checkpoint-{iteration:06d}"]
-    monkeypatch.undo()
-    with open(tmp_path / f"run/stage{stage}/metrics.jsonl", "a") as file:
-        file.write('{"iteration": 3, "dm": 1.0, "seconds": 1.0}\n{"iteration": 4, "d')     # what a kill leaves
-    rtdmd.main(flags(stage))
-    same(tmp_path / f"whole/stage{stage}", tmp_path / f"run/stage{stage}")
-    state = state_of(tmp_path / f"run/stage{stage}")
-    assert {n.split(".")[0] for n in state} == {"generator", "fake", "ema", "adam"}
-    assert all(p.dtype == torch.float32 for p in state.values())
-
-
-def cut(path):
-    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
-
-
-def flip(path):
-    data = bytearray(path.read_bytes())
-    data[-9] ^= 1
-    path.write_bytes(data)
-
-
-@pytest.fixture(scope="session")
-def four(cache, tmp_path_factory):
-    """A stage 1 of four iterations, never stopped."""
-    out = tmp_path_factory.mktemp("four")
-    rtdmd.main(small_flags(1, cache, None, out, "--iterations", 4))
-    return out / "stage1"
-
-
-FILES = [rtdmd.LORA_FILE, "state/state.safetensors", "state/run.json", "state/manifest.json"]
-
-
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("damage", [cut, Path.unlink, flip])
-def test_a_damaged_newest_checkpoint_is_passed_over(name, damage, begun, four, flags, tmp_path, capfd):
-    shutil.copytree(begun, tmp_path / "run")
-    damage(tmp_path / "run/stage1/checkpoint-000003" / name)
-    rtdmd.main(flags(1, "--iterations", 4, "--keep", 1))
-    text = capfd.readouterr().err
-    assert re.search(r"checkpoint-000003 is damaged.*older", text) and "Resumed" in text and "2 iterations are done" in text
-    assert bytes_differing(state_of(tmp_path / "run/stage1"), state_of(four)) == 0
-    assert [p.name for p in rtdmd.list_checkpoints(tmp_path / "run/stage1")] == ["checkpoint-000004"]
-
-
-def test_a_damaged_newer_one_does_not_push_out_the_whole_one(begun, flags, tmp_path, monkeypatch):
-    """--keep 1, and the run ends before it reaches the damaged number again."""
-    shutil.copytree(begun, tmp_path / "run")
-    cut(tmp_path / "run/stage1/checkpoint-000003" / FILES[1])
-    shutil.rmtree(tmp_path / "run/stage1/checkpoint-000002")
-    stop_after(monkeypatch, 2)
-    rtdmd.main(flags(1, "--keep", 1))
-    assert rtdmd.find_checkpoint(tmp_path / "run/stage1").name == "checkpoint-000002"
-
-
-def test_checkpoints_are_kept_by_number(flags, tmp_path):
-    rtdmd.main(flags(1, "--iterations", 5, "--keep", 2))
-    (tmp_path / "run/stage1/checkpoint-best").mkdir()
-    assert [p.name for p in rtdmd.list_checkpoints(tmp_path / "run/stage1")] == ["checkpoint-000005", "checkpoint-000004"]
-    assert not [p for p in tmp_path.rglob("*.partial")]
-
-
-def test_a_changed_setting_is_refused_with_the_differences(begun, flags, tmp_path, capfd):
-    shutil.copytree(begun, tmp_path / "run")
-    before = snapshot(tmp_path)
-    text = refused(capfd, flags(1, "--gamma", .5, "--lr", 1e-4, "--keep", 3), "other settings")
-    assert "gamma 0.01 -> 0.5; " in text and "lr 0.001 -> 0.0001)" in text and "keep" not in text
-    prompts = written(tmp_path, "p.txt", "a red circle\n")
-    refused(capfd, flags(1, "--prompts", prompts), "prompts '24 prompts, .*' -> '1 prompts")
-    assert before == {n: v for n, v in snapshot(tmp_path).items() if n != "p.txt"}
-    rtdmd.main(flags(1, "--gamma", .5, "--force_resume", "--iterations", 4))
-    assert rows_of(tmp_path / "run/stage1")[-1]["iteration"] == 4
-
-
-def test_a_checkpoint_of_another_version(begun, flags, tmp_path, capfd):
-    """Whole by its digests, and yet without what is asked for."""
-    shutil.copytree(begun, tmp_path / "run")
-    for content in ("{}", "[]", '{"config": 3, "prompts": 4}', '{"config": {}, "prompts": "?"}'):
-        for folder in rtdmd.list_checkpoints(tmp_path / "run/stage1"):
-            (folder / FILES[2]).write_text(content)
-            (folder / FILES[3]).write_text(json.dumps(rtdmd.digests(folder)))
-        refused(capfd, flags(1), "not of this version|other settings")
-    refused(capfd, flags(1, "--force_resume"), "not of this version.*iteration")
-    for content in ("[]", "[1]", '"x"', "{}", '{"other": 1}'):
-        (tmp_path / "run/stage1/checkpoint-000003" / FILES[3]).write_text(content)
-        assert rtdmd.find_checkpoint(tmp_path / "run/stage1").name == "checkpoint-000002"
-
-
-def test_stage_2_resumes_without_stage_1(begun, flags, tmp_path):
-    shutil.copytree(begun, tmp_path / "init")
-    rtdmd.main([*flags(2), "--init", str(tmp_path / "init/stage1"), "--iterations", "1"])
-    shutil.rmtree(tmp_path / "init")
-    rtdmd.main([*flags(2), "--init", str(tmp_path / "init/stage1"), "--iterations", "2"])
-    assert rows_of(tmp_path / "run/stage2")[-1]["iteration"] == 2
-
-
-# ---- Faults ----
-
-def wait_for(path, processes=(), limit=60):
-    end = time.monotonic() + limit
-    while not (path.exists() and path.stat().st_size):
-        assert time.monotonic() < end and all(p.is_alive() for p in processes), f"no {path}"
-        time.sleep(0.02)
-
-
-def slow(output, seconds=0.25):
-    """Before a run: iterations take a while."""
-    original = rtdmd.record
-
-    def record(run, row):
-        text = original(run, row)
-        time.sleep(seconds)
-        return text
-
-    rtdmd.record = record
-
-
-def very_slow(output):
-    slow(output, 60)
-
-
-def test_two_runs_on_one_folder(flags, tmp_path, capfd):
-    processes = start(flags(1), tmp_path / "log", before="slow")
-    wait_for(tmp_path / "run/stage1/metrics.jsonl", processes)
-    refused(capfd, flags(1), "Another run is writing")
-    assert finish(processes) == [0]
-    rtdmd.main(flags(1, "--iterations", 4))                        # the lock went with the process, and goes with main
-    rtdmd.main(flags(1, "--iterations", 5))
-    assert len(rows_of(tmp_path / "run/stage1")) == 5
-
-
-@pytest.mark.parametrize("numbers, world", [([signal.SIGTERM], 1), ([signal.SIGINT], 1), ([signal.SIGTERM] * 2, 1),
-                                            ([signal.SIGTERM], 2)])
-def test_a_signal_ends_the_run_with_a_checkpoint(numbers, world, flags, tmp_path):
-    """A second SIGTERM changes nothing: a cluster signals everybody, and torchrun passes it on."""
-    folder = tmp_path / "run/stage1"
-    processes = start(flags(1, "--iterations", 100, "--save_every", 100), tmp_path / "log", world, "slow")
-    wait_for(folder / "metrics.jsonl", processes)
-    for number in numbers:
-        os.kill(processes[-1].pid, number)                   # of two processes the second alone: both end together
-        time.sleep(0.05)
-    assert finish(processes) == [0] * world
-    rows = rows_of(folder)
-    assert rtdmd.find_checkpoint(folder).name == f"checkpoint-{len(rows):06d}" and len(rows) < 10
-    assert "Stopped by a signal" in (tmp_path / "log/rank-0").read_text()
-
-
-def test_a_second_interrupt_ends_at_once(flags, tmp_path):
-    processes = start(flags(1), tmp_path / "log", before="very_slow")
-    wait_for(tmp_path / "run/stage1/metrics.jsonl", processes)
-    for _ in range(2):
-        os.kill(processes[0].pid, signal.SIGINT)
-        time.sleep(0.1)
-    assert finish(processes, 5) == [-signal.SIGINT]
-
-
-def die_in_the_second(output):
-    """Before a run: rank 1 is killed in its second iteration, unless it was before."""
-    original, marker = rtdmd.update_ema, output.with_suffix(".died")
-
-    def update_ema(run):
-        if run.done == 1 and rtdmd.dist_info()[0] == 1 and not marker.exists():
-            marker.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        original(run)
-
-    rtdmd.update_ema = update_ema
-
-
-def test_one_rank_that_dies_ends_the_others(flags, tmp_path):
-    codes = finish(start(flags(1), tmp_path / "log", 2, "die_in_the_second"), 30)
-    assert codes[1] == -signal.SIGKILL and codes[0] not in (0, None)
-    assert rtdmd.find_checkpoint(tmp_path / "run/stage1").name == "checkpoint-000001"
-    assert finish(start(flags(1), tmp_path / "log", 2)) == [0, 0]                    # what torchrun's restart does
-    assert len(rows_of(tmp_path / "run/stage1")) == 3
-
-
-@contextlib.contextmanager
-def quota(size):
-    """No file may grow beyond size bytes: writes fail as on a full disk."""
-    kept = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, kept[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, kept)
-
-
-@pytest.mark.parametrize("size", [60_000, 260_000])      # too small for the copy of the source, for the checkpoint
-def test_a_full_disk(size, flags, tmp_path, capfd):
-    rtdmd.main(flags(1, "--sample_every", 1, "--out", tmp_path / "whole"))
-    rtdmd.main(flags(1, "--sample_every", 1, "--iterations", 1))
-    kept = tmp_path / "run/stage1/checkpoint-000001"
-    assert (kept / FILES[1]).stat().st_size > 260_000 > Path(rtdmd.__file__).stat().st_size > 60_000
-    before = snapshot(kept)
-    with quota(size):
-        refused(capfd, flags(1, "--sample_every", 1), "Cannot write .*: make room")
-    assert before == snapshot(kept) and rtdmd.list_checkpoints(tmp_path / "run/stage1") == [kept]
-    assert not [p for p in tmp_path.rglob(".*.partial") if p.is_file()]
-    rtdmd.main(flags(1, "--sample_every", 1))
-    same(tmp_path / "whole/stage1", tmp_path / "run/stage1")
-
-
-def test_folders_that_cannot_be_written(flags, tmp_path, capfd, monkeypatch):
-    file = Path(written(tmp_path, "file", "x"))
-    refused(capfd, flags(1, "--out", file / "run"), "Not a directory: .*run.*choose another folder")
-    refused(capfd, flags(1, "--out", "/proc/run"), "/proc/run")
-    refused(capfd, flags(1, "--out", tmp_path / ("x" * 300)), "File name too long")
-    refused(capfd, flags(1, "--cache", file), "Cannot write|Not a directory")
-
-    def read_only(path, *args, **kwargs):
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr(Path, "mkdir", read_only)               # root may write anywhere, so the refusal is played
-    refused(capfd, flags(1), "Permission denied: .*run.*choose another folder")
-    file.unlink()
-    assert nothing_in(tmp_path)
-
-
-def test_truncated_caches(cache, flags, tmp_path, capfd):
-    """A text embedding is made anew; a tiny world takes minutes, so its owner decides."""
-    shutil.copytree(cache, tmp_path / "cache")
-    rtdmd.main(flags(1, "--cache", tmp_path / "cache", "--sample_every", 1, "--iterations", 1))
-    for path in (tmp_path / "cache/text").rglob("*.safetensors"):
-        cut(path)
-    rtdmd.main(flags(1, "--cache", tmp_path / "cache", "--sample_every", 1))
-    rtdmd.main(flags(1, "--sample_every", 1, "--out", tmp_path / "whole"))
-    same(tmp_path / "run/stage1", tmp_path / "whole/stage1")
-    cut(tmp_path / "cache/tiny-1.safetensors")
-    refused(capfd, flags(1, "--cache", tmp_path / "cache"), "tiny-1.safetensors is damaged.*delete")
-
-
-# ---- Numbers that are none ----
-
-def spoil(name, when, value=math.nan):
-    """A function of rtdmd.py whose result is multiplied by value wherever `when()` is true."""
-    original = getattr(rtdmd, name)
-    return lambda *args, **options: original(*args, **options) * (value if when() else 1.0)
-
-
-SOURCES = {                 # function, what the log names, which adapter is left alone, stage
-    "dm": ("dmd_loss", "generator", 1), "dsm": ("ambient_dsm_loss", "fake", 1), "consistency": ("reverse_step", "fake", 1),
-    "reward_attributes": ("score", "generator", 2),
-}
-
-
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_number_that_is_none_skips_the_step(source, value, flags, tmp_path, monkeypatch, capfd):
-    name, role, stage = SOURCES[source]
-    rows = tmp_path / f"run/stage{stage}/metrics.jsonl"
-    monkeypatch.setattr(rtdmd, name, spoil(name, lambda: rows.exists() and rows.read_text().count("\n") == 1, value))
-    rtdmd.main(flags(stage, "--watch", ""))
-    assert re.search(f"Iteration 2: the {role}'s gradient is not finite .*{source}.* is skipped", capfd.readouterr().err)
-    first, second, third = (state_of(tmp_path / f"run/stage{stage}/checkpoint-{n:06d}") for n in (1, 2, 3))
-    assert all(p.isfinite().all() for p in third.values())
-    for kind, of in (("generator.", "generator"), ("ema.", "generator"), ("adam.generator.", "generator"),
-                     ("fake.", "fake"), ("adam.fake.", "fake")):
-        moved = lambda a, b: any(not torch.equal(p, b[n]) for n, p in a.items() if n.startswith(kind))
-        assert moved(first, second) is (of != role) and moved(second, third), kind
-    assert [row["skipped"] for row in rows_of(rows.parent)] == [0, 1, 1]
-
-
-def nan_on_rank_1(output):
-    """Before a run: rank 1's matching loss is nan in the second iteration."""
-    rows = output.parents[1] / "run/stage1/metrics.jsonl"
-    rtdmd.dmd_loss = spoil("dmd_loss", lambda: rtdmd.dist_info()[0] == 1 and rows.read_text().count("\n") == 1)
-
-
-def test_all_processes_skip_together(flags, tmp_path):
-    assert finish(start(flags(1), tmp_path / "log", 2, "nan_on_rank_1")) == [0, 0]
-    text = (tmp_path / "log/rank-0").read_text()
-    assert re.search("Iteration 2: the generator's gradient is not finite .dm.; ", text)
-    assert [row["skipped"] for row in rows_of(tmp_path / "run/stage1")] == [0, 1, 1]
-
-
-@pytest.mark.parametrize("name, stage", [("dmd_loss", 1), ("score", 2), ("ambient_dsm_loss", 1)])
-def test_a_run_without_numbers_stops(name, stage, flags, tmp_path, monkeypatch, capfd):
-    """Although the other adapter goes on well in between."""
-    monkeypatch.setattr(rtdmd, name, spoil(name, lambda: True))
-    argv = flags(stage, "--max_bad_steps", 2, "--watch", "")
-    text = refused(capfd, argv, "2 updates of the .* in a row were not finite", code=1)
-    assert {"dmd_loss": "(dm)", "score": "reward_attributes", "ambient_dsm_loss": "(dsm)"}[name] in text
-
-
-# ---- Roles ----
-
-def tiny_roles(cache, **options):
-    cfg = rtdmd.resolve(dict(model="tiny", device="cpu", tiny_steps=1, cache=str(cache), lora_rank=4, **options))
-    backbone, g = rtdmd.TinyBackbone(cfg), rng(3)
-    x, t = torch.randn(6, *backbone.latent_shape, generator=g), torch.rand(6, generator=g)
-    cond = backbone.encode(rtdmd.tiny_captions()[20:26])
-    with torch.no_grad():
-        base = backbone.velocity(backbone.nets["score"], x, t, cond)
-    return rtdmd.Roles(backbone, cfg), x, t, cond, base
-
-
-def shake(roles, role, seed=0):
-    for p in roles.parameters(role):
-        p.data += 0.3 * torch.randn(p.shape, generator=rng(seed))
-
-
-def test_three_roles_on_one_base(cache):
-    roles, x, t, cond, base = tiny_roles(cache)
-    look = torch.no_grad()(lambda role: roles.velocity(role, x, t, cond))
-    assert all(torch.equal(look(role), base) for role in ("generator", "fake", "teacher"))        # B = 0
-    shake(roles, "generator")
-    fake = look("fake")
-    assert torch.equal(look("teacher"), base) and torch.equal(fake, base) and not torch.equal(look("generator"), base)
-    generator = look("generator")
-    shake(roles, "fake", 1)
-    assert torch.equal(look("teacher"), base) and torch.equal(look("generator"), generator)
-    assert not torch.equal(look("fake"), fake)
-    assert all(len(roles.parameters(role)) == 2 * len(roles.backbone.lora_targets) for role in ("generator", "fake"))
-
-
-@pytest.mark.parametrize("checkpointing, compiled", [(False, False), (True, False), (True, True)])
-def test_gradients_survive_the_other_roles(cache, checkpointing, compiled, monkeypatch):
-    """A teacher and a fake pass between the generator's forward and backward change no bit of its gradient."""
-    compile_net, gradients = nn.Module.compile, []
-    monkeypatch.setattr(nn.Module, "compile", lambda net: compile_net(net, backend="aot_eager"))      # without a compiler
-    for between in ((), ("teacher", "fake")):
-        roles, x, t, cond, _ = tiny_roles(cache, checkpointing=checkpointing, compile=compiled)
-        roles.nets["generator"].train()                         # diffusers checkpoints whenever gradients are on
-        shake(roles, "generator")
-        shake(roles, "fake", 1)
-        v = roles.velocity("generator", x, t, cond)
-        with torch.no_grad():
-            for role in between:
-                roles.velocity(role, x, t, cond)
-        v.square().mean().backward()
-        gradients.append([p.grad for p in roles.parameters("generator")])
-        assert all(p.grad is None for p in roles.parameters("fake"))
-    assert all(torch.equal(a, b) for a, b in zip(*gradients))
-    assert sum(bool(a.any()) for a in gradients[0]) >= len(gradients[0]) - 2      # the last block drops the text's query
-    if checkpointing:
-        plain = tiny_roles(cache)[0]
-        shake(plain, "generator")
-        plain.velocity("generator", x, t, cond).square().mean().backward()
-        pairs = zip(gradients[0], plain.parameters("generator"))
-        assert all(torch.allclose(a, p.grad, rtol=1e-4, atol=1e-7) for a, p in pairs)
-
-
-def test_everything_that_learns_is_fp32_over_a_bf16_base(small_sd3_world, tmp_path):
-    common, _ = small_sd3_world
-    run = rtdmd.prepare(rtdmd.resolve(rtdmd.parse_flags([*common, "--dtype", "bf16", "--out", str(tmp_path), "--iterations", "1"])))
-    rtdmd.stage1(run)
-    assert {p.dtype for n, p in run.roles.nets["teacher"].named_parameters() if "lora" not in n} == {torch.bfloat16}
-    learnt = [p for role in run.optimizers for p in run.roles.parameters(role)]
-    moments = [m for optimizer in run.optimizers.values() for state in optimizer.state.values() for m in state.values()]
-    assert len(moments) == 3 * len(learnt) and {p.dtype for p in [*learnt, *moments, *run.ema]} == {torch.float32}
-    assert {p.dtype for p in state_of(tmp_path / "stage1").values()} == {torch.float32}
-
-
-# ---- Ratio ----
-
-def test_the_ratio_is_exactly_one_before_the_first_update(flags, monkeypatch):
-    """Then the second epoch's is not, and the clip acts: gradients of samples beyond it vanish."""
-    seen, original = [], rtdmd.subgrpo_loss
-
-    def subgrpo_loss(log_prob, old, advantages, steps, clip):
-        seen.append((log_prob.detach(), old, advantages))
-        return original(log_prob, old, advantages, steps, clip)
-
-    monkeypatch.setattr(rtdmd, "subgrpo_loss", subgrpo_loss)
-    rtdmd.main(flags(2, "--inner_epochs", 2, "--iterations", 1, "--micro_batch", 12))
-    first, second = seen[:2], seen[2:]                          # M = 2 slots, 12 trajectories in each
-    assert len(second) == 2 and sum(len(log_prob) for log_prob, _, _ in first) == 24
-    assert all((log_prob - old).exp().eq(1.0).all() for log_prob, old, _ in first)
-    clipped = 0
-    for log_prob, old, advantages in second:
-        log_prob.requires_grad_()
-        ratio = (log_prob - old).detach().exp()[:, 0]
-        gradient, = torch.autograd.grad(original(log_prob, old, advantages, 4, 1e-5), log_prob)
-        beyond = ((ratio - 1) * advantages.sign() > 1e-5)
-        assert (gradient[beyond] == 0).all() and (gradient[~beyond & (advantages != 0)] != 0).all()
-        clipped += int(beyond.sum())
-    assert clipped > 0
-
-
-# ---- Ablations ----
-
-ABLATIONS = ["1 --gamma 0", "1 --eta 0", "1 --eta .5", "1 --eta 1", "1 --kernel cps", "1 --consistency_times schedule",
-             "1 --renoise paper", "1 --renoise dmd2", "1 --recipe official --lora_rank 4 --lora_alpha 4", "1 --guidance 1",
-             "2 --gamma 0", "2 --eta .5", "2 --eta 1", "2 --eta 0 --no_policy", "2 --subset_size 1", "2 --subset_size 3",
-             "2 --independent_noise", "2 --share_initial", "2 --no_det", "2 --no_dmd", "2 --no_policy", "2 --kernel cps",
-             "2 --consistency_times schedule", "2 --renoise paper", "2 --renoise dmd2", "2 --advantage_std none",
-             "2 --advantage_std global", "2 --dm_steps last", "2 --log_prob unscaled", "2 --inner_epochs 2",
-             "2 --recipe official --lora_rank 4 --lora_alpha 4", "2 --rewards strict=1,attributes=-.5", "2 --checkpointing"]
-
-
-@pytest.mark.parametrize("switch", ABLATIONS)
-def test_every_switch_runs(switch, flags, tmp_path):
-    stage, *more = switch.split()
-    rtdmd.main(flags(int(stage), *more, "--iterations", 2))
-    states = [state_of(folder) for folder in rtdmd.list_checkpoints(tmp_path / f"run/stage{stage}")]
-    assert len(states) == 2 and all(p.isfinite().all() for p in states[0].values())
-    for role in ("generator.", "fake.", "ema."):
-        moved = [not torch.equal(p, states[1][n]) for n, p in states[0].items() if n.startswith(role)]
-        assert sum(moved) >= len(moved) - 2, role               # the last block makes no use of the text's query
-    assert all(math.isfinite(v) for row in rows_of(tmp_path / f"run/stage{stage}") for v in row.values())
-
-
-def test_every_step_is_matched_equally_often():
-    """Stage 2: the step k of a trajectory's matching term, over S and the draw, is uniform over 1..K."""
-    K, n = 4, 40_000
-    for M in (1, 2, 3):
-        cfg, g, counts = SimpleNamespace(steps=K, subset_size=M, no_dmd=False, dm_steps="all"), rng(M), [0] * (K + 1)
-        for slot in rtdmd.matched_slots(cfg, torch.rand(n, generator=g).tolist()):
-            S = rtdmd.choose_steps(K, M, g)
-            counts[K if slot == M else int(S[slot])] += 1
-        chi = sum((c - n / K) ** 2 / (n / K) for c in counts[1:])
-        assert counts[0] == 0 and chi < 16.3, counts            # 3 degrees of freedom: p = .001
-    assert rtdmd.matched_slots(SimpleNamespace(no_dmd=False, dm_steps="last", subset_size=2), [0.1, 0.9]) == [2, 2]
-    assert rtdmd.matched_slots(SimpleNamespace(no_dmd=True), [0.1, 0.9]) == [-1, -1]
-
-
-# ---- Bad input ----
-
-def snapshot(folder):
-    """Every file and its content."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-WRONG = [line.split(" | ") for line in r"""
-1 --stage 3 | unknown: take one of 1, 2
-1 --stage two | invalid int
-1 --stage | expected one argument
-1 --model sdxl | --model sdxl is unknown
-1 --model | expected one argument
-1 --recipe mine | --recipe mine is unknown
-1 --iteration 3 | unrecognized arguments
-1 --leraning_rate 3 | unrecognized arguments
-1 extra | unrecognized arguments: extra
-1 --no_det=1 | ignored explicit argument
-1 --seed 1.5 | invalid int
-1 --seed -1 | at least 0
-1 --iterations -5 | at least 1
-1 --eta 1.5 | at most 1
-1 --eta -.1 | at least 0
-1 --eta nan | finite
-1 --gamma inf | finite
-1 --gamma -1 | at least 0
-1 --lr -1 | at least 0
-1 --lr fast | invalid float
-1 --lr_fake nan | finite
-1 --grad_clip 0 | above 0
-1 --clip 0 | above 0
-1 --delta 0 | above 0
-1 --delta 2 | at most 1
-1 --ema 1.01 | at most 1
-1 --steps 1 | at least 2
-1 --batch 7 | multiple of --steps
-1 --batch 0 | at least 1
-1 --fake_updates -1 | at least 1
-1 --micro_batch 0 | at least 1
-1 --keep 0 | at least 1
-1 --save_every 0 | at least 1
-1 --sample_every 0 | at least 1
-1 --max_bad_steps 0 | at least 1
-1 --max_prompts 0 | at least 1
-1 --tiny_steps 0 | at least 1
-1 --lora_rank 0 | at least 1
-1 --lora_alpha 0 | at least 1
-1 --resolution 0 | at least 8
-1 --weight_decay -.1 | at least 0
-1 --guidance nan | finite
-1 --dtype fp16 | take one of 'bf16', 'fp32'
-1 --dtype float | take one of
-1 --device tpu | unknown: take cuda, cpu
-1 --device meta | only counts
-1 --kernel gauss | take one of 'posterior', 'cps'
-1 --renoise yes | take one of
-1 --advantage_std batch | take one of
-1 --watch nonsense | no reward is called 'nonsense'
-1 --rewards nonsense | no reward is called 'nonsense'
-2 --rewards attributes=0 | other than 0
-2 --rewards attributes=x | finite number
-2 --rewards attributes,attributes | no name named twice
-2 --rewards no_such_module:score | No module
-2 --group_size 1 | at least 2
-2 --groups 0 | at least 1
-2 --subset_size 0 | at least 1
-2 --subset_size 4 | only 3
-2 --std_floor -1 | at least 0
-2 --inner_epochs 0 | at least 1
-2 --eta 0 | no stochastic step
-2 --no_policy --no_det --no_dmd | nothing to train
-2 --lora_rank 8 | lora_rank 4 -> 8
-2 --lora_alpha 8 | lora_alpha 4 -> 8
-2 --init TMP/nothing | No stage-1 checkpoint
-2 --init TMP/file | No stage-1 checkpoint
-2 --init TMP/cut/checkpoint-000003 | No stage-1 checkpoint
-2 --init TMP/other | model 'sd3m' -> 'tiny'
-2 --init TMP/bare | not of this version
-1 --out TMP/file/run | Not a directory
-1 --prompts TMP/nothing.txt | cannot be read|No such file
-1 --prompts TMP | cannot be read|none of .txt|Is a directory
-1 --prompts TMP/empty.txt | holds no prompt
-1 --prompts TMP/latin.txt | line 2
-1 --prompts TMP/nul.txt | line 2.*NUL
-1 --prompts TMP/long.txt | up to 20,000
-1 --prompts TMP/broken.jsonl | line 1
-1 --prompts TMP/sentence.txt | tiny world (does not know|cannot draw)
-1 --prompts TMP/what.docx | none of .txt
-1 --model sd3m --pretrained TMP/nothing --resolution 64 --prompts TMP/good.txt --rewards WORLD:mean_colour | neither in .* nor on the hub
-1 --model sd3m --pretrained TMP/cut --resolution 64 --prompts TMP/good.txt --rewards WORLD:mean_colour | model_index.json of .* is neither in
-""".strip().splitlines()]
-
-
-@pytest.fixture(scope="session")
-def wrong_files(begun, tmp_path_factory):
-    root = tmp_path_factory.mktemp("wrong")
-    contents = {"file": "x", "good.txt": "a cat\n", "empty.txt": "\n \n", "latin.txt": b"a red circle\nna\xefve\n",
-                "nul.txt": b"a red circle\na\x00\n", "long.txt": "x" * 1_000_000, "broken.jsonl": '{"prompt": \n',
-                "sentence.txt": "a cat\n", "what.docx": "x"}
-    for name, content in contents.items():
-        written(root, name, content)
-    shutil.copytree(begun / "stage1", root / "cut")
-    cut(root / "cut/checkpoint-000003" / FILES[1])
-    for name, edit in (("other", lambda saved: saved["config"].update(model="sd3m")), ("bare", lambda saved: saved.clear())):
-        folder = root / name / "checkpoint-000003"
-        shutil.copytree(begun / "stage1/checkpoint-000003", folder)
-        saved = json.loads((folder / FILES[2]).read_text())
-        edit(saved)
-        (folder / FILES[2]).write_text(json.dumps(saved))
-        (folder / FILES[3]).write_text(json.dumps(rtdmd.digests(folder)))
-    return root
-
-
-@pytest.mark.parametrize("line, words", WRONG, ids=[line for line, _ in WRONG])
-def test_wrong_input_is_one_sentence(line, words, flags, wrong_files, cache, tmp_path, capfd):
-    stage, *more = line.replace("TMP", str(wrong_files)).replace("WORLD", Path(__file__).stem).split()
-    before = snapshot(wrong_files), snapshot(cache)
-    refused(capfd, flags(int(stage), *more), words)
-    assert before == (snapshot(wrong_files), snapshot(cache)) and nothing_in(tmp_path)
-
-
-def test_other_wrong_input(flags, tmp_path, capfd, monkeypatch):
-    argv = ["--stage", "2", "--device", "cpu", "--out", str(tmp_path / "none")]
-    refused(capfd, argv, "No stage-1 checkpoint at .*none/stage1")
-    refused(capfd, flags(2, "--rewards", ""), "write name=weight|no name")
-    refused(capfd, flags(1, "--prompts", ""), "none of .txt|cannot be read|Is a directory")
-    if not torch.cuda.is_available():
-        refused(capfd, flags(1, "--device", "cuda"), "sees 0 here")
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    refused(capfd, flags(2), "--groups 4 does not split over 3 processes: take 6")
-    assert nothing_in(tmp_path)
-
-
-def test_zero_is_the_stages_own(flags):
-    own = rtdmd.resolve(dict(model="tiny", device="cpu"))
-    assert rtdmd.resolve(dict(model="tiny", device="cpu", lr=0.0, lr_fake=0.0, iterations=0, fake_updates=0)) == own
-    assert (own.lr, own.iterations, own.dtype) == (1e-3, 150, "fp32")
-
-
-def test_duplicate_prompts_are_one(flags, tmp_path, capfd):
-    prompts = written(tmp_path, "p.txt", "a red circle\na red circle\n\na blue square\n")
-    rtdmd.main(flags(1, "--prompts", prompts, "--iterations", 1))
-    assert "2 from" in (text := capfd.readouterr().err) and "1 duplicates" in text
-
-
-# ---- Torture ----
-
-def torture(kills=100, folder=None, seed=0):
-    """Kills a run at random moments, resumes it until it is through, and compares with the run that was left
-    alone.
-
-    Each life lasts a random while between nothing and most of a run, so that starting, training, logging, saving
-    and deleting are all hit. Returns and prints kills, resumes and the bytes that differ; a run that is through
-    begins anew.
-    """
-    folder = Path(folder or tempfile.mkdtemp())
-    cache, dice = folder / "cache", random.Random(seed)
-    make_world(cache)
-    argv = lambda stage, out: [*small_flags(stage, cache, folder / "whole", out), "--keep", "2", "--sample_every", "1",
-                               "--iterations", "6"]
-    totals, begin = dict(kills=0, resumes=0, runs=0, bytes_differing=0, logs_differing=0), time.monotonic()
-    life = {}
-    for stage, out in itertools.product((1, 2), ("whole", "timed")):        # the second time without imports
-        started = time.monotonic()
-        assert finish(start(argv(stage, folder / out), folder / "log")) == [0], (folder / "log/rank-0").read_text()
-        life[stage] = time.monotonic() - started
-    while totals["kills"] < kills:
-        stage, out = 1 + totals["runs"] % 2, folder / f"run-{totals['runs']}"
-        while True:
-            begun_before = bool(rtdmd.list_checkpoints(out / f"stage{stage}"))
-            process, = start(argv(stage, out), folder / "log")
-            process.join(dice.uniform(0, 0.8 * life[stage]) if totals["kills"] < kills else 120)
-            totals["resumes"] += begun_before
-            if process.exitcode is not None:
-                break
-            process.kill()
-            process.join()
-            totals["kills"] += 1
-        assert process.exitcode == 0, (folder / "log/rank-0").read_text()
-        totals["runs"] += 1
-        whole, mine = folder / f"whole/stage{stage}", out / f"stage{stage}"
-        totals["bytes_differing"] += bytes_differing(state_of(whole), state_of(mine))
-        totals["logs_differing"] += repr(rows_of(whole)) != repr(rows_of(mine))
-        left = [p for p in mine.rglob(".*.partial")]
-        assert not left and len(rtdmd.list_checkpoints(mine)) == 2, left
-        shutil.rmtree(out)
-    print(", ".join(f"{n.replace('_', ' ')} {v}" for n, v in totals.items()), f"({time.monotonic() - begin:.0f} s)")
-    return totals
-
-
-def test_torture(tmp_path):
-    totals = torture(kills=6, folder=tmp_path)
-    assert totals["bytes_differing"] == totals["logs_differing"] == 0
-
-
-# ------------------------------------------------------------------------------------------------------------
-# 5. The tiny world and eval.py
-# ------------------------------------------------------------------------------------------------------------
-
-def test_geneval_as_a_reward_asks_for_metadata_at_once():
-    """flux2-4b's own rewards name geneval: that is refused before 20 GB are loaded, but no hindrance to a dry
-    run."""
-    with pytest.raises(rtdmd.UsageError, match="FILE.jsonl"):
-        rtdmd.resolve(dict(stage=2, model="flux2-4b", device="cpu"))
-    assert rtdmd.resolve(dict(stage=2, model="flux2-4b", device="meta", random_weights=True, dry_run=1)).groups == 64
-
-
-@pytest.mark.parametrize("options", [rtdmd.Config, ev.Flags])
-def test_torchrun_does_not_swallow_a_flag(options):
-    """torchrun reads the script's flags too, and takes one for an abbreviation of its own if it can: --run was
-    --run-path."""
-    from torch.distributed.run import get_args_parser
-    theirs = [name for action in get_args_parser()._actions for name in action.option_strings]
-    ours = [f"--{field.name}" for field in dataclasses.fields(options)]
-    assert not [(a, b) for a in ours for b in theirs if b.startswith(a)]
-
-
-def test_out_of_memory_names_the_knob(monkeypatch, capsys):
-    def full(cfg):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-    monkeypatch.setattr(rtdmd, "prepare", full)
-    with pytest.raises(SystemExit) as stop:
-        rtdmd.main(["--dry_run", "1", "--device", "cpu", "--micro_batch", "8"])
-    assert stop.value.code == 1 and "--micro_batch" in capsys.readouterr().err
-
-
-def test_tiny_captions_are_disjoint_and_parse():
-    """66 captions are kept from all training; "a below b" is the picture of "b above a"."""
-    train, held_out = rtdmd.tiny_captions(), rtdmd.tiny_captions(held_out=True)
-    assert (len(train), len(held_out), len(set(train) & set(held_out))) == (474, 66, 0)
-    below, above = (rtdmd.parse_caption(c) for c in ("a red circle below a blue square", "a blue square above a red circle"))
-    assert torch.equal(below[1], above[1]) and not torch.equal(below[0], above[0])
-    assert rtdmd.parse_caption("a red circle")[1].tolist() == [0, 0, 0, -1, -1]
-    for bad in ("a pink circle", "a red circle above", "a red circle above a blue square above a red circle", "circle"):
-        with pytest.raises(rtdmd.UsageError, match="cannot draw"):
-            rtdmd.parse_caption(bad)
-
-
-def test_tiny_judge_learns_and_scores():
-    """100 updates teach a judge its layouts and colours; its reward is differentiable, its strict verdict is
-    not."""
-    torch.manual_seed(0)
-    judge = rtdmd.train_tiny_judge(rtdmd.TinyJudge(16, torch.nn.ReLU), "judge", 100, seed=0)
-    captions = rtdmd.tiny_captions()[12:212]
-    images = (rtdmd.render(captions, torch.Generator().manual_seed(1)) / 2 + 0.5).requires_grad_()
-    soft, strict = rtdmd.judge_scores(judge, images, captions)
-    wrong = rtdmd.judge_scores(judge, images, captions[1:] + captions[:1])[0]
-    assert soft.mean() > wrong.mean() + 0.5 and set(strict.unique().tolist()) <= {0.0, 1.0} and strict.mean() > 0.2
-    assert (soft <= 0).all() and (soft >= -4).all()
-    assert torch.autograd.grad(soft.sum(), images)[0].abs().sum() > 0
-    assert rtdmd.TinyReward("strict", judge, 1).differentiable is False
-
-
-def test_frechet_and_spread_against_known_values():
-    """Two Gaussians whose distance is |m|^2 + sum (s_a - s_b)^2; points whose mean distance is known."""
-    g = rng(0)
-    a, b = torch.randn(200_000, 3, generator=g), torch.randn(200_000, 3, generator=g) * 2 + 1
-    assert abs(ev.frechet(a, b) - 6) < 0.1 and abs(ev.frechet(a, a)) < 1e-6
-    assert ev.spread(torch.tensor([[0.0], [3.0], [10.0], [10.0]]), 2) == 1.5
-
-
-def test_mean_and_error_counts_prompts_not_pictures():
-    """Two prompts of two pictures each: the error is over the two means; nan pictures are left out."""
-    mean, error = ev.mean_and_error([1.0, 3.0, 5.0, 7.0], 2)
-    assert (mean, error) == (4.0, pytest.approx(2.0))
-    assert ev.mean_and_error([1.0, math.nan, 5.0, 7.0], 2)[0] == 3.5
-    assert math.isnan(ev.mean_and_error([math.nan], 1)[0])
-
-
-@pytest.fixture(scope="module")
-def tiny_report(tmp_path_factory):
-    """eval.py on a tiny world with a teacher of ten updates and no training: its folder, and the flags that made
-    it."""
-    folder = tmp_path_factory.mktemp("eval")
-    flags = ["--run_folder", str(folder / "run"), "--cache", str(folder / "cache"), "--tiny_steps", "10", "--max_prompts", "4",
-             "--per_prompt", "2"]
-    ev.main(flags)
-    return folder, flags
-
-
-def test_report_has_the_contracts_rows(tiny_report):
-    """report.json: rows by name, numbers by metric, a score per picture; one grid with the same prompts in every
-    row."""
-    folder, _ = tiny_report
-    report = json.loads((folder / "run/report.json").read_text())
-    assert list(report["rows"]) == ["teacher", "teacher_cfg", "student_init"]
-    for row in report["rows"].values():
-        assert set(row) == {*ev.TINY_COLUMNS, "seconds_per_image"}
-        assert all(math.isfinite(value) for value in row.values())
-    assert len(report["scores"]["teacher"]["attributes"]) == 8 and len(report["prompts"]) == 4
-    assert Image.open(folder / "run/grid.png").size == (4 * 62, 3 * 62)
-
-
-def test_untrained_student_is_the_teacher_without_steps(tiny_report):
-    """A generator with B = 0 is the teacher, and pictures depend on their key only: not on batch, order or other
-    rows."""
-    folder, flags = tiny_report
-    parsed, cfg = ev.parse(flags)
-    rows = ev.plan(parsed, cfg)
-    sampler = ev.Sampler(cfg, rows, ["a red circle", "a blue square"])
-    teacher = dict(rows["teacher"], nfe=4)
-    together = sampler.batch(teacher, ["a red circle", "a blue square"], [1, 2])
-    alone = sampler.batch(dict(teacher, role="generator"), ["a blue square"], [2])
-    close(together[1:], alone, 1e-5)
-
-
-def test_compare_and_images_read_what_eval_writes(tiny_report, capsys):
-    """--save_images, then --images on that folder; --compare of a report with itself is 0 +- 0."""
-    folder, flags = tiny_report
-    ev.main([*flags, "--save_images"])
-    files, prompts = ev.read_folder(folder / "run/images/student_init")
-    assert len(files) == 8 and prompts[0] == prompts[1] != prompts[2]
-    report = str(folder / "run/report.json")
-    capsys.readouterr()
-    ev.main(["--compare", report, report])
-    assert "0.000+-0.000" in capsys.readouterr().out
-
-
-def test_eval_prompt_makes_one_picture(tiny_report):
-    folder, flags = tiny_report
-    ev.main(["--prompt", "a red circle", *flags[2:6], "--out", str(folder / "one")])
-    assert Image.open(folder / "one/prompt.png").size == (62, 62)
-
-
-@pytest.mark.parametrize("flags, words", [
-    (["--lora", "nowhere"], "no checkpoint"), ([], "what to evaluate"), (["--teacher", "--nfe", "0"], "--nfe"),
-    (["--teacher", "--metrics", "beauty"], "beauty"),
-    (["--teacher", "--metrics", "geneval"], "FILE.jsonl"), (["--images", "nowhere"], "not a folder"), (["--compare", "a"], "2 arguments"),
-    (["--compare", "a", "b"], "report.json"), (["--teacher", "--model", "sd4"], "sd4"), (["--colour", "red"], "--colour"),
-    (["--teacher", "--prompts", "nowhere.txt"], "nowhere.txt")])
-def test_eval_refuses_in_one_sentence(flags, words, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stop:
-        ev.main(flags)
-    error = capsys.readouterr().err.strip()
-    assert stop.value.code == 2 and words in error and "Traceback" not in error and len(error.splitlines()) == 1
-    assert not list(tmp_path.iterdir())
-
-
-# ---- The paper's questions, and experiments beyond the paper
 
 def test_ablations_go_on_where_they_were_stopped(flags, tmp_path, monkeypatch, cache, capsys):
     """One row of each stage in a process of its own; a second call trains nothing; a failing row is one
@@ -4537,16 +4352,6 @@ def test_ablations_go_on_where_they_were_stopped(flags, tmp_path, monkeypatch, c
     with pytest.raises(rtdmd.UsageError, match="bad row.*no reward is called"):
         ev.ablation(tmp_path / "abl", rtdmd.resolve(dict(cache=str(cache), tiny_steps=1, device="cpu")), 2, "bad row",
                     f"{small} --rewards beauty=1", 0)
-
-
-def test_every_row_of_the_ablations_parses():
-    """Flags that rtdmd.py knows and variants that exist; no two rows share a result file."""
-    rows = [(stage, row, words) for stage, table in ((1, ev.STAGE1_ROWS), (2, ev.STAGE2_ROWS)) for rows in table.values()
-            for row, words in rows.items()]
-    assert len({ev.result_of(Path(), row, 0) for _, row, _ in rows}) == len(rows)
-    for stage, _, words in rows:
-        rtdmd.resolve(rtdmd.parse_flags(["--stage", str(stage), *(word for word in words.split() if word[0] != "@")]))
-        assert all(word[1:] in ev.VARIANTS for word in words.split() if word[0] == "@")
 
 
 def test_antithetic_noise(flags):
@@ -4639,6 +4444,242 @@ def test_curves(tmp_path):
     ev.draw_curves(tmp_path / "c.png", {"a": {"x": [(1, 0.0), (2, 1.0)], "y": [(1, 1.0), (2, 0.0)]}, "b": {"x": [(1, 3.0)]}})
     pixels = np.array(Image.open(tmp_path / "c.png"))
     assert pixels.shape[1] == 1120 and all((pixels == colour).all(2).any() for colour in ev.LINE_COLOURS[:2])
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# The 1-D laboratory: `python test_rtdmd.py lab`. Measurements, not tests: they say how much, whoever wins.
+# -----------------------------------------------------------------------------------------------------------------
+
+# ---- (a) The variance of the policy gradient
+
+def table(title, rows):
+    """Prints a list of dicts as columns under a title and hands it back."""
+    text = [list(rows[0])] + [[a if isinstance(a, str) else f"{a:.4g}" for a in row.values()] for row in rows]
+    width = [max(map(len, column)) for column in zip(*text)]
+    print("\n" + title)
+    for line in text:
+        print("  ".join(a.ljust(n) for a, n in zip(line, width)))
+    return rows
+
+
+def estimator_row(estimates, truth, backward_passes, factor):
+    """Bias and variance of one estimate per group (G, 2) of the gradient `truth` (2,).
+
+    scale, cos: the mean against the truth, in length and direction. bias: |mean - truth| / |truth|, beside
+    its size by chance alone. variance: trace of one group's covariance over (scale |truth|)^2, so that
+    estimates of different scale can be compared: the inverse of signal to noise, squared.
+    """
+    estimates, truth = estimates.double(), truth.double()
+    mean, error, norm = estimates.mean(0), estimates.std(0) / len(estimates) ** 0.5, truth.norm()
+    scale = float(mean @ truth / norm ** 2)
+    squares = (estimates - mean).square().sum(1) / (scale * norm) ** 2
+    return {"bias": float((mean - truth).norm() / norm), "(s.e.)": float(error.norm() / norm), "scale": scale,
+            "without (K-1)/M": scale / factor, "cos": float(mean @ truth / norm / mean.norm()),
+            "variance": float(squares.mean()), "+-": float(squares.std() / len(squares) ** 0.5),
+            "variance x M": float(squares.mean()) * backward_passes}
+
+
+def lab_variance(dims=DIMS, groups=24_000, size=12, steps=4):
+    """(a) Stochastic part of Eq. 14 by naive GRPO (Eq. 31) and by SubGRPO (Eq. 17), bias and variance."""
+    truth, _ = toy_gradients(steps)
+    rows = []
+    for start, M, share in itertools.product((False, True), (3, 2, 1), (True, False)):
+        if M == steps - 1 and not share:                         # naive GRPO: no step is outside S
+            continue
+        options = dict(share_noise=share, share_initial=start, dims=dims)
+        rollouts = over_subsets(steps, size, M, groups, 50, **options)
+        label = {"estimator": "naive" if M == steps - 1 else f"subset M={M}",
+                 "noise outside S": "-" if M == steps - 1 else "shared" if share else "independent",
+                 "x_t0": "shared" if start else "independent"}
+        for std, name in (("none", "leave-one-out"), ("group", "over group std")):
+            estimates = torch.cat([toy_estimates(states, S, std)[0] for S, states in rollouts])
+            row = estimator_row(estimates, truth, M, (steps - 1) / M)
+            rows.append(label | {"advantage": name} | row)
+    return table(f"(a) {groups} groups of {size}, K = {steps}, {dims} dimensions. variance: one group, so at "
+                 "equal rollouts; variance x M: at equal backward passes", rows)
+
+
+# ---- (b) Does the consistency term help the fake score to follow?
+
+def network(runs, width, g):
+    """Weights of `runs` independent MLPs (x, t) -> v."""
+    shapes = [(3, width), (width, width), (width, 1)]
+    weights = []
+    for n_in, n_out in shapes:
+        weights += [torch.randn(runs, n_in, n_out, generator=g) / n_in ** 0.5, torch.zeros(runs, 1, n_out)]
+    return [w.requires_grad_() for w in weights]
+
+
+def run_network(weights, x, t):
+    """v of every run on its own batch: x, t (R, B, 1)."""
+    h = torch.cat([x, t, x * t], -1)
+    for w, b in zip(weights[:4:2], weights[1:4:2]):
+        h = F.silu(torch.baddbmm(b, h, w))
+    return torch.baddbmm(weights[5], h, weights[4])
+
+
+def moving_student(progress):
+    """Two modes that travel by 1 and trade places in weight; progress in [0, 1]."""
+    w = 0.3 + 0.4 * progress
+    return Mixture(0.0, (w, 1 - w), (-1.2 + progress, 0.8 + progress), (0.3, 0.5))
+
+
+def boundary_batch(student, runs, batch, g):
+    """Boundary states as stage 1 has them: x_s (R, B, 1), s from the 4-step grid, t in [s, 1], new noise."""
+    x_0 = student.sample(runs * batch, g).view(runs, batch, 1)
+    s = torch.randint(4, (runs, batch, 1), generator=g) / 4
+    t = s + (1 - s) * (0.02 + 0.96 * torch.rand(runs, batch, 1, generator=g))
+    first, noise = torch.randn(2, runs, batch, 1, generator=g)
+    return (1 - s) * x_0 + s * first, s, t, noise
+
+
+def fake_update(weights, optimizer, student, batch, gamma, kernel, g, g_consistency):
+    """One step of Eq. 12 for every run. Two generators: gamma does not change the data that a run sees."""
+    runs = len(weights[0])
+    x_s, s, t, noise = boundary_batch(student, runs, batch, g)
+    x = rtdmd.renoise(x_s, s, t, noise)
+    v = run_network(weights, x, t)
+    loss = rtdmd.ambient_dsm_loss(v, x_s, noise, s, t)
+    if gamma:
+        low = torch.maximum(s, t - 0.1)
+        t_next = low + (t - low) * torch.rand(t.shape, generator=g_consistency)
+        noises = torch.randn(2, *x.shape, generator=g_consistency)
+        fake = functools.partial(run_network, weights)
+        loss = loss + gamma * rtdmd.consistency_loss(fake, x, v, t, t_next, *noises, kernel, ETA)
+    optimizer.zero_grad()
+    (runs * loss).backward()                     # undoes the mean over runs, which are strangers
+    optimizer.step()
+
+
+@torch.no_grad()
+def fake_error(weights, student, g):
+    """E |v_phi - v|^2 of every run, (R,): the score's error times t / (1-t), where DMD asks for it."""
+    x_s, s, t, noise = boundary_batch(student, len(weights[0]), 512, g)
+    x = rtdmd.renoise(x_s, s, t, noise)
+    truth = student.velocity(x.double(), t[..., 0].double()[..., None]).float()
+    return (run_network(weights, x, t) - truth).square().mean((1, 2))
+
+
+def track(start, updates, lr, batch, gamma, kernel, iterations=120):
+    """Mean squared error along the student's way, (R,), of fakes that begin at the weights `start`."""
+    weights = [w.detach().clone().requires_grad_() for w in start]
+    optimizer = torch.optim.Adam(weights, lr)
+    g, g_consistency, g_test, errors = rng(60), rng(61), rng(62), []
+    for i in range(iterations):
+        student = moving_student(i / iterations)
+        for _ in range(updates):
+            fake_update(weights, optimizer, student, batch, gamma, kernel, g, g_consistency)
+        if i % 4 == 3:
+            errors.append(fake_error(weights, student, g_test))
+    return torch.stack(errors).mean(0)
+
+
+def lab_tracking(runs=8):
+    """(b) Does the consistency term of Eq. 12 help a fake score to follow a moving student?"""
+    start, g = network(runs, 48, rng(63)), rng(64)
+    optimizer = torch.optim.Adam(start, 3e-3)
+    for i in range(1500):
+        optimizer.param_groups[0]["lr"] = 3e-3 * (1 - i / 1500)
+        fake_update(start, optimizer, moving_student(0.0), 64, 0.0, None, g, g)
+    before = fake_error(start, moving_student(0.0), g)
+    rows = []
+    for name, *settings in (("tracks", 5, 3e-3, 64), ("lags", 1, 3e-4, 64), ("few samples", 5, 3e-3, 8)):
+        name = "{} (updates {}, lr {:g}, batch {})".format(name, *settings)
+        base = track(start, *settings, 0.0, None)
+        rows.append(tracking_row(name, 0.0, "-", base, base))
+        for kernel, gamma in itertools.product(("posterior", "cps"), (0.01, 0.1, 1.0, 10.0)):
+            error = track(start, *settings, gamma, kernel)
+            rows.append(tracking_row(name, gamma, kernel, error, base))
+    return table(f"(b) E |v_phi - v|^2 along the way of a moving student, {runs} seeds; {before.mean():.4f} "
+                 "before it moves. change: against gamma 0 on the same data", rows)
+
+
+def tracking_row(name, gamma, kernel, error, base):
+    change, n = 100 * (error / base - 1), len(error) ** 0.5
+    return {"fake score": name, "gamma": f"{gamma:g}", "kernel": kernel, "error": float(error.mean()),
+            "error +-": float(error.std() / n), "change %": float(change.mean()),
+            "change +-": float(change.std() / n)}
+
+
+# ---- (c) What the printed std of re-noising does
+
+def lab_renoise():
+    """(c) Eq. 8, student = teacher: the state's variance and its W1 to the teacher's marginal, exactly."""
+    teacher, x, rows = Mixture(), torch.linspace(-8, 8, 16_001, dtype=torch.float64), []
+    for s, t in [(0.25, 0.3), (0.25, 0.5), (0.25, 0.8), (0.5, 0.55), (0.5, 0.7), (0.5, 0.9), (0.75, 0.9)]:
+        row = {"s": s, "t": t, "variance teacher": float(teacher.variance(t))}
+        for std, name in (("markov", "ours"), ("paper", "printed")):
+            a, kappa = (float(c) for c in rtdmd.renoise_coefficients(s, t, std))
+            stds = ((a * (1 - s) * teacher.d) ** 2 + (a * s) ** 2 + kappa ** 2).sqrt()
+            state = Mixture(t, m=tuple(((1 - t) * teacher.m).tolist()), d=tuple(stds.tolist()))
+            gap = float((state.cdf(x, t) - teacher.cdf(x, t)).abs().sum() * (x[1] - x[0]))
+            row |= {f"variance {name}": float(state.variance(t)), f"W1 {name}": gap}
+        rows.append(row)
+    return table("(c) Variance of the re-noised state and its W1 to the teacher's marginal at level t", rows)
+
+
+# ---- All of it
+
+def lab(out=None):
+    """Runs the laboratory, prints its tables, returns them; `out` also gets them as JSON."""
+    torch.set_num_threads(1)
+    tables = {"variance": lab_variance(), "variance_32": lab_variance(32, 9_000), "tracking": lab_tracking(),
+              "renoise": lab_renoise()}
+    if out:
+        Path(out).write_text(json.dumps(tables, indent=1))
+    return tables
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# Torture: `python test_rtdmd.py torture --kills 100`. Kills and resumes a run, and compares it with one left alone.
+# -----------------------------------------------------------------------------------------------------------------
+
+def torture(kills=100, folder=None, seed=0):
+    """Kills a run at random moments, resumes it until it is through, and compares with the run that was left
+    alone.
+
+    Each life lasts a random while between nothing and most of a run, so that starting, training, logging, saving
+    and deleting are all hit. Returns and prints kills, resumes and the bytes that differ; a run that is through
+    begins anew.
+    """
+    folder = Path(folder or tempfile.mkdtemp())
+    cache, dice = folder / "cache", random.Random(seed)
+    make_world(cache)
+    argv = lambda stage, out: [*small_flags(stage, cache, folder / "whole", out), "--keep", "2", "--sample_every", "1",
+                               "--iterations", "6"]
+    totals, begin = dict(kills=0, resumes=0, runs=0, bytes_differing=0, logs_differing=0), time.monotonic()
+    life = {}
+    for stage, out in itertools.product((1, 2), ("whole", "timed")):        # the second time without imports
+        started = time.monotonic()
+        assert finish(start(argv(stage, folder / out), folder / "log")) == [0], (folder / "log/rank-0").read_text()
+        life[stage] = time.monotonic() - started
+    while totals["kills"] < kills:
+        stage, out = 1 + totals["runs"] % 2, folder / f"run-{totals['runs']}"
+        while True:
+            begun_before = bool(rtdmd.list_checkpoints(out / f"stage{stage}"))
+            process, = start(argv(stage, out), folder / "log")
+            process.join(dice.uniform(0, 0.8 * life[stage]) if totals["kills"] < kills else 120)
+            totals["resumes"] += begun_before
+            if process.exitcode is not None:
+                break
+            process.kill()
+            process.join()
+            totals["kills"] += 1
+        assert process.exitcode == 0, (folder / "log/rank-0").read_text()
+        totals["runs"] += 1
+        whole, mine = folder / f"whole/stage{stage}", out / f"stage{stage}"
+        totals["bytes_differing"] += bytes_differing(state_of(whole), state_of(mine))
+        totals["logs_differing"] += repr(rows_of(whole)) != repr(rows_of(mine))
+        left = [p for p in mine.rglob(".*.partial")]
+        assert not left and len(rtdmd.list_checkpoints(mine)) == 2, left
+        shutil.rmtree(out)
+    print(", ".join(f"{n.replace('_', ' ')} {v}" for n, v in totals.items()), f"({time.monotonic() - begin:.0f} s)")
+    return totals
+
+
+def test_torture(tmp_path):
+    totals = torture(kills=6, folder=tmp_path)
+    assert totals["bytes_differing"] == totals["logs_differing"] == 0
 
 
 if __name__ == "__main__":
