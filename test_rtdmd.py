@@ -1,15 +1,29 @@
-"""Tests of the reference implementation: `python -m pytest -q test_rtdmd.py`. In the order of rtdmd.py:
+"""Tests of rtdmd.py and eval.py: `python -m pytest -q test_rtdmd.py`, in the order of the two files.
 
-1. mathematics, every pure function against a case whose answer is known on paper
-2. rewards and metrics: real classes at small size, synthetic detections, known answers
-3. backbones: small models of the real classes, saved and loaded by the real from_pretrained, offline
-4. runs: both stages, processes, resuming, faults, bad input
+Map  section  what is tested                          against what
+     1        configuration                           the contract of the command line
+     2        flow algebra: Eq. 1, 2, 19              a mixture whose score is known at every level
+     3        sampler: Eq. 20, 21                     the formulas written out
+     4        AC-DMD: Eq. 4, 5, 8 to 12, 22           1-D mixtures, 40-point quadrature, the closed-form KL
+     5        policy gradient: Eq. 6, 7, 13 to 18, 31 a linear-Gaussian generator whose gradient is known
+     6        Algorithm 1: stage1, stage2             the expected gradients; small runs with every switch
+     7        rewards                                 PIL, torchvision, transformers, open_clip
+     8        backbones, text cache, export           small networks of the real classes in the stock pipelines
+     9        plumbing                                other numbers of processes, kills, damaged files, full disks
+     10       command line                            one sentence for each mistake, and nothing written
+     appendix the tiny world                          what is known of its captions and judges
+     eval.py  metrics, prompts, reports, costs,       the originals' names and rules at small size; costs counted
+              ablations                               on paper
+     At the end: the 1-D laboratory (`python test_rtdmd.py lab` prints how much each choice matters), and torture
+     (`python test_rtdmd.py torture --kills 100` kills and resumes a run).
 
-`python test_rtdmd.py lab` prints the 1-D laboratory, `python test_rtdmd.py torture --kills 100` kills and resumes a run.
+Everything runs offline on a CPU. The test of an equation is found by its number, "Eq. 17", and so is that of a
+departure of rtdmd.py's docstring, "DEPARTURE 11".
 
-Where a number comes from random draws, its tolerance is a multiple of the standard error of the same draws: off() says how
-many standard errors the worst component is away from the truth. Below 4.5 is agreement (one false alarm in 100 000), above
-8 is proof of a difference; estimators are tested on both sides, so that a test that cannot fail would be noticed.
+Where a number comes from random draws, its tolerance is a multiple of the standard error of the same draws: off()
+says how many standard errors the worst component is away from the truth. Below 4.5 is agreement (one false alarm
+in 100 000), above 8 is proof of a difference; estimators are tested on both sides, so that a test that cannot fail
+would be noticed.
 """
 import argparse
 import contextlib
@@ -35,8 +49,8 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-os.environ["HF_HUB_OFFLINE"] = "1"          # before huggingface_hub is imported: a missing file is an answer, not a minute of retries
-os.environ["OMP_NUM_THREADS"] = "1"         # for the processes that tests start: two threads each would only wait for one another
+os.environ["HF_HUB_OFFLINE"] = "1"     # before huggingface_hub is imported: a missing file is an answer at once
+os.environ["OMP_NUM_THREADS"] = "1"    # for the processes that tests start: more threads only wait for one another
 
 import numpy as np
 import pytest
@@ -101,21 +115,31 @@ def snapshot(folder):
 
 
 def sentence(error):
+    """The text of a UsageError that was caught: one line, one sentence, not too long."""
     text = str(error.value)
     assert "\n" not in text and text.endswith(".") and len(text) < 400, text
     return text
 
 
-CFG = SimpleNamespace(weights_dir=None, device="cpu", prompts=None)
+def settings(weights_dir=None, prompts=None):
+    """The least that a reward or metric must be told."""
+    return SimpleNamespace(weights_dir=weights_dir and str(weights_dir), device="cpu", prompts=prompts)
+
+
+def prepared(argv):
+    """A run that is ready to begin, from its command line."""
+    return rtdmd.prepare(rtdmd.resolve(rtdmd.parse_flags(argv)))
 
 
 # -----------------------------------------------------------------------------------------------------------------
 # 1. Configuration
 # -----------------------------------------------------------------------------------------------------------------
 
-def test_zero_is_the_stages_own(flags):
+def test_zero_is_the_stages_own():
+    """0, where a stage has a value of its own, is the same as not naming the setting."""
     own = rtdmd.resolve(dict(model="tiny", device="cpu"))
-    assert rtdmd.resolve(dict(model="tiny", device="cpu", lr=0.0, lr_fake=0.0, iterations=0, fake_updates=0)) == own
+    zeros = dict(lr=0.0, lr_fake=0.0, iterations=0, fake_updates=0)
+    assert rtdmd.resolve(dict(model="tiny", device="cpu", **zeros)) == own
     assert (own.lr, own.iterations, own.dtype) == (1e-3, 150, "fp32")
 
 
@@ -124,7 +148,8 @@ def test_geneval_as_a_reward_asks_for_metadata_at_once():
     run."""
     with pytest.raises(rtdmd.UsageError, match="FILE.jsonl"):
         rtdmd.resolve(dict(stage=2, model="flux2-4b", device="cpu"))
-    assert rtdmd.resolve(dict(stage=2, model="flux2-4b", device="meta", random_weights=True, dry_run=1)).groups == 64
+    dry = dict(stage=2, model="flux2-4b", device="meta", random_weights=True, dry_run=1)
+    assert rtdmd.resolve(dry).groups == 64
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -402,8 +427,8 @@ def test_posterior_kernel_at_the_corner():
     """Eq. 11 at t' = t'' = 1, where bf16 levels may fall: x'' = x', and no 0/0."""
     x, v, noise = torch.randn(3, 8, 2, generator=rng(3))
     close(rtdmd.reverse_step(x, v, 1.0, 1.0, noise), x)
-    loss = rtdmd.consistency_loss(lambda x, t: torch.zeros_like(x), x, v, torch.ones(8, 1), torch.ones(8, 1), noise, noise)
-    assert loss.isfinite()
+    one = torch.ones(8, 1)
+    assert rtdmd.consistency_loss(lambda x, t: torch.zeros_like(x), x, v, one, one, noise, noise).isfinite()
 
 
 NODES, WEIGHTS = (torch.tensor(a).float() for a in np.polynomial.hermite_e.hermegauss(40))
@@ -490,8 +515,8 @@ def pooled(worlds):
         weight, total = 0, 0
         for world in worlds:
             _, mean, var = world.components(t)
-            here = (world.w / var.sqrt() * torch.exp(-(x[..., None] - mean) ** 2 / (2 * var))).sum(-1) / (1 - world.s)
-            here = torch.where(torch.as_tensor(world.s < t), here, 0.0)
+            here = (world.w / var.sqrt() * torch.exp(-(x[..., None] - mean) ** 2 / (2 * var))).sum(-1)
+            here = torch.where(torch.as_tensor(world.s < t), here / (1 - world.s), 0.0)
             weight, total = weight + here, total + here * world.velocity(x, t)
         return total / weight
     return velocity
@@ -502,8 +527,8 @@ def test_consistency_holds_between_boundaries_and_not_across():
     on either side of a t_j, and a hundred times as large from one side to the other, however close."""
     worlds = [Mixture(0.25, d=WIDE), Mixture(0.5, w=(0.5, 0.5), m=(-0.4, 1.6), d=WIDE)]
     x = torch.linspace(-2, 2, 41)[:, None].double()
-    residual = lambda t, t_next: residual_of(lambda x, t: pooled(worlds)(x.double(), t).float(), x.float(), t, t_next,
-                                             "posterior").square().mean()
+    exact = lambda x, t: pooled(worlds)(x.double(), t).float()
+    residual = lambda t, t_next: residual_of(exact, x.float(), t, t_next, "posterior").square().mean()
     above, below, across = residual(0.58, 0.55), residual(0.48, 0.45), residual(0.515, 0.485)
     assert across > 100 * max(above, below), (above, below, across)
     run = SimpleNamespace(cfg=SimpleNamespace(delta=0.2), times=rtdmd.timestep_schedule(4, 3.0),
@@ -775,15 +800,15 @@ def toy_gradients(steps):
     return torch.autograd.grad(toy_objective(theta, times, last), (theta, last))
 
 
-def toy_rollouts(groups, size, steps, selected, seed=0, share_noise=True, share_initial=False,
-                 dims=DIMS):
+def toy_rollouts(groups, size, steps, selected, seed=0, share_noise=True, share_initial=False, dims=DIMS,
+                 shift=1.0):
     """States x_{t_0} .. x_{t_K}, (G, N, D) each, of `groups` groups that have the same S."""
     g = rng(seed)
     independent = selected if share_noise else range(1, steps)
     noise = rtdmd.group_noise((groups, dims), independent, size, steps, g).transpose(1, 2).flatten(1, 2)
     x = torch.randn(groups, 1 if share_initial else size, dims, generator=g)
     x = x.expand(-1, size, -1).flatten(0, 1)
-    theta, times = THETA.expand(len(x), 2), rtdmd.timestep_schedule(steps)
+    theta, times = THETA.expand(len(x), 2), rtdmd.timestep_schedule(steps, shift)
     states, _ = rtdmd.rollout(lambda x, t: toy_velocity(theta, x, t), x, noise, times, ETA)
     return [x.unflatten(0, (groups, size)) for x in states]
 
@@ -849,19 +874,24 @@ def test_hybrid_gradient_is_the_gradient_of_the_expected_reward(steps):
     assert off(policy, stochastic) < AGREE and off(last, pathwise) < AGREE
     assert off(policy + last, truth) < AGREE
     assert off(policy, truth) > DIFFER and off(last, truth) > DIFFER
-    assert off(policy + through_all_steps(states, steps), truth) > DIFFER
-    assert off(through_all_steps(states, steps), truth) < AGREE  # it is the whole gradient already
+    assert off(policy + through_all_steps(states), truth) > DIFFER
+    assert off(through_all_steps(states), truth) < AGREE  # it is the whole gradient already
 
 
-def through_all_steps(states, steps):
-    """The mistake of App. G.2: gradient flows on into x_{t_{K-1}}. Per group, (G, 2)."""
-    times, x = rtdmd.timestep_schedule(steps), states[0].flatten(0, 1)
-    theta = THETA.expand(len(x), 2).clone().requires_grad_()
-    for k in range(1, steps + 1):
+def replayed(theta, states):
+    """x_{t_K} (G N, D) of the same draws, with gradient through every step. theta (G N, 2)."""
+    times, x = rtdmd.timestep_schedule(len(states) - 1), states[0].flatten(0, 1)
+    for k in range(1, len(states)):
         mean, _ = rtdmd.cps_mean_std(x, toy_velocity(theta, x, None), times[k - 1], times[k], ETA)
         x = mean + (states[k].flatten(0, 1) - mean).detach()
-    loss = rtdmd.pathwise_loss(toy_reward(x), dims=DIMS)
-    return -DIMS * len(x) * torch.autograd.grad(loss, theta)[0]
+    return x
+
+
+def through_all_steps(states):
+    """The mistake of App. G.2: gradient flows on into x_{t_{K-1}}. Per trajectory, (G N, 2)."""
+    theta = THETA.expand(len(states[0].flatten(0, 1)), 2).clone().requires_grad_()
+    loss = rtdmd.pathwise_loss(toy_reward(replayed(theta, states)), dims=DIMS)
+    return -DIMS * len(theta) * torch.autograd.grad(loss, theta)[0]
 
 
 @pytest.mark.parametrize("share_initial", [False, True])
@@ -924,6 +954,19 @@ def test_pathwise_loss_is_in_the_units_of_the_policy_term():
     close(gradient, -1 / (6 * 12 * scale))
 
 
+def test_the_price_of_shared_units():
+    """DEPARTURE 11: a group's std holds the noise of its S only, so Eq. 15, divided by it, weighs more for some S.
+
+    On FLUX.2's grid, where the last state has almost forgotten the first steps' noise, S = {1, 2} weighs 2.7 times
+    as much as S = {2, 3}; on SD3's 1.6 times, on the uniform one 1.2. One std over all prompts is one number.
+    """
+    rollouts = [toy_rollouts(2000, 24, 4, S, 72, shift=math.exp(2.1)) for S in ([1, 2], [1, 3], [2, 3])]
+    rewards = [toy_reward(states[-1]) for states in rollouts]
+    weights = [rtdmd.reward_scale(r, "group").reciprocal().mean() for r in rewards]
+    assert max(weights) == weights[0] > 2 * min(weights), weights
+    assert rtdmd.reward_scale(torch.cat(rewards), "global").numel() == 1
+
+
 def test_total_gradient_is_that_of_the_tilted_kl():
     """Eq. 18: DM - beta (SubGRPO + pathwise) = gradient of (noised KL - beta E r), on a 3-step generator."""
     steps, size, beta, t, groups = 3, 4, 1.3, 0.4, 30_000
@@ -936,21 +979,18 @@ def test_total_gradient_is_that_of_the_tilted_kl():
     totals = []
     for S, states in over_subsets(steps, size, 1, groups, 36):
         policy, pathwise = toy_estimates(states, S)
-        totals.append(dm_estimates(states, steps, teacher, t) - beta * (policy + pathwise))
+        totals.append(dm_estimates(states, teacher, t) - beta * (policy + pathwise))
     assert off(torch.cat(totals), truth) < AGREE
     without = torch.cat(totals) + beta * toy_gradients(steps)[1]           # the pathwise part left out
     assert off(without, truth) > DIFFER
 
 
-def dm_estimates(states, steps, teacher, t):
+def dm_estimates(states, teacher, t):
     """Eq. 4 for the linear generator, x_0 differentiated through every step, one estimate per group."""
     groups, size, _ = states[0].shape
-    times = rtdmd.timestep_schedule(steps)
+    times = rtdmd.timestep_schedule(len(states) - 1)
     theta = THETA.expand(groups, 2).clone().requires_grad_()
-    member, x = theta.repeat_interleave(size, 0), states[0].flatten(0, 1)
-    for k in range(1, steps + 1):
-        mean, _ = rtdmd.cps_mean_std(x, toy_velocity(member, x, None), times[k - 1], times[k], ETA)
-        x = mean + (states[k].flatten(0, 1) - mean).detach()
+    x = replayed(theta.repeat_interleave(size, 0), states)
     x_0 = x.detach().reshape(-1, 1)                              # dimensions are independent: samples too
     noise = torch.randn(len(x_0), 1, generator=rng(37))
     slopes = dm_slopes(x_0, 0.0, t, noise, teacher, toy_moments(THETA, times))
@@ -1036,9 +1076,10 @@ FAKE, TEACHER = torch.tensor([-0.6, 0.5]), torch.tensor([0.4, -1.0])
 def toy_run(monkeypatch, stage, iterations):
     """The gradients {role: (updates, 2)} of the very loops of a stage, on the linear-Gaussian world: three
     networks v = p x + q."""
-    cfg = rtdmd.Config(stage=stage, eta=ETA, gamma=0.0, batch=8, fake_updates=3 if stage == 1 else 1, groups=2, group_size=8,
-                       micro_batch=9, no_policy=True, no_det=True)
-    weights = {"generator": THETA.clone().requires_grad_(), "fake": FAKE.clone().requires_grad_(), "teacher": TEACHER}
+    cfg = rtdmd.Config(stage=stage, eta=ETA, gamma=0.0, batch=8, fake_updates=3 if stage == 1 else 1, groups=2,
+                       group_size=8, micro_batch=9, no_policy=True, no_det=True)
+    weights = {"generator": THETA.clone().requires_grad_(), "fake": FAKE.clone().requires_grad_(),
+               "teacher": TEACHER}
     gradients = {"generator": [], "fake": []}
 
     def keep_gradient(run, role):
@@ -1144,7 +1185,8 @@ def test_every_step_is_matched_equally_often():
     """Stage 2: the step k of a trajectory's matching term, over S and the draw, is uniform over 1..K."""
     K, n = 4, 40_000
     for M in (1, 2, 3):
-        cfg, g, counts = SimpleNamespace(steps=K, subset_size=M, no_dmd=False, dm_steps="all"), rng(M), [0] * (K + 1)
+        cfg = SimpleNamespace(steps=K, subset_size=M, no_dmd=False, dm_steps="all")
+        g, counts = rng(M), [0] * (K + 1)
         for slot in rtdmd.matched_slots(cfg, torch.rand(n, generator=g).tolist()):
             S = rtdmd.choose_steps(K, M, g)
             counts[K if slot == M else int(S[slot])] += 1
@@ -1158,7 +1200,8 @@ def test_every_step_is_matched_equally_often():
 
 # Small enough for a second a run: 3 iterations, 8 boundary states or 4 groups of 3, adapters of rank 4.
 SMALL = ("--device cpu --tiny_steps 1 --max_prompts 24 --batch 8 --fake_updates 1 --groups 4 --group_size 3 "
-         "--micro_batch 6 --lora_rank 4 --lora_alpha 4 --iterations 3 --save_every 1 --keep 9 --sample_every 3").split()
+         "--micro_batch 6 --lora_rank 4 --lora_alpha 4 --iterations 3 --save_every 1 --keep 9 "
+         "--sample_every 3").split()
 
 
 @pytest.fixture(scope="session")
@@ -1249,7 +1292,7 @@ def refused(capfd, argv, words, code=2):
 def one_sentence(text, found, words, code=2):
     lines = [line for line in text.replace("\r", "\n").splitlines() if line.strip()]
     assert found == code, text
-    assert [line.startswith("rtdmd: ") for line in lines].count(True) == 1 and lines[-1].startswith("rtdmd: "), text
+    assert [line for line in lines if line.startswith("rtdmd: ")] == lines[-1:], text
     assert "Traceback" not in text and re.search(words, lines[-1]), text
     assert lines[-1].endswith("."), text
     return lines[-1]
@@ -1279,17 +1322,19 @@ def test_the_ratio_is_exactly_one_before_the_first_update(flags, monkeypatch):
     assert clipped > 0
 
 
-ABLATIONS = ["1 --gamma 0", "1 --eta 0", "1 --eta .5", "1 --eta 1", "1 --kernel cps", "1 --consistency_times schedule",
-             "1 --renoise paper", "1 --renoise dmd2", "1 --recipe official --lora_rank 4 --lora_alpha 4", "1 --guidance 1",
-             "2 --gamma 0", "2 --eta .5", "2 --eta 1", "2 --eta 0 --no_policy", "2 --subset_size 1", "2 --subset_size 3",
-             "2 --independent_noise", "2 --share_initial", "2 --no_det", "2 --no_dmd", "2 --no_policy", "2 --kernel cps",
-             "2 --consistency_times schedule", "2 --renoise paper", "2 --renoise dmd2", "2 --advantage_std none",
-             "2 --advantage_std global", "2 --dm_steps last", "2 --log_prob unscaled", "2 --inner_epochs 2",
-             "2 --recipe official --lora_rank 4 --lora_alpha 4", "2 --rewards strict=1,attributes=-.5", "2 --checkpointing"]
+ABLATIONS = [
+    "1 --gamma 0", "1 --eta 0", "1 --eta .5", "1 --eta 1", "1 --kernel cps", "1 --consistency_times schedule",
+    "1 --renoise paper", "1 --renoise dmd2", "1 --recipe official --lora_rank 4 --lora_alpha 4", "1 --guidance 1",
+    "2 --gamma 0", "2 --eta .5", "2 --eta 1", "2 --eta 0 --no_policy", "2 --subset_size 1", "2 --subset_size 3",
+    "2 --independent_noise", "2 --share_initial", "2 --no_det", "2 --no_dmd", "2 --no_policy", "2 --kernel cps",
+    "2 --consistency_times schedule", "2 --renoise paper", "2 --renoise dmd2", "2 --advantage_std none",
+    "2 --advantage_std global", "2 --dm_steps last", "2 --log_prob unscaled", "2 --inner_epochs 2",
+    "2 --recipe official --lora_rank 4 --lora_alpha 4", "2 --rewards strict=1,attributes=-.5", "2 --checkpointing"]
 
 
 @pytest.mark.parametrize("switch", ABLATIONS)
 def test_every_switch_runs(switch, flags, tmp_path):
+    """Each ablation and each switch of a DEPARTURE: adapters that move, and finite numbers."""
     stage, *more = switch.split()
     rtdmd.main(flags(int(stage), *more, "--iterations", 2))
     states = [state_of(folder) for folder in rtdmd.list_checkpoints(tmp_path / f"run/stage{stage}")]
@@ -1308,9 +1353,8 @@ def test_every_switch_runs(switch, flags, tmp_path):
 
 def picture(height, width, seed=0):
     """A smooth random image with edges in it, uint8 (H,W,3): noise alone would hide a wrong resize."""
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[:height, :width]
-    waves = [np.sin(x / rng.uniform(3, 40) + c) * np.cos(y / rng.uniform(3, 40)) for c in range(3)]
+    draw, (y, x) = np.random.default_rng(seed), np.mgrid[:height, :width]
+    waves = [np.sin(x / draw.uniform(3, 40) + c) * np.cos(y / draw.uniform(3, 40)) for c in range(3)]
     image = (np.stack(waves, -1) * 100 + 128).astype(np.uint8)
     image[height // 4:height // 2, width // 3:width // 2] = (220, 40, 60)
     return image
@@ -1323,6 +1367,7 @@ def tensor(image):
 @pytest.mark.parametrize("size", [(256, 256), (512, 384), (300, 700), (224, 224)])
 @pytest.mark.parametrize("mode", ["bicubic", "bilinear"])
 def test_square_crop_is_pils(size, mode):
+    """CLIP's preprocessing of tensors is torchvision's of PIL pictures, but for PIL's rounding."""
     from torchvision import transforms as T
     image = picture(*size)
     way = T.InterpolationMode.BICUBIC if mode == "bicubic" else T.InterpolationMode.BILINEAR
@@ -1350,6 +1395,7 @@ def test_square_crop_without_antialias_would_be_far_off():
 
 
 def test_square_crop_is_transformers_processor():
+    """It is transformers' own processor as well, with its mean and std."""
     from transformers import CLIPImageProcessorPil
     image = picture(400, 300)
     theirs = CLIPImageProcessorPil()(images=[Image.fromarray(image)], return_tensors="pt")["pixel_values"]
@@ -1373,6 +1419,7 @@ def test_letterbox_is_hpsv2s(size):
 
 @pytest.mark.parametrize("view", [rtdmd.square_crop, rtdmd.letterbox, rtdmd.REWARDS["clipscore"]["view"]])
 def test_preprocessing_gradient_is_finite_differences(view):
+    """Eq. 15 needs the gradient of every view: it is that of central differences."""
     torch.manual_seed(0)
     image = (torch.rand(1, 3, 20, 30) * .6 + .2).requires_grad_()   # away from 0 and 1, where the clamp bends
     weight, way = torch.randn(1, 3, 224, 224), torch.randn(1, 3, 20, 30)
@@ -1403,19 +1450,25 @@ def test_half_precision_images_are_resized_in_fp32():
 
 # ---- The CLIP family
 
-def tiny_clip():
-    """A CLIPModel of two layers and a tokenizer of letters."""
+def clip_net(projection=8):
+    """A CLIPModel of two layers."""
     from transformers import CLIPConfig, CLIPModel
     torch.manual_seed(0)
     part = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
-    net = CLIPModel(CLIPConfig(text_config=dict(part, vocab_size=64, eos_token_id=63), projection_dim=8,
-                               vision_config=dict(part, image_size=224, patch_size=56)))
+    return CLIPModel(CLIPConfig(text_config=dict(part, vocab_size=64, eos_token_id=63), projection_dim=projection,
+                                vision_config=dict(part, image_size=224, patch_size=56)))
 
-    def embed_text(prompts):
-        ids = torch.tensor([[ord(c) % 60 for c in (p + " " * 20)[:20]] + [63] for p in prompts])
-        return net.get_text_features(input_ids=ids).pooler_output
 
-    return net, lambda pixels: net.get_image_features(pixel_values=pixels).pooler_output, embed_text
+def letter_ids(prompts):
+    """A token a letter, 20 letters and the end: (B, 21)."""
+    return torch.tensor([[ord(c) % 60 for c in (p + " " * 20)[:20]] + [63] for p in prompts])
+
+
+def tiny_clip():
+    """What a host of rtdmd hands to ClipReward: network, embed_image, embed_text."""
+    net = clip_net()
+    return (net, lambda pixels: net.get_image_features(pixel_values=pixels).pooler_output,
+            lambda prompts: net.get_text_features(input_ids=letter_ids(prompts)).pooler_output)
 
 
 def test_hpsv2_is_strictly_loadable_into_open_clip():
@@ -1433,14 +1486,15 @@ def test_hpsv2_is_strictly_loadable_into_open_clip():
 
 
 def test_hpsv2_host_loads_strictly_and_scores_a_cosine(tmp_path, monkeypatch):
+    """HPSv2 is the cosine of open_clip's embeddings; a checkpoint that lacks a tensor is refused."""
     import open_clip
     from hpsv2.utils import hps_version_map
-    small = open_clip.CLIP(embed_dim=8, vision_cfg=dict(layers=1, width=64, image_size=224, patch_size=56),
-                           text_cfg=dict(layers=1, width=16, heads=2, vocab_size=49408, context_length=77))
-    monkeypatch.setattr(open_clip, "create_model", lambda arch, pretrained: type(small)(
+    make = lambda *args, **options: open_clip.CLIP(
         embed_dim=8, vision_cfg=dict(layers=1, width=64, image_size=224, patch_size=56),
-        text_cfg=dict(layers=1, width=16, heads=2, vocab_size=49408, context_length=77)))
-    cfg = SimpleNamespace(weights_dir=str(tmp_path), device="cpu", prompts=None)
+        text_cfg=dict(layers=1, width=16, heads=2, vocab_size=49408, context_length=77))
+    small = make()
+    monkeypatch.setattr(open_clip, "create_model", make)
+    cfg = settings(tmp_path)
     file = tmp_path / "HPSv2" / hps_version_map["v2.1"]
     file.parent.mkdir()
     torch.save({"state_dict": small.state_dict()}, file)
@@ -1464,9 +1518,8 @@ def test_clip_rewards_match_transformers_logits():
     images, prompts = torch.rand(3, 3, 64, 48), ["one", "two", "one"]
     for name in ("clipscore", "pickscore"):
         reward = rtdmd.ClipReward(name, rtdmd.REWARDS[name], host)
-        ids = torch.tensor([[ord(c) % 60 for c in (p + " " * 20)[:20]] + [63] for p in prompts])
         with torch.no_grad():
-            out = host[0](input_ids=ids, pixel_values=reward.row["view"](images))
+            out = host[0](input_ids=letter_ids(prompts), pixel_values=reward.row["view"](images))
         logits = out.logits_per_image.diagonal()
         expected = logits if name == "pickscore" else logits / host[0].logit_scale.exp()
         torch.testing.assert_close(reward(images, prompts), expected, atol=1e-5, rtol=1e-5)
@@ -1474,6 +1527,7 @@ def test_clip_rewards_match_transformers_logits():
 
 
 def test_text_goes_through_the_network_once():
+    """A prompt that was seen before is not embedded again."""
     net, embed_image, embed_text = tiny_clip()
     calls = []
 
@@ -1488,6 +1542,7 @@ def test_text_goes_through_the_network_once():
 
 
 def test_reward_gradient_reaches_images_and_not_weights():
+    """Eq. 15's gradient in the pictures is that of central differences; a reward's weights get none."""
     torch.manual_seed(1)
     reward = rtdmd.ClipReward("pickscore", rtdmd.REWARDS["pickscore"], tiny_clip())
     images = (torch.rand(2, 3, 32, 40) * .5 + .25).requires_grad_()
@@ -1509,7 +1564,7 @@ def test_transformers_host_loads_a_folder(tmp_path):
     net = type(net)(net.config)
     folder = tmp_path / "clip-vit-large-patch14"
     net.save_pretrained(folder)
-    cfg = SimpleNamespace(weights_dir=str(tmp_path), device="cpu", prompts=None)
+    cfg = settings(tmp_path)
     with pytest.raises(rtdmd.UsageError, match="tokenizer.json"):   # not a tokenizer without a vocabulary
         rtdmd.load_reward("clipscore", cfg)
     base = open_clip.tokenizer.SimpleTokenizer()
@@ -1523,6 +1578,7 @@ def test_transformers_host_loads_a_folder(tmp_path):
 # ---- Your own rewards
 
 def test_user_rewards(tmp_path, monkeypatch):
+    """module:attribute may be a function, an object or a class; what breaks in it is one sentence."""
     (tmp_path / "my_rewards.py").write_text("""
 def brightness(images, prompts):
     return images.mean((1, 2, 3))
@@ -1537,18 +1593,19 @@ class Broken:
     monkeypatch.chdir(tmp_path)
     images = torch.rand(2, 3, 4, 4)
     for name, factor, differentiable in (("brightness", 1, False), ("Judge", 2, True), ("judge", 3, True)):
-        reward = rtdmd.load_reward(f"my_rewards:{name}", CFG)
+        reward = rtdmd.load_reward(f"my_rewards:{name}", settings())
         torch.testing.assert_close(rtdmd.score(reward, images, ["", ""]), images.mean((1, 2, 3)) * factor)
         assert reward.differentiable is differentiable and reward.name == f"my_rewards:{name}"
     for name, words in (("my_rewards:nothing", "nothing"), ("no_such_module:x", "no_such_module"),
                         ("my_rewards:Broken", r"RuntimeError.*no\\ngood.*mend")):
         with pytest.raises(rtdmd.UsageError, match=words):
-            rtdmd.load_reward(name, CFG)
+            rtdmd.load_reward(name, settings())
     own = object()
-    assert rtdmd.load_reward("judge", CFG, extra={"judge": own}) is own
+    assert rtdmd.load_reward("judge", settings(), extra={"judge": own}) is own
 
 
 def test_score_names_reward_and_prompt():
+    """A reward that raises or returns another shape is named with its prompt; nan passes as it is."""
     def picky(images, prompts):
         if "bad" in prompts:
             raise ValueError("cannot look at this")
@@ -1672,29 +1729,20 @@ def stock(folder, **options):
 
 
 def latents(backbone, batch=2):
-    return torch.randn(batch, *backbone.latent_shape, generator=torch.Generator().manual_seed(5))
+    return torch.randn(batch, *backbone.latent_shape, generator=rng(5))
 
 
-def timesteps(backbone, steps=4):
-    u = torch.linspace(1, 0, steps + 1)
-    return backbone.shift * u / (1 + (backbone.shift - 1) * u)
+def timesteps(backbone):
+    return rtdmd.timestep_schedule(4, backbone.shift)
 
 
-def rollout(backbone, x, cond, eta, generator):
-    """Eq. 21 in four steps, with the noise drawn in the pipeline's layout (FLUX.2: tokens)."""
-    grid = timesteps(backbone)
-    for t, t_next in zip(grid[:-1], grid[1:]):
-        with torch.no_grad():
-            v = backbone.velocity(backbone.nets["generator"], x, t.expand(len(x)), cond)
-        x0, eps = x - t * v, x + (1 - t) * v
-        x = (1 - t_next) * x0 + t_next * math.cos(eta * math.pi / 2) * eps
-        if t_next > 0 and eta > 0:
-            packed = x.shape[1] == 128
-            shape = (len(x), x.shape[2] * x.shape[3], 128) if packed else x.shape
-            noise = torch.randn(shape, generator=generator)
-            noise = noise.transpose(1, 2).unflatten(2, x.shape[2:]) if packed else noise
-            x = x + t_next * math.sin(eta * math.pi / 2) * noise
-    return x
+def pipeline_noise(x, generator):
+    """Noise of three steps as the stock pipeline draws it, (3, *x.shape): FLUX.2's in tokens (B, h w, 128)."""
+    if x.shape[1] != 128:
+        return torch.stack([torch.randn(x.shape, generator=generator) for _ in range(3)])
+    B, channels, height, width = x.shape
+    tokens = [torch.randn(B, height * width, channels, generator=generator) for _ in range(3)]
+    return torch.stack([noise.transpose(1, 2).unflatten(2, (height, width)) for noise in tokens])
 
 
 def image_of(pipe, x, **options):
@@ -1707,20 +1755,24 @@ def image_of(pipe, x, **options):
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("eta", [0.0, 0.9])
 def test_our_rollout_equals_the_stock_pipeline_with_our_scheduler(folders, name, eta):
+    """Eq. 20: CPSScheduler in the stock pipeline paints rollout's pictures, noise for noise."""
     backbone, pipe = backbone_of(folders, name), stock(folders[name].split(",")[0])
     pipe.scheduler = rtdmd.CPSScheduler.from_config(pipe.scheduler.config, eta=eta)
-    pipe.scheduler.generator = torch.Generator().manual_seed(9)
+    pipe.scheduler.generator = rng(9)
     x = latents(backbone)
-    theirs = image_of(pipe, x)
-    noise = torch.Generator().manual_seed(9)
-    ours = backbone.decode(rollout(backbone, x, backbone.encode(PROMPTS), eta, noise))
+    theirs, cond = image_of(pipe, x), backbone.encode(PROMPTS)
+    velocity = lambda x, t: backbone.velocity(backbone.nets["generator"], x, t, cond)
+    with torch.no_grad():
+        states, _ = rtdmd.rollout(velocity, x, pipeline_noise(x, rng(9)), timesteps(backbone), eta)
+        ours = backbone.decode(states[-1])
     torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
     assert theirs.std() > 1e-3 and (theirs[0] - theirs[1]).abs().max() > 1e-3
-    torch.testing.assert_close(pipe.scheduler.sigmas, timesteps(backbone), atol=1e-6, rtol=0)
+    torch.testing.assert_close(pipe.scheduler.sigmas.double(), timesteps(backbone), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_eta_0_is_stock_euler_and_eta_1_is_stochastic_sampling(folders, name):
+    """App. C's two ends are diffusers' Euler step and its stochastic sampling."""
     pipe = stock(folders[name].split(",")[0])
     config, x, images = pipe.scheduler.config, latents(backbone_of(folders, name)), {}
     euler = FlowMatchEulerDiscreteScheduler
@@ -1737,6 +1789,7 @@ def test_eta_0_is_stock_euler_and_eta_1_is_stochastic_sampling(folders, name):
 
 
 def test_the_scheduler_gives_the_papers_grid_by_default(folders):
+    """App. J: eta .9 and the shifted grids of SD3 and of FLUX.2 at 512 and 1024 pixels."""
     sd3 = rtdmd.CPSScheduler.from_config(stock(folders["sd3m"]).scheduler.config)
     sd3.set_timesteps(4)
     assert sd3.eta == 0.9 and sd3.sigmas.tolist() == pytest.approx([1, .9, .75, .5, 0])
@@ -1752,6 +1805,7 @@ def test_the_scheduler_gives_the_papers_grid_by_default(folders):
     ("flux2-4b", 512, [1, .958085, .883982, .717497, 0]),
     ("flux2-4b", 1024, [1, .967384, .908144, .767200, 0])])
 def test_the_grid_by_resolution(folders, name, resolution, grid):
+    """A backbone's own shift gives the same grids; only FLUX.2's depends on the resolution."""
     backbone = backbone_of(folders, name)
     side = resolution // (16 if name.startswith("flux2") else 8)
     backbone.latent_shape = (backbone.latent_shape[0], side, side)
@@ -1767,7 +1821,7 @@ def test_the_scheduler_keeps_eta_and_repeats_with_a_generator(folders, tmp_path)
     assert rtdmd.CPSScheduler.from_pretrained(tmp_path).eta == 0.7
     x, images = torch.randn(2, 16, 8, 8), []
     for seed in (1, 1, 2):
-        pipe.scheduler.generator = torch.Generator().manual_seed(seed)
+        pipe.scheduler.generator = rng(seed)
         images.append(image_of(pipe, x))
     assert torch.equal(images[0], images[1]) and not torch.equal(images[0], images[2])
 
@@ -1776,6 +1830,7 @@ def test_the_scheduler_keeps_eta_and_repeats_with_a_generator(folders, tmp_path)
 
 @pytest.mark.parametrize("name, folder", [("sd3m", "sd3m"), ("sd35m", "sd35m"), ("flux2-4b", "base")])
 def test_teacher_guidance_equals_the_stock_pipeline(folders, name, folder):
+    """The guided psi is u + w (c - u), step by step what the stock pipeline takes."""
     backbone, pipe, w = backbone_of(folders, name), stock(folders[folder]), rtdmd.MODELS[name]["guidance"]
     seen, step = [], pipe.scheduler.step
     pipe.scheduler.step = lambda v, t, x, **options: seen.append((v, t, x)) or step(v, t, x, **options)
@@ -1794,6 +1849,7 @@ def test_teacher_guidance_equals_the_stock_pipeline(folders, name, folder):
 
 
 def test_flux2_is_told_what_quantise_says(folders):
+    """FLUX.2 hears levels in bf16: quantise names those that it hears, and leaves them alone."""
     backbone = backbone_of(folders, "flux2-4b", dtype="bf16")
     told = []
     hook = lambda module, inputs: told.append(inputs[0].float())
@@ -1824,6 +1880,7 @@ def test_sd3_is_told_the_exact_timestep_even_in_bf16(folders):
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("length", [None, 128])
 def test_encoding_is_the_pipelines_bit_for_bit(folders, name, length):
+    """At the pipeline's own text length and at a chosen one; free_text then drops the encoders."""
     backbone, pipe = backbone_of(folders, name, text_length=length), stock(folders[name].split(",")[0])
     prompts, options = PROMPTS + [""], {"max_sequence_length": length} if length else {}
     ours = backbone.encode(prompts)
@@ -1840,6 +1897,7 @@ def test_encoding_is_the_pipelines_bit_for_bit(folders, name, length):
 
 
 def test_qwen_runs_only_to_its_last_tap(folders):
+    """Layers above the last one that is read are gone, and so is the language head."""
     backbone = backbone_of(folders, "flux2-4b")
     backbone.encode([""])
     assert len(backbone.text.text_encoder.layers) == 27 and not hasattr(backbone.text.text_encoder, "lm_head")
@@ -1849,6 +1907,7 @@ def test_qwen_runs_only_to_its_last_tap(folders):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_decode_inverts_the_pipelines_scaling(folders, name):
+    """A latent that the pipeline scaled reaches the VAE as the VAE had made it."""
     backbone, image = backbone_of(folders, name), torch.rand(2, 3, 64, 64) * 2 - 1
     vae = backbone.vae
     z = vae.encode(image).latent_dist.mode()
@@ -1865,6 +1924,7 @@ def test_decode_inverts_the_pipelines_scaling(folders, name):
 
 @pytest.mark.parametrize("name", ["sd3m", "flux2-4b"])
 def test_decode_in_chunks_with_gradient_and_checkpointing(folders, name):
+    """Neither changes the gradient that Eq. 15 sends through the decoder."""
     gradients = []
     for checkpointing, pixels in ((False, 2**20), (False, 64 * 64), (True, 2**20)):
         backbone = backbone_of(folders, name, no_vae_checkpointing=not checkpointing)
@@ -1884,6 +1944,7 @@ def test_decode_in_chunks_with_gradient_and_checkpointing(folders, name):
     ("sd3m", 2_028_328_000, 191, 37_552_128), ("sd35m", 2_243_171_520, 243, 47_775_744),
     ("flux2-4b", 3_875_544_576, 80, 74_711_040), ("flux2-9b", 9_078_581_248, 112, 127_926_272)])
 def test_full_size_networks(name, parameters, linears, rank_64):
+    """BACKBONES holds the real sizes: parameters, attention linears, weights of rank-64 adapters."""
     cls = Flux2Transformer2DModel if name.startswith("flux2") else SD3Transformer2DModel
     with torch.device("meta"):
         net = cls(**rtdmd.BACKBONES[name]["net"])
@@ -1894,6 +1955,7 @@ def test_full_size_networks(name, parameters, linears, rank_64):
 
 
 def test_full_size_vaes():
+    """The VAEs of --random_weights have the real ones' sizes and channels."""
     with torch.device("meta"):
         sd3, flux2 = AutoencoderKL(**rtdmd.SD3_VAE), AutoencoderKLFlux2()
     assert [round(sum(p.numel() for p in vae.parameters()) / 1e6, 1) for vae in (sd3, flux2)] == [83.8, 84.0]
@@ -1902,6 +1964,7 @@ def test_full_size_vaes():
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_random_weights_need_no_repository(folders, name, monkeypatch):
+    """--random_weights: the same network on every rank, and embeddings that depend on the prompt."""
     tiny = dict(num_layers=2, num_attention_heads=1, caption_projection_dim=64)
     small = {"sd3m": dict(rtdmd.SD3_NET, **tiny),
              "sd35m": dict(rtdmd.SD35_NET, dual_attention_layers=(0,), **tiny),
@@ -1928,6 +1991,7 @@ def test_random_weights_need_no_repository(folders, name, monkeypatch):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_meta_device_counts_full_size_networks_without_memory(tmp_path, name):
+    """--device meta: encoding, forward, decoding and backward pass without a byte."""
     config = rtdmd.Config(model=name, device="meta", dtype="bf16", resolution=512, random_weights=True)
     backbone = rtdmd.load_backbone(config)
     assert type(backbone) is (rtdmd.Flux2Backbone if name.startswith("flux2") else rtdmd.SD3Backbone)
@@ -1961,6 +2025,7 @@ def test_load_backbone_knows_every_model(monkeypatch):
 # ---- What cannot be loaded
 
 def test_a_repository_that_cannot_be_used(folders, tmp_path):
+    """Missing, foreign, partial or damaged: one sentence that names it."""
     def attempt(path, model="sd3m"):
         with pytest.raises(rtdmd.UsageError) as error:
             backbone_of({model: str(path)}, model)
@@ -1968,7 +2033,8 @@ def test_a_repository_that_cannot_be_used(folders, tmp_path):
 
     for path in (tmp_path / "nowhere", "someone/model-that-is-not-cached", tmp_path):
         text = attempt(path)
-        assert text.startswith(f"model_index.json of {path} is neither in {path} nor on the hub") and "check name" in text
+        assert text.startswith(f"model_index.json of {path} is neither in {path} nor on the hub")
+        assert "check name" in text
     assert "Flux2KleinPipeline" in attempt(folders["base"])
     assert "StableDiffusion3Pipeline" in attempt(folders["sd3m"], "flux2-4b")
     broken = tmp_path / "broken"
@@ -1987,6 +2053,7 @@ def test_a_repository_that_cannot_be_used(folders, tmp_path):
 
 
 def test_missing_text_encoder_and_gated_repository(folders, tmp_path, monkeypatch):
+    """The one shows when text is encoded, the other at once, with the link to its licence."""
     broken = tmp_path / "broken"
     shutil.copytree(folders["sd3m"], broken)
     shutil.rmtree(broken / "text_encoder_3")
@@ -2011,6 +2078,7 @@ def test_missing_text_encoder_and_gated_repository(folders, tmp_path, monkeypatc
 
 
 def test_the_distilled_flux2_is_no_teacher(folders):
+    """DEPARTURE 15: it may be the generator's base, never psi; one base may serve both."""
     for path in (folders["distilled"], f"{folders['base']},{folders['distilled']}"):
         with pytest.raises(rtdmd.UsageError) as error:
             backbone_of({"flux2-4b": path}, "flux2-4b")
@@ -2031,7 +2099,8 @@ def test_a_resolution_that_does_not_fit(folders):
 
 
 def test_weights_dir_comes_before_the_hub(tmp_path):
-    cfg = SimpleNamespace(weights_dir=str(tmp_path), device="cpu", prompts=None)
+    """A file in its repository's folder, or else in --weights_dir itself, is taken from there."""
+    cfg = settings(tmp_path)
     (tmp_path / "file.pt").touch()
     assert rtdmd.find_weights("some/repo", "file.pt", cfg) == tmp_path / "file.pt"
     (tmp_path / "repo").mkdir()
@@ -2055,6 +2124,7 @@ class Letters:
 
 
 def test_text_cache(tmp_path, capsys):
+    """A file a prompt, whatever its letters: made once, read back bit for bit, anew where damaged."""
     backbone = Letters()
     cache = rtdmd.TextCache(backbone, tmp_path)
     prompts = [f"prompt {i}" for i in range(40)] + ["prompt 3", "ünï/..\n\0 odd"]
@@ -2083,6 +2153,7 @@ def test_text_cache(tmp_path, capsys):
 
 
 def test_text_cache_reads_ahead_each_row_once_and_keeps_the_latest(tmp_path, monkeypatch):
+    """In a thread of its own; the row not asked for the longest goes first."""
     backbone, prompts = Letters(), [f"prompt {i}" for i in range(5)]
     cache, truth, read, go = rtdmd.TextCache(backbone, tmp_path), backbone.encode(prompts), [], threading.Event()
     cache.prepare(prompts)
@@ -2092,10 +2163,11 @@ def test_text_cache_reads_ahead_each_row_once_and_keeps_the_latest(tmp_path, mon
     cache.prefetch(prompts[:3])                 # returns although nothing can be read yet
     assert not read and list(cache.rows) == prompts[:3]
     go.set()
-    for wanted in ([0, 1], [2, 0, 2], [3], [2, 0]):       # the fourth row pushes out the one that was not asked for longest
+    for wanted in ([0, 1], [2, 0, 2], [3], [2, 0]):                  # the fourth row pushes out the second
         cond = cache.batch([prompts[i] for i in wanted], "cpu")
         assert all(torch.equal(cond[name], truth[name][wanted]) for name in truth)
-    assert read == [cache.path(prompts[i]) for i in (0, 1, 2, 3)] and list(cache.rows) == [prompts[i] for i in (3, 2, 0)]
+    assert read == [cache.path(prompts[i]) for i in (0, 1, 2, 3)]
+    assert list(cache.rows) == [prompts[i] for i in (3, 2, 0)]
     assert threading.main_thread() not in cache.reader._threads
     shutil.rmtree(cache.folder)
     cache.prefetch(prompts)                     # a file that is not there is nobody's concern
@@ -2107,17 +2179,25 @@ def test_text_cache_reads_ahead_each_row_once_and_keeps_the_latest(tmp_path, mon
 @pytest.mark.parametrize("stage", [1, 2])
 def test_an_iteration_waits_for_no_text_but_the_first(stage, flags, monkeypatch):
     """Whatever batch is asked for was prefetched an iteration before, but for "" and the panel's prompts."""
-    asked, ahead, batch, prefetch = [], [], rtdmd.TextCache.batch, rtdmd.TextCache.prefetch
-    monkeypatch.setattr(rtdmd.TextCache, "batch", lambda self, prompts, device: (asked.append((len(ahead), set(prompts))),
-                                                                             batch(self, prompts, device))[1])
-    monkeypatch.setattr(rtdmd, "read_ahead", lambda run, *more, read_ahead=rtdmd.read_ahead: (ahead.append(set()), read_ahead(run, *more))[1])
+    asked, ahead, read_ahead = [], [], rtdmd.read_ahead
+    batch, prefetch = rtdmd.TextCache.batch, rtdmd.TextCache.prefetch
 
-    def spy(self, prompts):
+    def noted_batch(self, prompts, device):
+        asked.append((len(ahead), set(prompts)))
+        return batch(self, prompts, device)
+
+    def noted_read_ahead(run, *more):
+        ahead.append(set())
+        return read_ahead(run, *more)
+
+    def noted_prefetch(self, prompts):
         if inspect.currentframe().f_back.f_code.co_name == "read_ahead":
             ahead[-1] |= set(prompts)
         return prefetch(self, prompts)
 
-    monkeypatch.setattr(rtdmd.TextCache, "prefetch", spy)
+    monkeypatch.setattr(rtdmd.TextCache, "batch", noted_batch)
+    monkeypatch.setattr(rtdmd.TextCache, "prefetch", noted_prefetch)
+    monkeypatch.setattr(rtdmd, "read_ahead", noted_read_ahead)
     rtdmd.main(flags(stage, "--sample_every", 9, "--iterations", 2, "--max_prompts", 400))
     assert len(ahead) == 2
     for call, prompts in asked:
@@ -2127,6 +2207,7 @@ def test_an_iteration_waits_for_no_text_but_the_first(stage, flags, monkeypatch)
 
 
 def test_text_cache_refuses_a_full_disk_and_splits_over_ranks(tmp_path, monkeypatch):
+    """Refused before the first file; each rank encodes its share."""
     monkeypatch.setattr(rtdmd.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     with pytest.raises(rtdmd.UsageError) as error:
         rtdmd.TextCache(Letters(), tmp_path).prepare(["a"])
@@ -2145,6 +2226,7 @@ def test_text_cache_refuses_a_full_disk_and_splits_over_ranks(tmp_path, monkeypa
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_text_cache_of_a_real_backbone(folders, tmp_path, name):
+    """What was encoded comes back bit for bit, and the encoders are gone."""
     backbone = backbone_of(folders, name)
     cache = rtdmd.TextCache(backbone, tmp_path)
     cache.prepare(PROMPTS)
@@ -2158,6 +2240,7 @@ def test_text_cache_of_a_real_backbone(folders, tmp_path, name):
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("rank, alpha", [(64, 32), (32, 64)])
 def test_an_exported_adapter_is_exact_in_the_stock_pipeline(folders, tmp_path, name, rank, alpha):
+    """pipe.load_lora_weights and load_lora give our velocity and tensors, for any rank and alpha."""
     backbone = backbone_of(folders, name)
     net, x, t = backbone.nets["generator"], latents(backbone), torch.tensor([.9, .5])
     cond = backbone.encode(PROMPTS)
@@ -2181,6 +2264,7 @@ def test_an_exported_adapter_is_exact_in_the_stock_pipeline(folders, tmp_path, n
 
 
 def test_adapters_that_cannot_be_loaded(tmp_path):
+    """No file, a foreign one and a truncated one are one sentence each."""
     with pytest.raises(rtdmd.UsageError, match="missing or damaged"):
         rtdmd.load_lora(tmp_path)
     from safetensors.torch import save_file
@@ -2226,8 +2310,9 @@ def vivid(images, prompts):
     return images.flatten(1).std(1) + images[:, 0].mean((1, 2))
 vivid.differentiable = True
 '''
-REAL_FLAGS = ("--iterations 2 --batch 4 --fake_updates 2 --groups 2 --group_size 2 --micro_batch 4 --lora_rank 4 --lora_alpha 2 "
-              "--resolution 64 --device cpu --prompts prompts.txt --rewards vivid_judge:vivid --lr 1e-3 --lr_fake 1e-3")
+REAL_FLAGS = ("--iterations 2 --batch 4 --fake_updates 2 --groups 2 --group_size 2 --micro_batch 4 --lora_rank 4 "
+              "--lora_alpha 2 --resolution 64 --device cpu --prompts prompts.txt --rewards vivid_judge:vivid "
+              "--lr 1e-3 --lr_fake 1e-3")
 REAL_LENGTHS = {"sd3m": 256, "sd35m": 32, "flux2-4b": 512}     # 32 is asked for, the others are the pipelines' own
 
 
@@ -2265,8 +2350,8 @@ def trained_on_small(folders, root, name):
         patch.setattr(rtdmd, "prepare", prepare_and_keep)
         length = ["--text_length", "32"] if name == "sd35m" else []
         for stage in ("1", "2"):
-            rtdmd.main(["--stage", stage, "--model", name, "--pretrained", folders[name], "--out", "run", "--cache", str(root / "cache"),
-                        *REAL_FLAGS.split(), *length])
+            rtdmd.main(["--stage", stage, "--model", name, "--pretrained", folders[name], "--out", "run",
+                        "--cache", str(root / "cache"), *REAL_FLAGS.split(), *length])
     for stage, one in seen.items():
         one.folder = root / f"run/stage{stage}"
         one.checkpoint = one.folder / "checkpoint-000002"
@@ -2284,8 +2369,10 @@ def test_both_stages_train_a_real_class(real_run):
     average ended."""
     for stage, one in real_run.stages.items():
         rows = [json.loads(line) for line in (one.folder / "metrics.jsonl").read_text().splitlines()]
-        assert [row["iteration"] for row in rows] == [1, 2] and all(math.isfinite(v) for row in rows for v in row.values())
-        wanted = {"dsm", "consistency", "dm", "grad_generator", "grad_fake"} | ({"push_policy", "push_det", "push_dm"} if stage == 2 else set())
+        assert [row["iteration"] for row in rows] == [1, 2]
+        assert all(math.isfinite(v) for row in rows for v in row.values())
+        wanted = ["dsm", "consistency", "dm", "grad_generator", "grad_fake"]
+        wanted += ["push_policy", "push_det", "push_dm"] if stage == 2 else []
         assert all(row[name] != 0 for row in rows for name in wanted) and rows[-1]["skipped"] == 0
         for role in ("generator", "fake"):
             now, start = adapter_copy(one.run, role), one.start[role]
@@ -2318,11 +2405,14 @@ def test_a_checkpoint_is_exact_in_the_stock_pipeline(real_run, stage):
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_checkpoint_says_how_to_sample(real_run, stage):
+    """Its metadata: model, steps, eta, shift, levels, guidance, text length, rank and alpha."""
     one, (_, info) = real_run.stages[stage], rtdmd.load_lora(real_run.stages[stage].checkpoint)
     backbone = one.run.backbone
-    wanted = dict(model=real_run.name, base=backbone.base, stage=stage, iteration=2, steps=4, eta=0.9, shift=backbone.shift, guidance=1.0,
-                  text_length=REAL_LENGTHS[real_run.name], resolution=64, rank=4, alpha=2)
-    assert {n: info[n] for n in wanted} == wanted and info["sigmas"] == pytest.approx(timesteps(backbone)[:-1].tolist())
+    wanted = dict(model=real_run.name, base=backbone.base, stage=stage, iteration=2, steps=4, eta=0.9,
+                  shift=backbone.shift, guidance=1.0, text_length=REAL_LENGTHS[real_run.name], resolution=64,
+                  rank=4, alpha=2)
+    assert {n: info[n] for n in wanted} == wanted
+    assert info["sigmas"] == pytest.approx(timesteps(backbone)[:-1].tolist())
 
 
 def test_the_readmes_lines_give_our_picture(real_run):
@@ -2332,31 +2422,30 @@ def test_the_readmes_lines_give_our_picture(real_run):
     pipe = stock(backbone.base)
     pipe.load_lora_weights(one.checkpoint)
     pipe.scheduler = rtdmd.CPSScheduler.from_config(pipe.scheduler.config, eta=info["eta"])
-    pipe.scheduler.generator = torch.Generator().manual_seed(0)
-    theirs = image_of(pipe, x, num_inference_steps=info["steps"], guidance_scale=info["guidance"], max_sequence_length=info["text_length"])
-    packed, g, (channels, side, _) = real_run.name.startswith("flux2"), torch.Generator().manual_seed(0), backbone.latent_shape
-    noise = [torch.randn(2, side * side, channels, generator=g).transpose(1, 2).unflatten(2, (side, side)) if packed else
-             torch.randn(x.shape, generator=g) for _ in range(3)]
+    pipe.scheduler.generator = rng(0)
+    theirs = image_of(pipe, x, num_inference_steps=info["steps"], guidance_scale=info["guidance"],
+                      max_sequence_length=info["text_length"])
     cond = one.run.text.batch(PROMPTS, "cpu")
     with torch.no_grad(), ev.ema_weights(one.run):
         velocity = lambda x, t: one.run.roles.velocity("generator", x, t, cond)
-        ours = backbone.decode(rtdmd.rollout(velocity, x, torch.stack(noise), one.run.times, info["eta"])[0][-1])
+        states, _ = rtdmd.rollout(velocity, x, pipeline_noise(x, rng(0)), one.run.times, info["eta"])
+        ours = backbone.decode(states[-1])
     torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
 
 
 def test_eval_samples_a_real_checkpoint(real_run, folders, monkeypatch, capsys):
     """eval.py --lora scores it, --prompt paints with it; both take the text length from the checkpoint."""
     monkeypatch.chdir(real_run.root)
-    lengths, load = [], rtdmd.load_backbone
-    monkeypatch.setattr(rtdmd, "load_backbone", lambda cfg: lengths.append(load(cfg)) or lengths[-1])
-    base = ["--model", real_run.name, "--pretrained", folders[real_run.name], "--lora", "run/stage2", "--resolution", "64",
-            "--device", "cpu", "--cache", "cache", "--out", "eval"]
-    ev.main([*base, "--prompts", "prompts.txt", "--metrics", "vivid_judge:vivid"])
+    loaded, load, judge = [], rtdmd.load_backbone, "vivid_judge:vivid"
+    monkeypatch.setattr(rtdmd, "load_backbone", lambda cfg: loaded.append(load(cfg)) or loaded[-1])
+    base = ["--model", real_run.name, "--pretrained", folders[real_run.name], "--lora", "run/stage2",
+            "--resolution", "64", "--device", "cpu", "--cache", "cache", "--out", "eval"]
+    ev.main([*base, "--prompts", "prompts.txt", "--metrics", judge])
     report = json.loads(Path("eval/report.json").read_text())
-    assert math.isfinite(report["rows"]["stage2"]["vivid_judge:vivid"]) and len(report["scores"]["stage2"]["vivid_judge:vivid"]) == 3
+    assert math.isfinite(report["rows"]["stage2"][judge]) and len(report["scores"]["stage2"][judge]) == 3
     ev.main([*base, "--prompt", PROMPTS[0]])
     assert Image.open("eval/prompt.png").size[0] >= 64
-    assert [backbone.text_length for backbone in lengths] == 2 * [REAL_LENGTHS[real_run.name]]
+    assert [backbone.text_length for backbone in loaded] == 2 * [REAL_LENGTHS[real_run.name]]
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -2384,7 +2473,8 @@ def child(argv, env, output, before):
 
 def start(argv, folder, world=1, before=None):
     """Processes of one run, as torchrun would start them; what they print goes to FOLDER/rank-0 and so on."""
-    os.environ["PYTHONPATH"] = f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}"    # for the server's import
+    # The fork server imports this file before it forks.
+    os.environ["PYTHONPATH"] = f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}"
     FORK.set_forkserver_preload([Path(__file__).stem])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -2437,8 +2527,9 @@ def small_sd3_world(folders, tmp_path_factory):
     root = tmp_path_factory.mktemp("sd3")
     words = "red blue tall wet loud old flat warm".split()
     prompts = written(root, "prompts.txt", "".join(f"a {word} cat\n" for word in words))
-    common = [*SMALL, "--model", "sd3m", "--pretrained", folders["sd3m"], "--resolution", "64", "--prompts", prompts,
-              "--lr", "1e-3", "--rewards", f"{Path(__file__).stem}:mean_colour=1", "--cache", str(root / "cache")]
+    common = [*SMALL, "--model", "sd3m", "--pretrained", folders["sd3m"], "--resolution", "64", "--lr", "1e-3",
+              "--prompts", prompts, "--rewards", f"{Path(__file__).stem}:mean_colour=1",
+              "--cache", str(root / "cache")]
     rtdmd.main([*common, "--stage", "1", "--out", str(root / "begun")])
     return common, root / "begun"
 
@@ -2514,24 +2605,26 @@ def shake(roles, role, seed=0):
 
 
 def test_three_roles_on_one_base(cache):
+    """DEPARTURE 15: both adapters begin as the teacher; training one moves no other role."""
     roles, x, t, cond, base = tiny_roles(cache)
     look = torch.no_grad()(lambda role: roles.velocity(role, x, t, cond))
     assert all(torch.equal(look(role), base) for role in ("generator", "fake", "teacher"))        # B = 0
     shake(roles, "generator")
     fake = look("fake")
-    assert torch.equal(look("teacher"), base) and torch.equal(fake, base) and not torch.equal(look("generator"), base)
     generator = look("generator")
+    assert torch.equal(look("teacher"), base) and torch.equal(fake, base) and not torch.equal(generator, base)
     shake(roles, "fake", 1)
     assert torch.equal(look("teacher"), base) and torch.equal(look("generator"), generator)
     assert not torch.equal(look("fake"), fake)
-    assert all(len(roles.parameters(role)) == 2 * len(roles.backbone.lora_targets) for role in ("generator", "fake"))
+    for role in ("generator", "fake"):
+        assert len(roles.parameters(role)) == 2 * len(roles.backbone.lora_targets)
 
 
 @pytest.mark.parametrize("checkpointing, compiled", [(False, False), (True, False), (True, True)])
 def test_gradients_survive_the_other_roles(cache, checkpointing, compiled, monkeypatch):
     """A teacher and a fake pass between the generator's forward and backward change no bit of its gradient."""
-    compile_net, gradients = nn.Module.compile, []
-    monkeypatch.setattr(nn.Module, "compile", lambda net: compile_net(net, backend="aot_eager"))      # without a compiler
+    compile_net, gradients = nn.Module.compile, []              # aot_eager needs no C++ compiler
+    monkeypatch.setattr(nn.Module, "compile", lambda net: compile_net(net, backend="aot_eager"))
     for between in ((), ("teacher", "fake")):
         roles, x, t, cond, _ = tiny_roles(cache, checkpointing=checkpointing, compile=compiled)
         roles.nets["generator"].train()                         # diffusers checkpoints whenever gradients are on
@@ -2545,7 +2638,7 @@ def test_gradients_survive_the_other_roles(cache, checkpointing, compiled, monke
         gradients.append([p.grad for p in roles.parameters("generator")])
         assert all(p.grad is None for p in roles.parameters("fake"))
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
-    assert sum(bool(a.any()) for a in gradients[0]) >= len(gradients[0]) - 2      # the last block drops the text's query
+    assert sum(bool(a.any()) for a in gradients[0]) >= len(gradients[0]) - 2    # the last block drops a text query
     if checkpointing:
         plain = tiny_roles(cache)[0]
         shake(plain, "generator")
@@ -2555,12 +2648,15 @@ def test_gradients_survive_the_other_roles(cache, checkpointing, compiled, monke
 
 
 def test_everything_that_learns_is_fp32_over_a_bf16_base(small_sd3_world, tmp_path):
+    """DEPARTURE 14: adapters, Adam's moments, the average and the checkpoint."""
     common, _ = small_sd3_world
-    run = rtdmd.prepare(rtdmd.resolve(rtdmd.parse_flags([*common, "--dtype", "bf16", "--out", str(tmp_path), "--iterations", "1"])))
+    run = prepared([*common, "--dtype", "bf16", "--out", str(tmp_path), "--iterations", "1"])
     rtdmd.stage1(run)
-    assert {p.dtype for n, p in run.roles.nets["teacher"].named_parameters() if "lora" not in n} == {torch.bfloat16}
+    teacher = run.roles.nets["teacher"].named_parameters()
+    assert {p.dtype for n, p in teacher if "lora" not in n} == {torch.bfloat16}
     learnt = [p for role in run.optimizers for p in run.roles.parameters(role)]
-    moments = [m for optimizer in run.optimizers.values() for state in optimizer.state.values() for m in state.values()]
+    states = [state for optimizer in run.optimizers.values() for state in optimizer.state.values()]
+    moments = [m for state in states for m in state.values()]
     assert len(moments) == 3 * len(learnt) and {p.dtype for p in [*learnt, *moments, *run.ema]} == {torch.float32}
     assert {p.dtype for p in state_of(tmp_path / "stage1").values()} == {torch.float32}
 
@@ -2573,20 +2669,23 @@ def spoil(name, when, value=math.nan):
     return lambda *args, **options: original(*args, **options) * (value if when() else 1.0)
 
 
-SOURCES = {                 # function, what the log names, which adapter is left alone, stage
-    "dm": ("dmd_loss", "generator", 1), "dsm": ("ambient_dsm_loss", "fake", 1), "consistency": ("reverse_step", "fake", 1),
-    "reward_attributes": ("score", "generator", 2),
+SOURCES = {                 # what the log names: function, which adapter is left alone, stage
+    "dm": ("dmd_loss", "generator", 1), "dsm": ("ambient_dsm_loss", "fake", 1),
+    "consistency": ("reverse_step", "fake", 1), "reward_attributes": ("score", "generator", 2),
 }
 
 
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_number_that_is_none_skips_the_step(source, value, flags, tmp_path, monkeypatch, capfd):
+    """nan or inf skips one adapter's update and is counted; the other goes on, no weight is spoilt."""
     name, role, stage = SOURCES[source]
     rows = tmp_path / f"run/stage{stage}/metrics.jsonl"
-    monkeypatch.setattr(rtdmd, name, spoil(name, lambda: rows.exists() and rows.read_text().count("\n") == 1, value))
+    in_the_second = lambda: rows.exists() and rows.read_text().count("\n") == 1
+    monkeypatch.setattr(rtdmd, name, spoil(name, in_the_second, value))
     rtdmd.main(flags(stage, "--watch", ""))
-    assert re.search(f"Iteration 2: the {role}'s gradient is not finite .*{source}.* is skipped", capfd.readouterr().err)
+    text = capfd.readouterr().err
+    assert re.search(f"Iteration 2: the {role}'s gradient is not finite .*{source}.* is skipped", text)
     first, second, third = (state_of(tmp_path / f"run/stage{stage}/checkpoint-{n:06d}") for n in (1, 2, 3))
     assert all(p.isfinite().all() for p in third.values())
     for kind, of in (("generator.", "generator"), ("ema.", "generator"), ("adam.generator.", "generator"),
@@ -2603,6 +2702,7 @@ def nan_on_rank_1(output):
 
 
 def test_all_processes_skip_together(flags, tmp_path):
+    """A nan on one rank skips the update on all, or their weights would part."""
     assert finish(start(flags(1), tmp_path / "log", 2, "nan_on_rank_1")) == [0, 0]
     text = (tmp_path / "log/rank-0").read_text()
     assert re.search("Iteration 2: the generator's gradient is not finite .dm.; ", text)
@@ -2633,6 +2733,11 @@ def flip(path):
     path.write_bytes(data)
 
 
+def names_in(folder):
+    """Names of a stage's checkpoints, newest first."""
+    return [path.name for path in rtdmd.list_checkpoints(folder)]
+
+
 @pytest.fixture(scope="session")
 def four(cache, tmp_path_factory):
     """A stage 1 of four iterations, never stopped."""
@@ -2655,10 +2760,11 @@ def stop_after(monkeypatch, iteration, number=signal.SIGTERM):
 
 @pytest.mark.parametrize("stage, iteration", [(1, 1), (1, 2), (2, 1), (2, 2)])
 def test_a_stopped_run_goes_on_bit_for_bit(stage, iteration, flags, tmp_path, monkeypatch):
+    """SIGTERM saves, and the same command ends with the bits of a run that was left alone."""
     rtdmd.main(flags(stage, "--out", tmp_path / "whole"))
     stop_after(monkeypatch, iteration)
     rtdmd.main(flags(stage, "--save_every", 50))                    # SIGTERM: returns, having saved
-    assert [p.name for p in rtdmd.list_checkpoints(tmp_path / f"run/stage{stage}")] == [f"checkpoint-{iteration:06d}"]
+    assert names_in(tmp_path / f"run/stage{stage}") == [f"checkpoint-{iteration:06d}"]
     monkeypatch.undo()
     with open(tmp_path / f"run/stage{stage}/metrics.jsonl", "a") as file:
         file.write('{"iteration": 3, "dm": 1.0, "seconds": 1.0}\n{"iteration": 4, "d')     # what a kill leaves
@@ -2672,13 +2778,15 @@ def test_a_stopped_run_goes_on_bit_for_bit(stage, iteration, flags, tmp_path, mo
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", [cut, Path.unlink, flip])
 def test_a_damaged_newest_checkpoint_is_passed_over(name, damage, begun, four, flags, tmp_path, capfd):
+    """Cut, lost or altered: the run goes on from the one before, to the same bits."""
     shutil.copytree(begun, tmp_path / "run")
     damage(tmp_path / "run/stage1/checkpoint-000003" / name)
     rtdmd.main(flags(1, "--iterations", 4, "--keep", 1))
     text = capfd.readouterr().err
-    assert re.search(r"checkpoint-000003 is damaged.*older", text) and "Resumed" in text and "2 iterations are done" in text
+    assert re.search(r"checkpoint-000003 is damaged.*older", text)
+    assert "Resumed" in text and "2 iterations are done" in text
     assert bytes_differing(state_of(tmp_path / "run/stage1"), state_of(four)) == 0
-    assert [p.name for p in rtdmd.list_checkpoints(tmp_path / "run/stage1")] == ["checkpoint-000004"]
+    assert names_in(tmp_path / "run/stage1") == ["checkpoint-000004"]
 
 
 def test_a_damaged_newer_one_does_not_push_out_the_whole_one(begun, flags, tmp_path, monkeypatch):
@@ -2692,13 +2800,15 @@ def test_a_damaged_newer_one_does_not_push_out_the_whole_one(begun, flags, tmp_p
 
 
 def test_checkpoints_are_kept_by_number(flags, tmp_path):
+    """--keep leaves the newest, nothing half written; a folder of another name is none of them."""
     rtdmd.main(flags(1, "--iterations", 5, "--keep", 2))
     (tmp_path / "run/stage1/checkpoint-best").mkdir()
-    assert [p.name for p in rtdmd.list_checkpoints(tmp_path / "run/stage1")] == ["checkpoint-000005", "checkpoint-000004"]
+    assert names_in(tmp_path / "run/stage1") == ["checkpoint-000005", "checkpoint-000004"]
     assert not [p for p in tmp_path.rglob("*.partial")]
 
 
 def test_a_changed_setting_is_refused_with_the_differences(begun, flags, tmp_path, capfd):
+    """One sentence, nothing written; --force_resume goes on all the same."""
     shutil.copytree(begun, tmp_path / "run")
     before = snapshot(tmp_path)
     text = refused(capfd, flags(1, "--gamma", .5, "--lr", 1e-4, "--keep", 3), "other settings")
@@ -2725,6 +2835,7 @@ def test_a_checkpoint_of_another_version(begun, flags, tmp_path, capfd):
 
 
 def test_stage_2_resumes_without_stage_1(begun, flags, tmp_path):
+    """A checkpoint of stage 2 is whole by itself."""
     shutil.copytree(begun, tmp_path / "init")
     rtdmd.main([*flags(2), "--init", str(tmp_path / "init/stage1"), "--iterations", "1"])
     shutil.rmtree(tmp_path / "init")
@@ -2758,11 +2869,12 @@ def very_slow(output):
 
 
 def test_two_runs_on_one_folder(flags, tmp_path, capfd):
+    """The second is refused for as long as the first holds the lock."""
     processes = start(flags(1), tmp_path / "log", before="slow")
     wait_for(tmp_path / "run/stage1/metrics.jsonl", processes)
     refused(capfd, flags(1), "Another run is writing")
     assert finish(processes) == [0]
-    rtdmd.main(flags(1, "--iterations", 4))                        # the lock went with the process, and goes with main
+    rtdmd.main(flags(1, "--iterations", 4))                    # the lock went with the process, and goes with main
     rtdmd.main(flags(1, "--iterations", 5))
     assert len(rows_of(tmp_path / "run/stage1")) == 5
 
@@ -2784,6 +2896,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint(numbers, world, flags, tmp_path
 
 
 def test_a_second_interrupt_ends_at_once(flags, tmp_path):
+    """Ctrl-C twice does not wait for the iteration to end."""
     processes = start(flags(1), tmp_path / "log", before="very_slow")
     wait_for(tmp_path / "run/stage1/metrics.jsonl", processes)
     for _ in range(2):
@@ -2806,6 +2919,7 @@ def die_in_the_second(output):
 
 
 def test_one_rank_that_dies_ends_the_others(flags, tmp_path):
+    """None waits for ever, and a restart goes on from the last checkpoint."""
     codes = finish(start(flags(1), tmp_path / "log", 2, "die_in_the_second"), 30)
     assert codes[1] == -signal.SIGKILL and codes[0] not in (0, None)
     assert rtdmd.find_checkpoint(tmp_path / "run/stage1").name == "checkpoint-000001"
@@ -2826,6 +2940,7 @@ def quota(size):
 
 @pytest.mark.parametrize("size", [60_000, 260_000])      # too small for the copy of the source, for the checkpoint
 def test_a_full_disk(size, flags, tmp_path, capfd):
+    """What was saved stays as it was; with room again the run ends with the same bits."""
     rtdmd.main(flags(1, "--sample_every", 1, "--out", tmp_path / "whole"))
     rtdmd.main(flags(1, "--sample_every", 1, "--iterations", 1))
     kept = tmp_path / "run/stage1/checkpoint-000001"
@@ -2840,6 +2955,7 @@ def test_a_full_disk(size, flags, tmp_path, capfd):
 
 
 def test_folders_that_cannot_be_written(flags, tmp_path, capfd, monkeypatch):
+    """A file in the way, too long a name, no permission: one sentence, and nothing left behind."""
     file = Path(written(tmp_path, "file", "x"))
     refused(capfd, flags(1, "--out", file / "run"), "Not a directory: .*run.*choose another folder")
     refused(capfd, flags(1, "--out", "/proc/run"), "/proc/run")
@@ -2953,8 +3069,8 @@ WRONG = [line.split(" | ") for line in r"""
 1 --prompts TMP/broken.jsonl | line 1
 1 --prompts TMP/sentence.txt | tiny world (does not know|cannot draw)
 1 --prompts TMP/what.docx | none of .txt
-1 --model sd3m --pretrained TMP/nothing --resolution 64 --prompts TMP/good.txt --rewards WORLD:mean_colour | neither in .* nor on the hub
-1 --model sd3m --pretrained TMP/cut --resolution 64 --prompts TMP/good.txt --rewards WORLD:mean_colour | model_index.json of .* is neither in
+1 SD3 --pretrained TMP/nothing | neither in .* nor on the hub
+1 SD3 --pretrained TMP/cut | model_index.json of .* is neither in
 """.strip().splitlines()]
 
 
@@ -2968,7 +3084,7 @@ def wrong_files(begun, tmp_path_factory):
         written(root, name, content)
     shutil.copytree(begun / "stage1", root / "cut")
     cut(root / "cut/checkpoint-000003" / FILES[1])
-    for name, edit in (("other", lambda saved: saved["config"].update(model="sd3m")), ("bare", lambda saved: saved.clear())):
+    for name, edit in (("other", lambda saved: saved["config"].update(model="sd3m")), ("bare", dict.clear)):
         folder = root / name / "checkpoint-000003"
         shutil.copytree(begun / "stage1/checkpoint-000003", folder)
         saved = json.loads((folder / FILES[2]).read_text())
@@ -2980,13 +3096,16 @@ def wrong_files(begun, tmp_path_factory):
 
 @pytest.mark.parametrize("line, words", WRONG, ids=[line for line, _ in WRONG])
 def test_wrong_input_is_one_sentence(line, words, flags, wrong_files, cache, tmp_path, capfd):
-    stage, *more = line.replace("TMP", str(wrong_files)).replace("WORLD", Path(__file__).stem).split()
+    """Exit code 2 and the remedy; no file is written or changed."""
+    sd3 = f"--model sd3m --resolution 64 --prompts TMP/good.txt --rewards {Path(__file__).stem}:mean_colour"
+    stage, *more = line.replace("SD3", sd3).replace("TMP", str(wrong_files)).split()
     before = snapshot(wrong_files), snapshot(cache)
     refused(capfd, flags(int(stage), *more), words)
     assert before == (snapshot(wrong_files), snapshot(cache)) and nothing_in(tmp_path)
 
 
 def test_other_wrong_input(flags, tmp_path, capfd, monkeypatch):
+    """The same for no stage 1 at all, empty values, no GPU and groups that do not split."""
     argv = ["--stage", "2", "--device", "cpu", "--out", str(tmp_path / "none")]
     refused(capfd, argv, "No stage-1 checkpoint at .*none/stage1")
     refused(capfd, flags(2, "--rewards", ""), "write name=weight|no name")
@@ -2996,12 +3115,6 @@ def test_other_wrong_input(flags, tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     refused(capfd, flags(2), "--groups 4 does not split over 3 processes: take 6")
     assert nothing_in(tmp_path)
-
-
-def test_duplicate_prompts_are_one(flags, tmp_path, capfd):
-    prompts = written(tmp_path, "p.txt", "a red circle\na red circle\n\na blue square\n")
-    rtdmd.main(flags(1, "--prompts", prompts, "--iterations", 1))
-    assert "2 from" in (text := capfd.readouterr().err) and "1 duplicates" in text
 
 
 @pytest.mark.parametrize("options", [rtdmd.Config, ev.Flags])
@@ -3015,6 +3128,7 @@ def test_torchrun_does_not_swallow_a_flag(options):
 
 
 def test_out_of_memory_names_the_knob(monkeypatch, capsys):
+    """A full GPU ends the run with --micro_batch in its sentence."""
     def full(cfg):
         raise torch.OutOfMemoryError("CUDA out of memory")
     monkeypatch.setattr(rtdmd, "prepare", full)
@@ -3031,10 +3145,12 @@ def test_tiny_captions_are_disjoint_and_parse():
     """66 captions are kept from all training; "a below b" is the picture of "b above a"."""
     train, held_out = rtdmd.tiny_captions(), rtdmd.tiny_captions(held_out=True)
     assert (len(train), len(held_out), len(set(train) & set(held_out))) == (474, 66, 0)
-    below, above = (rtdmd.parse_caption(c) for c in ("a red circle below a blue square", "a blue square above a red circle"))
+    below = rtdmd.parse_caption("a red circle below a blue square")
+    above = rtdmd.parse_caption("a blue square above a red circle")
     assert torch.equal(below[1], above[1]) and not torch.equal(below[0], above[0])
     assert rtdmd.parse_caption("a red circle")[1].tolist() == [0, 0, 0, -1, -1]
-    for bad in ("a pink circle", "a red circle above", "a red circle above a blue square above a red circle", "circle"):
+    three = "a red circle above a blue square above a red circle"
+    for bad in ("a pink circle", "a red circle above", three, "circle"):
         with pytest.raises(rtdmd.UsageError, match="cannot draw"):
             rtdmd.parse_caption(bad)
 
@@ -3045,7 +3161,7 @@ def test_tiny_judge_learns_and_scores():
     torch.manual_seed(0)
     judge = rtdmd.train_tiny_judge(rtdmd.TinyJudge(16, torch.nn.ReLU), "judge", 100, seed=0)
     captions = rtdmd.tiny_captions()[12:212]
-    images = (rtdmd.render(captions, torch.Generator().manual_seed(1)) / 2 + 0.5).requires_grad_()
+    images = (rtdmd.render(captions, rng(1)) / 2 + 0.5).requires_grad_()
     soft, strict = rtdmd.judge_scores(judge, images, captions)
     wrong = rtdmd.judge_scores(judge, images, captions[1:] + captions[:1])[0]
     assert soft.mean() > wrong.mean() + 0.5 and set(strict.unique().tolist()) <= {0.0, 1.0} and strict.mean() > 0.2
@@ -3061,6 +3177,7 @@ def test_tiny_judge_learns_and_scores():
 # ---- Names, files, the table
 
 def test_metric_table_is_complete():
+    """Every metric of the paper's tables with its column, scale, licence and repository."""
     assert list(ev.METRICS) == ["clipscore", "aesthetic", "pickscore", "hpsv2", "imagereward", "hpsv3",
                                 "geneval", "geneval2", "ocr"]
     for name, row in ev.METRICS.items():
@@ -3069,26 +3186,29 @@ def test_metric_table_is_complete():
             assert row["scorer"].name == name
             assert row["scorer"].differentiable == (name in ("aesthetic", "imagereward"))
     with pytest.raises(rtdmd.UsageError, match="clipscore"):
-        ev.load_metric("clip", CFG)
+        ev.load_metric("clip", settings())
 
 
 def test_parse_rewards():
+    """name=weight,... with 1 as the weight that is not named; negative ones and user's modules."""
     assert ev.parse_rewards("hpsv2=1, clipscore=.5,my_module:score=2,pickscore", ()) == [
         ("hpsv2", 1.), ("clipscore", .5), ("my_module:score", 2.), ("pickscore", 1.)]
     assert ev.parse_rewards("judge=-1e-1", extra={"judge": None}) == [("judge", -.1)]
 
 
 @pytest.mark.parametrize("text, words", [
-    ("", "write name=weight"), ("hpsv2=1,", "write name=weight"), ("=2", "write name=weight"), ("hpsv2=x", "hpsv2=x"), ("hpsv2=", "finite"),
-    ("hpsv2=1,hpsv2=2", "twice"), ("hpsv2=0", "other than 0"), ("hpsv2=nan", "finite"),
-    ("hpsv2=inf", "finite"), ("hpsv9=1", "hpsv9.*hpsv2")])
+    ("", "write name=weight"), ("hpsv2=1,", "write name=weight"), ("=2", "write name=weight"),
+    ("hpsv2=x", "hpsv2=x"), ("hpsv2=", "finite"), ("hpsv2=1,hpsv2=2", "twice"), ("hpsv2=0", "other than 0"),
+    ("hpsv2=nan", "finite"), ("hpsv2=inf", "finite"), ("hpsv9=1", "hpsv9.*hpsv2")])
 def test_parse_rewards_complains(text, words):
+    """Each mistake in --rewards has its own words."""
     with pytest.raises(rtdmd.UsageError, match=words):
         ev.parse_rewards(text)
 
 
 def test_missing_files_are_one_sentence(tmp_path):
-    cfg = SimpleNamespace(weights_dir=str(tmp_path), device="cpu", prompts=None)
+    """It names the file, where it was looked for, and --weights_dir."""
+    cfg = settings(tmp_path)
     missing = {"hpsv2": "HPS_v2.1_compressed.pt", "imagereward": "ImageReward.pt", "hpsv3": "hpsv3",
                "aesthetic": "model.safetensors", "clipscore": "config.json", "pickscore": "config.json",
                "geneval": "config.json", "geneval2": "config.json", "ocr": "preprocessor_config.json"}
@@ -3101,7 +3221,7 @@ def test_missing_files_are_one_sentence(tmp_path):
 
 
 def load(name, folder, prompts=None):
-    return ev.load_metric(name, SimpleNamespace(weights_dir=str(folder), device="cpu", prompts=prompts))
+    return ev.load_metric(name, settings(folder, prompts))
 
 
 # ---- Aesthetic
@@ -3112,16 +3232,9 @@ def head_state(prefix):
             for i, shape in sizes.items() for part in ("weight", "bias")}
 
 
-def wide_clip():
-    from transformers import CLIPConfig, CLIPModel
-    torch.manual_seed(0)
-    part = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-    return CLIPModel(CLIPConfig(text_config=dict(part, vocab_size=64, eos_token_id=63), projection_dim=768,
-                                vision_config=dict(part, image_size=224, patch_size=56)))
-
-
 def test_aesthetic_is_affine_in_the_unit_embedding():
-    clip = wide_clip().eval()
+    """Against its five layers written out; a head that lacks a bias is refused."""
+    clip = clip_net(768).eval()
     state = head_state("layers.")
     scorer = ev.Aesthetic(clip, ev.score_head(state, "layers."))
     images = torch.rand(2, 3, 50, 40)
@@ -3139,7 +3252,7 @@ def test_aesthetic_is_affine_in_the_unit_embedding():
 def test_load_aesthetic(tmp_path):
     """From the hub copy's safetensors and from LAION's own file: the same scores."""
     from safetensors.torch import save_file
-    wide_clip().save_pretrained(tmp_path / "clip-vit-large-patch14")
+    clip_net(768).save_pretrained(tmp_path / "clip-vit-large-patch14")
     state = head_state("layers.")
     (tmp_path / "sac-logos-ava1-l14-linearMSE").mkdir()
     save_file(state, tmp_path / "sac-logos-ava1-l14-linearMSE" / "model.safetensors")
@@ -3208,6 +3321,7 @@ class LetterTokenizer:
 
 
 def test_imagereward_loads_the_originals_names_strictly():
+    """Each tensor finds its place; one too few or too many is refused."""
     state = imagereward_state()
     vision, text, head = ev.ImageReward.networks(state, VISION, TEXT)
     ours = vision.encoder.layers[1].self_attn.projection.weight
@@ -3265,6 +3379,7 @@ def test_imagereward_scores():
 
 
 def test_load_imagereward(tmp_path, monkeypatch):
+    """From ImageReward.pt and BERT's words: lower case, [CLS] first, a long prompt cut."""
     from transformers import BertTokenizer
     networks = ev.ImageReward.networks
     monkeypatch.setattr(ev.ImageReward, "networks", staticmethod(lambda state: networks(state, VISION, TEXT)))
@@ -3304,6 +3419,7 @@ def hpsv3_state(config):
 
 
 def test_hpsv3_loads_the_originals_names_strictly():
+    """Each tensor finds its place; one too few or too many is refused."""
     config, state = tiny_qwen2(), hpsv3_state(tiny_qwen2())
     net, head = ev.HPSv3.networks(dict(state), config, torch.float32)
     assert torch.equal(net.language_model.embed_tokens.weight, state["model.embed_tokens.weight"])   # 61 rows
@@ -3345,20 +3461,19 @@ def test_hpsv3_uses_plain_positions():
 
 
 def test_hpsv3_instruction_is_read_and_not_run(tmp_path):
+    """The question comes from the repository's source, none of which is run."""
     (tmp_path / "HPSv3").mkdir()
     (tmp_path / "HPSv3" / "data_collator_qwen.py").write_text(
         'import a_package_that_is_not_there\nINSTRUCTION = """Rate. Prompt - {text_prompt}"""\n'
         'prompt_with_special_token = """ <|Reward|>"""\nraise SystemExit\n')
-    cfg = SimpleNamespace(weights_dir=str(tmp_path), device="cpu", prompts=None)
+    cfg = settings(tmp_path)
     assert ev.hpsv3_instruction(cfg).format(text_prompt="a fox") == "Rate. Prompt - a fox <|Reward|>"
 
 
 def qwen_processor(number):
     """Qwen2-VL's or Qwen3-VL's real processor, over a tokenizer that knows only bytes and special tokens."""
     import transformers
-    from tokenizers.pre_tokenizers import ByteLevel
-    alphabet = {c: i for i, c in enumerate(sorted(ByteLevel.alphabet()))}
-    tokenizer = transformers.Qwen2Tokenizer(vocab=alphabet, merges=[])
+    tokenizer = transformers.Qwen2Tokenizer(vocab={c: i for i, c in enumerate(BYTES)}, merges=[])
     marks = ("im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")
     tokenizer.add_special_tokens({"additional_special_tokens": [f"<|{mark}|>" for mark in marks]})
     template = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.content %}"
@@ -3388,6 +3503,7 @@ def test_hpsv3_through_the_real_processor():
 
 
 def test_load_hpsv3(tmp_path):
+    """From Qwen2-VL's folder, HPSv3's tensors and the source with its question."""
     from safetensors.torch import save_file
     processor = qwen_processor(2)
     config = tiny_qwen2(len(processor.tokenizer), processor.tokenizer.convert_tokens_to_ids("<|image_pad|>"))
@@ -3423,6 +3539,7 @@ A, B, C = (0, 0, 10, 10), (50, 0, 60, 10), (0, 50, 10, 60)
 
 
 def test_geneval_single_and_two_objects():
+    """Officially at least as many as asked, strictly as many; partial credit is a mean of terms."""
     one = {"include": [{"class": "dog", "count": 1}]}
     two = {"include": [{"class": "dog", "count": 1}, {"class": "tv remote", "count": 1}]}
     assert judge([seen("dog", .31)], one) == (True, 1, True)
@@ -3459,6 +3576,7 @@ def test_geneval_colours_look_at_the_best_objects_only():
 
 
 def test_geneval_colour_of_two_objects():
+    """Each object is asked for its own colour: swapped ones are wrong."""
     row = {"include": [{"class": "car", "count": 1, "color": "blue"},
                        {"class": "cup", "count": 1, "color": "red"}]}
     pair = [seen("car", .9, A), seen("cup", .9, B)]
@@ -3467,6 +3585,7 @@ def test_geneval_colour_of_two_objects():
 
 
 def test_geneval_position():
+    """The relation is to the anchor: without one its term is 0."""
     row = {"include": [{"class": "dog", "count": 1},
                        {"class": "cat", "count": 1, "position": ["right of", 0]}]}
     assert judge([seen("dog", .9, A), seen("cat", .9, B)], row) == (True, 1, True)
@@ -3485,6 +3604,7 @@ def test_geneval_position():
     ((30, 100, 40, 110), {"below"}),        # 28 / 104 is less than half
 ])
 def test_relations_and_their_margin(box, expected):
+    """GenEval's rule: beyond a tenth of both sizes, and more than half of the way in that direction."""
     assert ev.relations(box, (0, 0, 10, 10)) == expected
 
 
@@ -3581,7 +3701,7 @@ def test_detector_is_mask2former(tmp_path, monkeypatch):
     whole = theirs.Mask2FormerForUniversalSegmentation(tiny_detector()).eval()
     folder = tmp_path / "mask2former-swin-small-coco-instance"
     whole.save_pretrained(folder)
-    cfg = SimpleNamespace(weights_dir=str(tmp_path), device="cpu", prompts=None)
+    cfg = settings(tmp_path)
     net = ev.load_net(ev.detector_class(), "facebook/mask2former-swin-small-coco-instance", cfg)
     pixels = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
@@ -3598,6 +3718,7 @@ def test_detector_is_mask2former(tmp_path, monkeypatch):
     ((512, 512), (800, 800), (800, 800)), ((512, 1024), (667, 1333), (672, 1344)),
     ((1024, 768), (1067, 800), (1088, 800))])
 def test_detector_view(size, seen_size, padded):
+    """At most 800 x 1333, padded with zeros to multiples of 32."""
     pixels, resized = ev.detector_view(torch.rand(1, 3, *size))
     assert resized == seen_size and tuple(pixels.shape[-2:]) == padded
     assert pixels[..., resized[0]:, :].abs().sum() == 0 and pixels[..., resized[1]:].abs().sum() == 0
@@ -3634,6 +3755,7 @@ def test_geneval_summary_is_the_mean_of_the_tasks():
 
 
 def test_geneval_metadata_and_training_prompts(tmp_path):
+    """Rows survive the file; training prompts repeat by seed and meet no evaluation prompt."""
     evaluation = [ev.geneval_row(task, random.Random(i)) for task in ev.TASKS for i in range(40)]
     evaluation += [{"tag": "single_object", "include": [{"class": name, "count": 1}],
                     "prompt": f"a photo of {'an' if name[0] in 'aeiou' else 'a'} {name}"} for name in ev.COCO]
@@ -3658,6 +3780,7 @@ def test_geneval_metadata_and_training_prompts(tmp_path):
     ('{"tag": "colors", "prompt": "x", "include": [{"class": "elf", "count": 1}]}', "elf"),
     ('{"tag": "colour", "prompt": "x", "include": []}', "colour")])
 def test_geneval_metadata_complains(tmp_path, line, words):
+    """A bad row is named by its line, its field or its class."""
     good = json.dumps(ev.geneval_row("counting", random.Random(0)))
     (tmp_path / "rows.jsonl").write_text(good + "\n" + line + "\n")
     with pytest.raises(rtdmd.UsageError, match=words):
@@ -3679,13 +3802,14 @@ def test_load_geneval(tmp_path, monkeypatch):
     scorer = load("geneval", tmp_path, str(tmp_path / "rows.jsonl"))
     assert asked == [(("ViT-L-14-quickgelu",), {"pretrained": str(tmp_path / "open_clip_model.safetensors")})]
     assert scorer(torch.rand(1, 3, 64, 64), [row["prompt"]]).tolist() == [0]
-    cfg = SimpleNamespace(weights_dir=str(tmp_path), device="cpu", prompts=None)
+    cfg = settings(tmp_path)
     assert (scorer.rule, ev.load_metric("geneval", cfg, training=True).rule) == ("geneval", "geneval_partial")
 
 
 # ---- GenEval2
 
 def test_accepted_answers():
+    """Digits and words, blanks and capitals, count as one answer."""
     three = ["3", " 3", "three", " three", "Three", " Three"]
     assert ev.accepted_answers("How many dogs are there?", "three") == three
     assert ev.accepted_answers("How many dogs are there?", "3") == three
@@ -3695,6 +3819,7 @@ def test_accepted_answers():
 @pytest.mark.parametrize("p, am, gm", [([.5, .5], .5, .5), ([1., .25], .625, .5), ([1., 0.], .5, 0.),
                                        ([.9], .9, .9), ([.1, .2, .4], .7 / 3, .2)])
 def test_soft_tifa(p, am, gm):
+    """The arithmetic and the geometric mean of the answers' probabilities."""
     assert ev.soft_tifa(p) == pytest.approx((am, gm))
 
 
@@ -3772,6 +3897,7 @@ def test_geneval2_on_a_tiny_qwen3vl():
 
 
 def test_load_geneval2(tmp_path):
+    """From a saved Qwen3-VL and its processor."""
     processor, folder = qwen_processor(3), tmp_path / "Qwen3-VL-8B-Instruct"
     tiny_qwen3(processor).save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -3791,6 +3917,7 @@ def test_edit_distance(a, b, distance):
 
 
 def test_text_score():
+    """1 where the quoted text is read, blanks and case aside; never negative."""
     assert ev.text_score("OPEN", "open") == 1 and ev.text_score("we are O P E N today", "Open") == 1
     assert ev.text_score("opne", "open") == .5 and ev.text_score("", "open") == 0
     assert ev.text_score("something else entirely", "open") == 0       # capped: never negative
@@ -3801,9 +3928,9 @@ def test_text_score():
 
 
 def test_components_against_flood_fill():
-    rng = np.random.default_rng(0)
+    draw = np.random.default_rng(0)
     for density in (.1, .3, .45, .6):
-        mask = rng.random((23, 31)) < density
+        mask = draw.random((23, 31)) < density
         ours = {frozenset((y, x) for y, start, end in region for x in range(start, end))
                 for region in ev.components(mask)}
         todo, theirs = {(y, x) for y, x in zip(*np.nonzero(mask))}, set()
@@ -3820,6 +3947,7 @@ def test_components_against_flood_fill():
 
 
 def test_text_boxes():
+    """Sure and thick regions alone, grown as PP-OCR does and scaled to the picture."""
     heat = np.zeros((100, 200), np.float32)
     heat[20:30, 40:100] = .9            # a word
     heat[22:30, 120:180] = .9           # another on the same line
@@ -3833,6 +3961,7 @@ def test_text_boxes():
 
 
 def test_reading_order():
+    """Lines from above, the words of a line from the left."""
     boxes = [(200, 103, 1, 1), (10, 108, 1, 1), (90, 20, 1, 1), (10, 25, 1, 1), (10, 300, 1, 1)]
     assert ev.reading_order(boxes) == [boxes[3], boxes[2], boxes[1], boxes[0], boxes[4]]
 
@@ -3911,6 +4040,7 @@ def test_ocr_drops_lines_it_is_unsure_of():
 
 
 def test_ocr_lays_upright_lines_down():
+    """A crop much higher than wide is turned, one a little higher is not."""
     shapes = []
     scorer = ocr_with_stubs()
     scorer.reader_view = lambda images, return_tensors: shapes.append(tuple(images[0].shape)) or 1 / 0
@@ -3946,6 +4076,7 @@ def test_load_ocr(tmp_path, monkeypatch):
 # ---- Scoring many pictures
 
 def test_one_bad_image_does_not_stop_an_evaluation():
+    """It costs its own score and one sentence; so does a score of nan."""
     class Picky:
         name = "picky"
 
@@ -3982,6 +4113,7 @@ def test_an_unreadable_file_is_counted(tmp_path):
 
 
 def test_run_metric_returns_every_number_that_a_scorer_knows():
+    """details() names several; a picture that fails is nan in all."""
     class Two:
         name = "two"
 
@@ -4031,11 +4163,13 @@ GOOD = {
 
 @pytest.mark.parametrize("name", GOOD)
 def test_prompt_files(tmp_path, name):
+    """Text, JSON lines, CSV and TSV, with marks, blanks and duplicates: the same two prompts."""
     path = written(tmp_path, name, GOOD[name])
     assert ev.read_prompts(path) == sorted(ev.read_prompts(path, seed=0)) == ["a cat", "a dog"]
 
 
 def test_prompt_parquet(tmp_path):
+    """A caption or prompt column is found; none, an unknown codec and a broken file are one sentence."""
     import pandas
     path = tmp_path / "p.parquet"
     pandas.DataFrame({"url": ["u"] * 4, "caption": ["a cat", None, "a dog", "a cat"]}).to_parquet(path)
@@ -4060,7 +4194,8 @@ def test_prompt_parquet(tmp_path):
     sentence(error)
 
 
-def test_prompts_are_counted_and_shuffled_by_seed(tmp_path, capsys):
+def test_prompts_are_counted_and_shuffled_by_seed(tmp_path, capsys, flags):
+    """Blanks and duplicates are told; the order depends on the seed and each text alone."""
     texts = [f"prompt {i}" for i in range(200)]
     path = written(tmp_path, "p.txt", "\n".join(texts + ["", "  ", "prompt 5"]))
     order = ev.read_prompts(path, seed=1)
@@ -4069,6 +4204,9 @@ def test_prompts_are_counted_and_shuffled_by_seed(tmp_path, capsys):
     assert sorted(order) == sorted(texts) and order != texts
     more = ev.read_prompts(written(tmp_path, "q.txt", "\n".join(["new one"] + texts)), seed=1)
     assert [text for text in more if text != "new one"] == order      # one line more moves no other
+    doubled = written(tmp_path, "p.txt", "a red circle\na red circle\n\na blue square\n")
+    rtdmd.main(flags(1, "--prompts", doubled, "--iterations", 1))
+    assert "2 from" in (out := capsys.readouterr().err) and "1 duplicates" in out
 
 
 BAD = {
@@ -4093,6 +4231,7 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_broken_prompt_files_are_named_by_line(tmp_path, name):
+    """One sentence with the line, or with what the file lacks."""
     content, words = BAD[name]
     with pytest.raises(rtdmd.UsageError, match=words) as error:
         ev.read_prompts(written(tmp_path, name, content))
@@ -4100,6 +4239,7 @@ def test_broken_prompt_files_are_named_by_line(tmp_path, name):
 
 
 def test_prompts_that_are_not_there(tmp_path):
+    """No file, a folder, a misspelt name, a set that was not downloaded: one sentence each."""
     (tmp_path / "folder.txt").mkdir()
     for name in (tmp_path / "no.txt", tmp_path / "folder.txt", "pickapick", "pickapic", "drawbench", "hpdv2"):
         with pytest.raises(rtdmd.UsageError) as error:
@@ -4108,6 +4248,7 @@ def test_prompts_that_are_not_there(tmp_path):
 
 
 def test_known_prompts(tmp_path, monkeypatch):
+    """The sets of the paper from their own files, and the tiny world's captions."""
     import hpsv2
     import huggingface_hub
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repository, **options: str(tmp_path))
@@ -4117,7 +4258,8 @@ def test_known_prompts(tmp_path, monkeypatch):
     assert ev.read_prompts("drawbench") == ["A red colored car."]
     assert ev.read_prompts("partiprompts") == ["bond"]
     assert ev.read_prompts("hpdv2") == ["a", "b"]
-    assert ev.read_prompts("tiny") == rtdmd.tiny_captions(False) and ev.read_prompts("tiny-test") == rtdmd.tiny_captions(True)
+    assert ev.read_prompts("tiny") == rtdmd.tiny_captions()
+    assert ev.read_prompts("tiny-test") == rtdmd.tiny_captions(held_out=True)
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -4129,8 +4271,8 @@ def tiny_report(tmp_path_factory):
     """eval.py on a tiny world with a teacher of ten updates and no training: its folder, and the flags that made
     it."""
     folder = tmp_path_factory.mktemp("eval")
-    flags = ["--run_folder", str(folder / "run"), "--cache", str(folder / "cache"), "--tiny_steps", "10", "--max_prompts", "4",
-             "--per_prompt", "2"]
+    flags = ["--run_folder", str(folder / "run"), "--cache", str(folder / "cache"), "--tiny_steps", "10",
+             "--max_prompts", "4", "--per_prompt", "2"]
     ev.main(flags)
     return folder, flags
 
@@ -4174,6 +4316,7 @@ def test_compare_and_images_read_what_eval_writes(tiny_report, capsys):
 
 
 def test_eval_prompt_makes_one_picture(tiny_report):
+    """--prompt needs no checkpoint."""
     folder, flags = tiny_report
     ev.main(["--prompt", "a red circle", *flags[2:6], "--out", str(folder / "one")])
     assert Image.open(folder / "one/prompt.png").size == (62, 62)
@@ -4182,10 +4325,12 @@ def test_eval_prompt_makes_one_picture(tiny_report):
 @pytest.mark.parametrize("flags, words", [
     (["--lora", "nowhere"], "no checkpoint"), ([], "what to evaluate"), (["--teacher", "--nfe", "0"], "--nfe"),
     (["--teacher", "--metrics", "beauty"], "beauty"),
-    (["--teacher", "--metrics", "geneval"], "FILE.jsonl"), (["--images", "nowhere"], "not a folder"), (["--compare", "a"], "2 arguments"),
-    (["--compare", "a", "b"], "report.json"), (["--teacher", "--model", "sd4"], "sd4"), (["--colour", "red"], "--colour"),
+    (["--teacher", "--metrics", "geneval"], "FILE.jsonl"), (["--images", "nowhere"], "not a folder"),
+    (["--compare", "a"], "2 arguments"), (["--compare", "a", "b"], "report.json"),
+    (["--teacher", "--model", "sd4"], "sd4"), (["--colour", "red"], "--colour"),
     (["--teacher", "--prompts", "nowhere.txt"], "nowhere.txt")])
 def test_eval_refuses_in_one_sentence(flags, words, capsys, tmp_path, monkeypatch):
+    """Exit code 2 and the remedy; no file is written."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
         ev.main(flags)
@@ -4207,8 +4352,9 @@ def dry_run(tmp_path, monkeypatch, name, stage, *flags):
     monkeypatch.setitem(rtdmd.BACKBONES[name], "net", SMALL_NETS[name])
     seen, prepare = [], rtdmd.prepare
     monkeypatch.setattr(rtdmd, "prepare", lambda cfg: seen.append(prepare(cfg)) or seen[-1])
-    rtdmd.main(["--stage", str(stage), "--model", name, "--device", "meta", "--random_weights", "--dry_run", "1", "--resolution", "64",
-                "--text_length", "32", "--out", str(tmp_path), "--cache", str(tmp_path), *flags])
+    rtdmd.main(["--stage", str(stage), "--model", name, "--device", "meta", "--random_weights", "--dry_run", "1",
+                "--resolution", "64", "--text_length", "32", "--out", str(tmp_path), "--cache", str(tmp_path),
+                *flags])
     return json.loads((tmp_path / f"stage{stage}/dry_run.json").read_text()), seen[-1]
 
 
@@ -4253,14 +4399,14 @@ def test_counted_costs_are_those_on_paper(tmp_path, monkeypatch, name, stage):
     """Forwards a sample, stage 1 with F fake updates: F of the rollout, 3 F of the fake score (2 with gradient),
     (K-1)/2 + 1 of the generator, 2 of the guided teacher and 1 of the fake score for Eq. 9. Stage 2: K, 3, M + 1
     and again 3."""
-    flags = ["--batch", "4", "--fake_updates", "1"] if stage == 1 else ["--groups", "1", "--group_size", "4", "--rewards", "hpsv2=1"]
+    flags = "--batch 4 --fake_updates 1" if stage == 1 else "--groups 1 --group_size 4 --rewards hpsv2=1"
     if stage == 2:
         monkeypatch.setitem(rtdmd.eval_module().CLIP_SIZES, "hpsv2", "ViT-B-32")
-    costs, run = dry_run(tmp_path, monkeypatch, name, stage, *flags)
+    costs, run = dry_run(tmp_path, monkeypatch, name, stage, *flags.split())
     forwards = {n: f for n, f in costs["forwards"].items() if not n.startswith(("decoder", "hpsv2"))}
-    assert forwards == pytest.approx({
-        1: {"generator": 2.5, "generator with gradient": 1, "fake": 2, "fake with gradient": 2, "teacher": 2},
-        2: {"generator": 4, "generator with gradient": 3, "fake": 2, "fake with gradient": 2, "teacher": 2}}[stage])
+    plain, graded = {1: (2.5, 1), 2: (4, 3)}[stage]
+    assert forwards == pytest.approx({"generator": plain, "generator with gradient": graded, "fake": 2,
+                                      "fake with gradient": 2, "teacher": 2})
     by_hand = 0.0
     for role, number in forwards.items():
         forward, backward = tflop_by_hand(run, role.split()[0], "gradient" in role)
@@ -4272,6 +4418,7 @@ def test_counted_costs_are_those_on_paper(tmp_path, monkeypatch, name, stage):
 
 
 def test_checkpointing_saves_memory_and_costs_a_forward(tmp_path, monkeypatch):
+    """--checkpointing, as --dry_run counts it."""
     plain, _ = dry_run(tmp_path, monkeypatch, "sd3m", 1, "--batch", "4", "--fake_updates", "1")
     less, _ = dry_run(tmp_path, monkeypatch, "sd3m", 1, "--batch", "4", "--fake_updates", "1", "--checkpointing")
     assert less["phases"]["generator"]["peak_bytes"] < 0.95 * plain["phases"]["generator"]["peak_bytes"]
@@ -4283,7 +4430,8 @@ def test_the_peak_is_what_a_gpu_would_hold(tmp_path, monkeypatch):
     of q and k keeps no fp32 copy of them, as its CUDA kernel does not."""
     costs, run = dry_run(tmp_path, monkeypatch, "flux2-4b", 1, "--batch", "4", "--fake_updates", "1")
     assert run.live["now"] < 0.01 * costs["bytes"]["adapters"]           # all that is left over: the log's numbers
-    x, meter = torch.empty(1, 64, 2, 128, device="meta", dtype=torch.bfloat16, requires_grad=True), rtdmd.eval_module().CostMeter
+    x = torch.empty(1, 64, 2, 128, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    meter = rtdmd.eval_module().CostMeter
     norm, before = nn.RMSNorm(128, device="meta", dtype=torch.bfloat16).requires_grad_(False), run.live["now"]
     run.done = 0
     with meter(run, "norm"):
@@ -4296,8 +4444,8 @@ def test_the_peak_is_what_a_gpu_would_hold(tmp_path, monkeypatch):
 def test_flux2_4b_trains_on_a_24_gb_card(tmp_path):
     """Stage 1, full size, 512 x 512, without recomputation. Fewer steps and samples: the peak is that of one
     sample."""
-    rtdmd.main(f"--stage 1 --model flux2-4b --device meta --random_weights --dry_run 1 --steps 2 --batch 2 --fake_updates 1 --micro_batch 1 "
-               f"--out {tmp_path} --cache {tmp_path}".split())
+    rtdmd.main(f"--stage 1 --model flux2-4b --device meta --random_weights --dry_run 1 --steps 2 --batch 2 "
+               f"--fake_updates 1 --micro_batch 1 --out {tmp_path} --cache {tmp_path}".split())
     assert json.loads((tmp_path / "stage1/dry_run.json").read_text())["peak_bytes"] < 24e9
 
 
@@ -4308,12 +4456,12 @@ def test_a_dry_run_keeps_nothing_but_its_report(folders, tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     Path("vivid_judge.py").write_text(JUDGE)
     Path("prompts.txt").write_text("\n".join(PROMPTS))
-    rtdmd.main(["--stage", str(stage), "--model", "sd3m", "--pretrained", folders["sd3m"], "--dry_run", "2", "--out", "run", "--cache", "cache",
-                *REAL_FLAGS.split()])
+    rtdmd.main(["--stage", str(stage), "--model", "sd3m", "--pretrained", folders["sd3m"], "--dry_run", "2",
+                "--out", "run", "--cache", "cache", *REAL_FLAGS.split()])
     costs = json.loads(Path(f"run/stage{stage}/dry_run.json").read_text())
-    wanted = {"tflop_per_sample", "forwards", "seconds", "peak_bytes", "weight_bytes"}
-    assert wanted <= costs.keys() and all(costs[n] > 0 for n in wanted - {"forwards"}) and sum(costs["forwards"].values()) > 5
-    assert all({"tflop_per_sample", "forwards", "seconds", "peak_bytes"} <= phase.keys() for phase in costs["phases"].values())
+    wanted = {"tflop_per_sample", "seconds", "peak_bytes"}
+    assert all(costs[n] > 0 for n in wanted | {"weight_bytes"}) and sum(costs["forwards"].values()) > 5
+    assert all(wanted | {"forwards"} <= phase.keys() for phase in costs["phases"].values())
     assert [p.name for p in Path(f"run/stage{stage}").iterdir()] == ["dry_run.json"]
 
 
@@ -4323,11 +4471,13 @@ def test_a_dry_run_keeps_nothing_but_its_report(folders, tmp_path, monkeypatch, 
 
 def test_every_row_of_the_ablations_parses():
     """Flags that rtdmd.py knows and variants that exist; no two rows share a result file."""
-    rows = [(stage, row, words) for stage, table in ((1, ev.STAGE1_ROWS), (2, ev.STAGE2_ROWS)) for rows in table.values()
-            for row, words in rows.items()]
+    tables = ((1, ev.STAGE1_ROWS), (2, ev.STAGE2_ROWS))
+    rows = [(stage, row, words) for stage, table in tables for question in table.values()
+            for row, words in question.items()]
     assert len({ev.result_of(Path(), row, 0) for _, row, _ in rows}) == len(rows)
     for stage, _, words in rows:
-        rtdmd.resolve(rtdmd.parse_flags(["--stage", str(stage), *(word for word in words.split() if word[0] != "@")]))
+        known = [word for word in words.split() if word[0] != "@"]
+        rtdmd.resolve(rtdmd.parse_flags(["--stage", str(stage), *known]))
         assert all(word[1:] in ev.VARIANTS for word in words.split() if word[0] == "@")
 
 
@@ -4338,20 +4488,21 @@ def test_ablations_go_on_where_they_were_stopped(flags, tmp_path, monkeypatch, c
     first, second = "Table 3: the consistency term", "Table 4: the hybrid policy gradient"
     monkeypatch.setattr(ev, "STAGE1_ROWS", {first: {ev.BASE: small}})
     monkeypatch.setattr(ev, "STAGE2_ROWS", {second: {"DM only": f"{small} --no_policy --no_det"}})
-    line = ["--ablations", "--seeds", "1", "--jobs", "1", "--cache", str(cache), "--tiny_steps", "1", "--device", "cpu",
-            "--out", str(tmp_path / "abl")]
+    line = ["--ablations", "--seeds", "1", "--jobs", "1", "--cache", str(cache), "--tiny_steps", "1",
+            "--device", "cpu", "--out", str(tmp_path / "abl")]
     ev.main(line)
     table = capsys.readouterr().out
     assert f"### {first}" in table and re.search(r"\| DM only \| 1 \| -\d", table)
     results = json.loads((tmp_path / "abl/results.json").read_text())
     assert set(results) == {ev.BASE, "DM only"} and all(len(rows) == 1 for rows in results.values())
     assert Image.open(tmp_path / "abl/curves.png").size[0] == 2 * 560
-    trained = ev.result_of(tmp_path / "abl", ev.BASE, 0).stat().st_mtime_ns
+    result = ev.result_of(tmp_path / "abl", ev.BASE, 0)
+    trained = result.stat().st_mtime_ns
     ev.main(line)
-    assert capsys.readouterr().out == table and ev.result_of(tmp_path / "abl", ev.BASE, 0).stat().st_mtime_ns == trained
+    assert capsys.readouterr().out == table and result.stat().st_mtime_ns == trained
+    cfg = rtdmd.resolve(dict(cache=str(cache), tiny_steps=1, device="cpu"))
     with pytest.raises(rtdmd.UsageError, match="bad row.*no reward is called"):
-        ev.ablation(tmp_path / "abl", rtdmd.resolve(dict(cache=str(cache), tiny_steps=1, device="cpu")), 2, "bad row",
-                    f"{small} --rewards beauty=1", 0)
+        ev.ablation(tmp_path / "abl", cfg, 2, "bad row", f"{small} --rewards beauty=1", 0)
 
 
 def test_antithetic_noise(flags):
@@ -4377,7 +4528,7 @@ def test_antithetic_noise(flags):
 def test_pathwise_through_more_steps_is_the_gradient_with_fixed_noise(steps, flags):
     """Eq. 15 through the last steps of a rollout against central differences of the mean reward, noise held
     fixed, along one direction; states before those steps held fixed as well."""
-    run = rtdmd.prepare(rtdmd.resolve(rtdmd.parse_flags(flags(2, "--no_policy", "--no_dmd", "--advantage_std", "none"))))
+    run = prepared(flags(2, "--no_policy", "--no_dmd", "--advantage_std", "none"))
     cfg, groups = run.cfg, rtdmd.share(run.cfg.groups)
     smooth = lambda images, prompts: torch.tanh(images.flatten(1).double() @ weights).float()   # no clamp anywhere
     weights = torch.randn(432, generator=rng(9)).double() / 20
@@ -4388,7 +4539,8 @@ def test_pathwise_through_more_steps_is_the_gradient_with_fixed_noise(steps, fla
     run.terms = {}
     rtdmd.judge_groups(run, b)
     params = run.roles.parameters("generator")
-    direction = [torch.randn(p.shape, generator=rng(i)) * p.norm() / p.numel() ** 0.5 for i, p in enumerate(params)]
+    direction = [torch.randn(p.shape, generator=rng(i)) * p.norm() / p.numel() ** 0.5
+                 for i, p in enumerate(params)]
     with ev.replaced([f"pathwise_{steps}"] if steps > 1 else [], None):
         rtdmd.reinforce_slot(run, b, cfg.subset_size, True, list(range(12)), [], noise[0], noise[0], True, 12)
     slope = -sum((p.grad * d).sum() for p, d in zip(params, direction)).item()
@@ -4400,7 +4552,8 @@ def test_pathwise_through_more_steps_is_the_gradient_with_fixed_noise(steps, fla
         times = run.times[k:]
         with torch.no_grad():
             cond = run.text.batch(b.prompts, "cpu")
-            states, _ = rtdmd.rollout(lambda x, t: run.roles.velocity("generator", x, t, cond), b.states[k], noise[k:], times, cfg.eta)
+            velocity = lambda x, t: run.roles.velocity("generator", x, t, cond)
+            states, _ = rtdmd.rollout(velocity, b.states[k], noise[k:], times, cfg.eta)
         value = smooth(states[-1], b.prompts).double().mean().item()
         for p, d in zip(params, direction):
             p.data -= size * d
@@ -4423,7 +4576,7 @@ def test_a_fake_score_that_knows_k(flags, tmp_path):
 def test_a_fake_score_that_starts_from_zero(flags, begun):
     """The generator is the trained one, averaged; the fake score is the teacher."""
     with ev.replaced(["fake_from_zero"], begun / "stage1"):
-        run = rtdmd.prepare(rtdmd.resolve(rtdmd.parse_flags(flags(1))))
+        run = prepared(flags(1))
     trained = state_of(begun / "stage1")
     assert all(torch.equal(p, trained[f"ema.{n}"]) for n, p in run.roles.named["generator"].items())
     assert all(torch.equal(a, b) for a, b in zip(run.ema, run.roles.parameters("generator")))
@@ -4433,7 +4586,8 @@ def test_a_fake_score_that_starts_from_zero(flags, begun):
 def test_the_held_out_judge_chooses_a_checkpoint(tmp_path):
     """Its score is averaged with the neighbours of a panel: one lucky panel does not win."""
     scores = {10: -.5, 20: -.4, 25: -.38, 30: -.3, 40: -.1, 50: -.6, 60: -.6}
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(dict(iteration=i, watch_heldout=s)) + "\n" for i, s in scores.items()))
+    lines = [json.dumps(dict(iteration=i, watch_heldout=score)) for i, score in scores.items()]
+    written(tmp_path, "metrics.jsonl", "\n".join(lines) + "\n")
     for i in (20, 30, 50, 60):
         (tmp_path / f"checkpoint-{i:06d}").mkdir()
     assert ev.best_checkpoint(tmp_path).name == "checkpoint-000030"
@@ -4441,7 +4595,8 @@ def test_the_held_out_judge_chooses_a_checkpoint(tmp_path):
 
 def test_curves(tmp_path):
     """One panel beside the other; a level curve and a single point have an axis too."""
-    ev.draw_curves(tmp_path / "c.png", {"a": {"x": [(1, 0.0), (2, 1.0)], "y": [(1, 1.0), (2, 0.0)]}, "b": {"x": [(1, 3.0)]}})
+    panels = {"a": {"x": [(1, 0.0), (2, 1.0)], "y": [(1, 1.0), (2, 0.0)]}, "b": {"x": [(1, 3.0)]}}
+    ev.draw_curves(tmp_path / "c.png", panels)
     pixels = np.array(Image.open(tmp_path / "c.png"))
     assert pixels.shape[1] == 1120 and all((pixels == colour).all(2).any() for colour in ev.LINE_COLOURS[:2])
 
@@ -4631,7 +4786,7 @@ def lab(out=None):
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# Torture: `python test_rtdmd.py torture --kills 100`. Kills and resumes a run, and compares it with one left alone.
+# Torture: `python test_rtdmd.py torture --kills 100`
 # -----------------------------------------------------------------------------------------------------------------
 
 def torture(kills=100, folder=None, seed=0):
@@ -4645,8 +4800,8 @@ def torture(kills=100, folder=None, seed=0):
     folder = Path(folder or tempfile.mkdtemp())
     cache, dice = folder / "cache", random.Random(seed)
     make_world(cache)
-    argv = lambda stage, out: [*small_flags(stage, cache, folder / "whole", out), "--keep", "2", "--sample_every", "1",
-                               "--iterations", "6"]
+    argv = lambda stage, out: small_flags(stage, cache, folder / "whole", out, "--keep", 2, "--sample_every", 1,
+                                          "--iterations", 6)
     totals, begin = dict(kills=0, resumes=0, runs=0, bytes_differing=0, logs_differing=0), time.monotonic()
     life = {}
     for stage, out in itertools.product((1, 2), ("whole", "timed")):        # the second time without imports
@@ -4673,11 +4828,13 @@ def torture(kills=100, folder=None, seed=0):
         left = [p for p in mine.rglob(".*.partial")]
         assert not left and len(rtdmd.list_checkpoints(mine)) == 2, left
         shutil.rmtree(out)
-    print(", ".join(f"{n.replace('_', ' ')} {v}" for n, v in totals.items()), f"({time.monotonic() - begin:.0f} s)")
+    summary = ", ".join(f"{n.replace('_', ' ')} {v}" for n, v in totals.items())
+    print(f"{summary} ({time.monotonic() - begin:.0f} s)")
     return totals
 
 
 def test_torture(tmp_path):
+    """Six kills at random moments change no bit of what is saved and no row of the log."""
     totals = torture(kills=6, folder=tmp_path)
     assert totals["bytes_differing"] == totals["logs_differing"] == 0
 
