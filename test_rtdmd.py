@@ -2211,7 +2211,7 @@ def test_text_cache_refuses_a_full_disk_and_splits_over_ranks(tmp_path, monkeypa
     monkeypatch.setattr(rtdmd.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     with pytest.raises(rtdmd.UsageError) as error:
         rtdmd.TextCache(Letters(), tmp_path).prepare(["a"])
-    assert "larger disk" in sentence(error)
+    assert "--cache needs more room" in sentence(error)
     monkeypatch.undo()
     prompts = [f"prompt {i}" for i in range(100)]
     for rank in range(3):
@@ -4384,7 +4384,7 @@ def tflop_by_hand(run, role, gradient):
         cost["backward"] += 2 * products * query.requires_grad
         return attention(query, key, value, **options)
 
-    x, cond = torch.empty(1, *run.backbone.latent_shape, device="meta"), run.text.batch(["prompt 1"], "meta")
+    x, cond = torch.empty(1, *run.backbone.latent_shape, device="meta"), run.text.batch(run.prompts[:1], "meta")
     F.scaled_dot_product_attention = counted
     with torch.set_grad_enabled(gradient):
         run.roles.velocity(role, x, torch.ones(1, device="meta"), cond)
