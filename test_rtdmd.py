@@ -4488,7 +4488,7 @@ def test_ablations_go_on_where_they_were_stopped(flags, tmp_path, monkeypatch, c
     first, second = "Table 3: the consistency term", "Table 4: the hybrid policy gradient"
     monkeypatch.setattr(ev, "STAGE1_ROWS", {first: {ev.BASE: small}})
     monkeypatch.setattr(ev, "STAGE2_ROWS", {second: {"DM only": f"{small} --no_policy --no_det"}})
-    line = ["--ablations", "--seeds", "1", "--jobs", "1", "--cache", str(cache), "--tiny_steps", "1",
+    line = ["--ablations", "--seeds", "1", "--jobs", "2", "--cache", str(cache), "--tiny_steps", "1",
             "--device", "cpu", "--out", str(tmp_path / "abl")]
     ev.main(line)
     table = capsys.readouterr().out
