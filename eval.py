@@ -74,9 +74,9 @@ CLIP_L14 = "openai/clip-vit-large-patch14"
 IMAGENET_MEAN, IMAGENET_STD = (.485, .456, .406), (.229, .224, .225)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 # 1. What the scorers share
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 
 def frozen(net, cfg):
     """The network on the device, in eval mode, weights without gradients (which may still pass through)."""
@@ -156,9 +156,9 @@ def rows_of(cfg, needed):
     return {row["prompt"]: row for row in read_rows(path, needed)} if path.endswith(".jsonl") else {}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 # 2. Aesthetic: LAION's second predictor, an affine map of CLIP L/14's unit image embedding
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 
 @dataclasses.dataclass
 class Aesthetic:
@@ -182,9 +182,9 @@ class Aesthetic:
         return self.head(F.normalize(embedding, dim=-1)).squeeze(-1)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 # 3. ImageReward: BLIP's text encoder reads the prompt with the image in its cross-attention
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 
 # Names inside the checkpoint's visual encoder, a timm ViT, and what transformers calls them.
 BLIP_VISION = (("cls_token", "embeddings.class_embedding"), ("pos_embed", "embeddings.position_embedding"),
@@ -262,9 +262,9 @@ class ImageReward:
         return (self.head(read[:, 0]).squeeze(-1) - self.MEAN) / self.STD        # the first token, [CLS]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 # 4. HPSv3: Qwen2-VL reads image and prompt; a small head turns the state at a marker token into a score
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 
 def hpsv3_instruction(cfg):
     """The text around the prompt, with {text_prompt} in it, and the marker <|Reward|> behind it.
@@ -352,9 +352,9 @@ class HPSv3:
         return self.head(states[input_ids == self.token_id].float())[:, 0]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 # 5. GenEval: a detector finds the objects, CLIP names their colours, rules decide
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 
 # GenEval's names of the detector's 80 classes, in the detector's order (COCO's).
 COCO = """person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant,
@@ -641,9 +641,9 @@ def geneval_summary(scores, rows):
     return {**means, "geneval": sum(means.values()) / len(means)}        # tasks differ in size: 80 to 100 prompts
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 # 6. GenEval2: a vision language model answers one question for each atom of the prompt (Soft-TIFA)
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 
 def accepted_answers(question, answer):
     """Spellings that count: a number as word and digits, words in both cases, with and without a blank."""
@@ -710,9 +710,9 @@ class GenEval2:
         return self.details(images, prompts)["geneval2"]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 # 7. OCR: find the lines of text, read them, compare with what the prompt puts in quotes
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 
 def components(mask):
     """Connected regions (8 neighbours) of a bool array (H,W): lists of runs (row, first column, end).
@@ -848,9 +848,9 @@ class OCR:
         return images.new_tensor([text_score(self.read(i), w) for i, w in zip(as_bytes(images), wanted)])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 # 8. The table of metrics, and how a set of images is scored and summed up
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 
 # In the order of the paper's tables. REWARDS, in rtdmd.py, has the rows of hpsv2, clipscore and pickscore.
 METRICS = {
@@ -1105,10 +1105,10 @@ def prompt_rows(source):
     return lines if kind == ".txt" else (json.loads(line) if line.strip() else "" for line in lines)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 # 9. Command line. About the model itself eval.py has rtdmd.py's flags; a run folder and a checkpoint bring
 # theirs.
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 
 @dataclasses.dataclass
 class Flags:
@@ -1198,9 +1198,9 @@ def settings_of(run):
     return {n: v for n, v in config.items() if n in (*MODEL_FLAGS, "guidance") and n not in ("device", "prompts")}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 # 10. Sampling
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 
 def checkpoint_at(path):
     """The newest whole checkpoint at a path, or a bare folder with an exported adapter. Raises UsageError."""
@@ -1292,9 +1292,9 @@ class Sampler:
         free()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 # 11. Scoring and reports. pictures {row: (indices, images)}: this process's share, all rows of the same captions
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 
 def gathered(pairs):
     """Values of all processes' (index, value) in the order of the index, a picture's place in the set."""
@@ -1480,9 +1480,9 @@ def one_picture(flags, cfg):
     print(f"{flags.out}/prompt.png: {flags.prompt}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 # 12. The records of a training run: what made it, and the panel that is looked at
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 
 def save_grid(path, images, columns):
     """Writes images (B, 3, H, W) in [0, 1] as one PNG; small ones are enlarged to 64 pixels."""
@@ -1545,9 +1545,9 @@ def panel(run):
                 contrast=grey.flatten(1).std(1).mean().item())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 # 13. What training costs (rtdmd.py --dry_run)
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 
 class CostMeter(TorchDispatchMode):
     """What happens inside a block of a training iteration, added to run.costs[name].
@@ -1801,13 +1801,13 @@ def cost_lines(run, phases, total, weights, samples):
            f"{total['peak_bytes'] / 1e9:.3g} GB ({source}).")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 # The paper's questions, asked on the tiny world (bash train.sh ablations)
 #
 # A question is a dict {row: words}: flags of rtdmd.py, and @names of VARIANTS, which are none of its flags:
 # experiments beyond the paper, small functions that stand in for one of rtdmd's. Rows of stage 2 start from the
 # stage-1 student of the row BASE of their seed. Held-out judges decide, not the trained reward.
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 
 BASE = "base (gamma .01)"
 LAG = "--fake_updates 1 --lr_fake 3e-4"
@@ -1838,9 +1838,8 @@ STAGE2_ROWS = {
         "naive GRPO + pathwise": "--subset_size 3", "base without DM": "--no_dmd"},
     "The weights of the tiny world": {
         "base, det_weight 1": "--det_weight 1", "SubGRPO M=2, policy_weight 3": "--no_det --policy_weight 3",
-        "DM only, 4 fake updates": "--no_policy --no_det --fake_updates 4"},
+        "DM only, 4 fake updates": "--no_policy --no_det --fake_updates 4", "base, 4 fake updates": "--fake_updates 4"},
     "Table 5: a reward without gradient": {
-        "strict, DM only": "--rewards strict=1 --no_policy",
         "strict, naive GRPO": "--rewards strict=1 --subset_size 3", "strict, SubGRPO M=2": "--rewards strict=1",
         "strict, SubGRPO M=1": "--rewards strict=1 --subset_size 1"},
     "Departures 7, 12, 13": {

@@ -139,9 +139,9 @@ class UsageError(Exception):
         self.code = code
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 # 1. Configuration. One typed place; every default says its unit and where it comes from.
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 
 def opt(default, help, choices=None):
     """A dataclass field whose help text and admissible values the command line reads."""
@@ -150,8 +150,7 @@ def opt(default, help, choices=None):
 
 @dataclasses.dataclass
 class Config:
-    """Every setting: type, default, unit and source. The command line is made from it, and nothing else has
-    defaults."""
+    """Every setting: type, default, unit and source. The command line is made from it."""
 
     # ---- What to run
     stage: int = opt(1, "1 distils (AC-DMD), 2 reinforces (hybrid policy gradient)", (1, 2))
@@ -322,13 +321,13 @@ def check(cfg):
             raise UsageError(sentence)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 # 2. Flow algebra (paper 2.1). Rectified path x_t = (1-t) x_0 + t eps, velocity v = E[eps - x_0 | x_t].
 #
 # From here to section 5 everything is a pure function: no globals, no configuration, noise comes in as an
 # argument, levels t, s are numbers or tensors that broadcast against x. All arithmetic is fp32 whatever comes in:
 # bf16 keeps fewer than three digits, so FLUX.2's t_1 = .9581 would become .957, and x - t v would be as coarse.
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 
 def fp32(*values):
     """Each value as an fp32 tensor, its autograd graph and device kept."""
@@ -353,9 +352,9 @@ def score_from_velocity(x, v, t):
     return -(x + (1 - t) * v) / t
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 # 3. Sampler (App. C)
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 
 def timestep_schedule(steps, shift=1.0):
     """t_0 = 1 > ... > t_K = 0, (K+1,) float64: the uniform grid u (App. J), shifted as shift u / (1 + (shift-1)
@@ -456,9 +455,9 @@ class CPSScheduler(FlowMatchEulerDiscreteScheduler):
         return SchedulerOutput(prev_sample=x) if return_dict else (x,)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 # 4. AC-DMD (3.1, App. B, D, E, F). s: level t_k of a boundary state x_s; t in [s, 1]: level it is re-noised to.
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 
 def renoise_coefficients(s, t, std="markov"):
     """a = alpha_k(t) and kappa = sigma_k(t) of 3.1 (above Eq. 8) and App. B: x_t = a x_s + kappa n brings level s
@@ -493,8 +492,7 @@ def ambient_scale(s, t, std="markov"):
 
 
 def ambient_velocity_target(x_s, noise, s, t, std="markov"):
-    """Regression target v* of the fake score on x_t = a x_s + kappa n; Eq. 5's n - x_0 at s = 0. x_s, noise (B,
-    ...)."""
+    """Regression target v* of the fake score on x_t = a x_s + kappa n: Eq. 5's n - x_0 at s = 0. All (B, ...)."""
     x_s, noise, s = fp32(x_s, noise, s)
     return -x_s / (1 - s) + ambient_scale(s, t, std) * noise
 
@@ -579,10 +577,10 @@ def dmd_loss(x_s, x_t, v_teacher, v_fake, s, t):
     return 0.5 * (x_s - (x_s - g).detach()).square().mean()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 # 5. Hybrid policy gradient (3.2, App. G, H). Step k = 1 .. K-1 is a Gaussian policy, step K is deterministic (Eq.
 # 14).
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 
 def choose_steps(steps, subset_size, generator):
     """S: sorted list of subset_size of the stochastic steps {1 .. K-1}, uniformly (3.2). generator:
@@ -591,8 +589,7 @@ def choose_steps(steps, subset_size, generator):
 
 
 def group_noise(shape, selected, group_size, steps, generator):
-    """Eq. 16: the noise of one group, (K-1, N, *shape), independent at the steps in `selected`, shared at all
-    others."""
+    """Eq. 16: a group's noise, (K-1, N, *shape), independent at the steps in `selected`, shared at all others."""
     noise = torch.randn(steps - 1, group_size, *shape, generator=generator)
     for k in range(1, steps):
         if k not in selected:
@@ -656,7 +653,7 @@ def pathwise_loss(reward, scale=1.0, dims=1):
     return -(reward.float() / scale).mean() / dims
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 # 6. The two stages: Algorithm 1 (App. I). The comments name its lines.
 #
 # Beyond it: fake_updates updates of phi for each update of theta (released: 10, then 1), and in stage 1 a rollout
@@ -667,7 +664,7 @@ def pathwise_loss(reward, scale=1.0, dims=1):
 # stream; draw(keys, u, m, ...): u uniforms and m normals a sample; chunks(n, size): slices; level(t, x): t to
 # broadcast against x; note(run, n, ..): means over n samples for the log; phase(run, name): counts cost in a dry
 # run. roll_out is section 3's rollout in chunks.
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 
 def stage1(run):
     """Algorithm 1, lines 1-5: AC-DMD, the cold start.
@@ -711,8 +708,8 @@ def prompts_per_iteration(cfg):
 def update_generator(run, it):
     """Line 4: one AdamW step of theta on Eq. 9. Sample i trains step k = 1 + floor(i K / batch).
 
-    So k ~ U{1..K} in exactly equal parts, on every process: k = 1 + i mod K would give the long walks to k = K to the
-    same few processes, and the others would wait.
+    So k ~ U{1..K} in exactly equal parts, on every process: k = 1 + i mod K would give the long walks to k = K to
+    the same few processes, and the others would wait.
     """
     cfg, K = run.cfg, run.cfg.steps
     ids, first = share(cfg.batch), (it + 1) * prompts_per_iteration(cfg) - cfg.batch
@@ -739,7 +736,7 @@ def update_generator(run, it):
 
 @torch.no_grad()
 def walk(run, normal, k, cond):
-    """x_{t_{k-1}} of each sample, k (B,) its own step: the rollout's first k - 1 steps, by those that need them."""
+    """x_{t_{k-1}} of each sample, k (B,) its own step: the first k - 1 steps, by those that need them."""
     x = normal[0].clone()
     for j in range(1, int(k.max())):
         live = (k > j).nonzero()[:, 0].to(x.device)
@@ -885,7 +882,7 @@ def group_draws(run, it, groups):
 
 @torch.no_grad()
 def judge_groups(run, b):
-    """Line 10. b.advantages (L,): weight times A_i, summed over rewards; b.scales[name] (L,): what A_i was divided by.
+    """Line 10. b.advantages (L,): weight times A_i, summed over rewards; b.scales[name] (L,): what divides A_i.
 
     Every process sees all rewards: for the global std, and for one log.
     """
@@ -953,7 +950,7 @@ def matched_slots(cfg, u):
 
 
 def reinforce_slot(run, b, slot, reward_term, rows, here, u, noise, first, total):
-    """Gradient of Eq. 18 through one step of each trajectory in rows; the DM term falls on those in `here` (indices).
+    """Gradient of Eq. 18 through one step of each trajectory in rows; the DM term falls on rows[i], i in here.
 
     All losses are taken down to the velocity first, and then through the network once: so the share of each term
     in the gradient is known at no cost, and decoder and reward are freed before the network's backward pass.
@@ -985,7 +982,7 @@ def reinforce_slot(run, b, slot, reward_term, rows, here, u, noise, first, total
         push("policy", cfg.beta * cfg.policy_weight * policy, len(rows))
         note(run, len(rows), ratio_off=(log_prob.detach() - b.old[rows, slot]).expm1().abs().mean())
     if here:                                                                # Eq. 9
-        x_s, s = (x_next + mean - mean.detach())[here], t_next[here]    # the rollout's state; its noise knows no theta
+        x_s, s = (x_next + mean - mean.detach())[here], t_next[here]    # the rollout's state and noise
         if cfg.renoise == "dmd2":
             x_s, s = x0_from_velocity(x, v, t)[here], torch.zeros_like(s)
         dm = matching_loss(run, x_s, s, {n: c[here] for n, c in cond.items()}, level(u[here], x), noise[here])
@@ -1008,8 +1005,7 @@ def pathwise_terms(run, x_0, prompts, scales):
 # 7. Rewards r(x): reward(images (B, 3, H, W) in [0, 1], prompts) -> (B,)
 #
 # Every reward enters SubGRPO (Eq. 17); one whose .differentiable is true also enters the pathwise term (Eq. 15).
-# The CLIP family is here, the paper's other metrics are in eval.py, and your own is `--rewards
-# module:function=1`.
+# The CLIP family is here, the paper's other metrics are in eval.py, your own is `--rewards module:function=1`.
 # -----------------------------------------------------------------------------------------------------------------
 
 CLIP_MEAN, CLIP_STD = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)
@@ -1114,8 +1110,7 @@ def eval_module():
 
 
 def load_reward(name, cfg, extra=None):
-    """The reward of that name: the backbone's own (extra), one of REWARDS, one of eval.py, or
-    module:attribute."""
+    """The reward of that name: the backbone's own (extra), of REWARDS, of eval.py, or module:attribute."""
     if extra and name in extra:
         return extra[name]
     if name in REWARDS:
@@ -1125,8 +1120,7 @@ def load_reward(name, cfg, extra=None):
 
 def score(reward, images, prompts):
     """reward(images, prompts), checked: (B,) fp32 on the images' device; nan and inf are left to the caller.
-    Whatever it raises becomes one sentence. When a batch fails, its images are tried singly to name the
-    prompt."""
+    Whatever it raises becomes one sentence. A batch that fails is tried image by image, to name the prompt."""
     name = getattr(reward, "name", type(reward).__name__)
     try:
         values = torch.as_tensor(reward(images, prompts), device=images.device)
@@ -1389,8 +1383,7 @@ def decode_chunks(vae, z, pixels=2**20):
 class TextCache:
     """Text embeddings on disk, so that the encoders need not live beside the network while it trains.
     FOLDER/<hash of text_key>/<hash of prompt>.safetensors is encode([prompt]) of any backbone without batch axis.
-    A file that is cut short is known by its size, and made anew. One thread reads, ahead of the network if it is
-    told to."""
+    A file that is cut short is known by its size, and made anew. One thread reads, ahead of the network."""
 
     def __init__(self, backbone, folder):
         self.backbone, self.reader = backbone, ThreadPoolExecutor(1)
@@ -1432,8 +1425,7 @@ class TextCache:
         barrier()
 
     def read(self, prompt):
-        """One row from its file. Cloned: load_file gives views of the open file, and 65,530 of those are
-        allowed."""
+        """One row from its file. Cloned: load_file gives views of the open file, and 65,530 are allowed."""
         try:
             return {name: x.clone() for name, x in load_file(self.path(prompt)).items()}
         except (OSError, SafetensorError) as error:
@@ -1482,9 +1474,9 @@ def load_lora(folder):
         raise UsageError(f"{path} is missing or damaged, or tells no rank and alpha: take another.") from error
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 # 9. Plumbing: processes, keyed randomness, LoRA roles, optimiser step, checkpoints, log
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 
 def dist_info():
     """(rank, local rank, world size). A plain `python rtdmd.py` is world 1 of the same code."""
@@ -1519,8 +1511,7 @@ barrier = functools.partial(everyone, None)                                 # no
 
 
 def share(total):
-    """Global indices of this process: every world-th. What is computed for an index never depends on its
-    owner."""
+    """Global indices of this process: every world-th. What is computed for one never depends on its owner."""
     return list(range(dist_info()[0], total, dist_info()[2]))
 
 
@@ -1665,8 +1656,7 @@ class Roles:
         return self.backbone.velocity(self.nets[role], x, t.flatten(), cond).float()
 
     def teacher(self, x, t, cond, null):
-        """v_psi with classifier-free guidance, v_u + w (v_c - v_u), in one batch. null: the embedding of "",
-        batch 1."""
+        """v_psi with classifier-free guidance, v_u + w (v_c - v_u), in one batch. null: cond of "", batch 1."""
         if self.guidance == 1:
             return self.velocity("teacher", x, t, cond)
         both = {n: torch.cat([null[n].expand_as(c), c]) for n, c in cond.items()}
@@ -1676,8 +1666,7 @@ class Roles:
 
 def lora_product(matrix, x):
     """x A^T of an fp32 LoRA matrix, in the dtype of x: just what the deployed pipeline computes. PEFT would copy
-    x to fp32 instead, once for each of q, k and v; autocast would compute every norm of the base in fp32, and
-    keep it."""
+    x to fp32, once for each of q, k and v; autocast would compute every norm of the base in fp32, and keep it."""
     return F.linear(x, matrix.weight.to(x.dtype))
 
 
@@ -1879,8 +1868,7 @@ def prepare(cfg):
 
 
 def note(run, n, **values):
-    """Adds means over n samples to this iteration's log. Tensors stay on the device: nothing waits for the
-    GPU."""
+    """Adds means over n samples to this iteration's log. Tensors stay on the device: nothing waits for it."""
     for name, value in values.items():
         total, count = run.terms.get(name, (0.0, 0))
         run.terms[name] = (total + n * (value.detach() if torch.is_tensor(value) else value), count + n)
@@ -1945,9 +1933,9 @@ def phase(run, name):
     return eval_module().CostMeter(run, name) if run.cfg.dry_run else contextlib.nullcontext()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 # 10. Command line
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 
 # Titles in --help, each at the first of its fields.
 GROUPS = dict(stage="what to run", pretrained="network", steps="sampler (App. C)", gamma="AC-DMD (3.1)",
@@ -2000,12 +1988,12 @@ def main(argv=None):
             dist.destroy_process_group()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 # Appendix. The tiny world (--model tiny): a text-to-image problem for a laptop, through the very same stages.
 #
 # 12 x 12 pictures of one or two coloured shapes and their captions; a 0.6 M parameter SD3Transformer2DModel in
 # pixel space as teacher; two classifiers, A (the reward) and B (held out). A reader of the paper can stop here.
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 
 COLOURS = {"red": (.85, .15, .15), "green": (.15, .7, .2), "blue": (.15, .25, .9), "yellow": (.9, .85, .15)}
 SHAPES = ("circle", "square", "triangle")
@@ -2025,8 +2013,7 @@ def tiny_captions(held_out=False):
 @functools.cache
 def parse_caption(caption):
     """(word ids (6,), attributes (5,)): layout 0 single, 1 stacked, 2 side by side; colour, shape of the upper or
-    left object, then of the other one (-1: there is none). "a below b" and "b above a" are one picture. Raises
-    UsageError."""
+    left object, then of the other (-1: none). "a below b" is "b above a". UsageError for what cannot be drawn."""
     text = caption.strip()
     if not text:
         return torch.zeros(TINY_TOKENS, dtype=torch.long), None            # the null condition
@@ -2046,8 +2033,7 @@ def parse_caption(caption):
 
 
 def render(captions, generator):
-    """Pictures (B, 3, 12, 12) in [-1, 1] of captions: random place, size, shade and background, so that no two
-    agree."""
+    """Pictures (B, 3, 12, 12) in [-1, 1] of captions: random place, size, shade and background; no two agree."""
     B, facts = len(captions), torch.stack([parse_caption(c)[1] for c in captions])
     rand = lambda *shape: torch.rand(B, *shape, generator=generator) * 2 - 1                    # U[-1, 1]
     axis = (torch.arange(TINY_SIDE) + 0.5) * 16 / TINY_SIDE
@@ -2075,8 +2061,7 @@ def render(captions, generator):
 
 
 class TinyText(nn.Module):
-    """Word + position embedding, trained together with the teacher. ids (B, 6) -> tokens (B, 6, 64), pooled (B,
-    64)."""
+    """Word + position embedding, trained with the teacher. ids (B, 6) -> tokens (B, 6, 64), pooled (B, 64)."""
 
     def __init__(self):
         super().__init__()
@@ -2090,8 +2075,7 @@ class TinyText(nn.Module):
 
 
 class TinyJudge(nn.Module):
-    """Reads layout, colours and shapes off a picture. images (B, 3, 12, 12) in [-1, 1] -> logits (B, n) of five
-    heads."""
+    """Reads layout, colours and shapes off images (B, 3, 12, 12) in [-1, 1] -> logits (B, n) of five heads."""
 
     HEADS = (3, 4, 3, 4, 3)
 
@@ -2165,8 +2149,7 @@ def pick_captions(captions, n, generator):
 
 
 def train_tiny_teacher(net, text, steps, seed):
-    """Flow matching, Eq. 3, with 10 % empty captions for classifier-free guidance; leaves averaged weights in net
-    and text."""
+    """Flow matching, Eq. 3, with 10 % empty captions for guidance; leaves averaged weights in net and text."""
     generator, captions = torch.Generator().manual_seed(seed), tiny_captions()
     params = [*net.parameters(), *text.parameters()]
     optimizer, mean = torch.optim.AdamW(params, 3e-3, betas=(.9, .99)), [p.detach().clone() for p in params]
