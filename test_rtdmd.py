@@ -17,8 +17,8 @@ Map  section  what is tested                          against what
      At the end: the 1-D laboratory (`python test_rtdmd.py lab` prints how much each choice matters), and torture
      (`python test_rtdmd.py torture --kills 100` kills and resumes a run).
 
-Everything runs offline on a CPU. The test of an equation is found by its number, "Eq. 17", and so is that of a
-departure of rtdmd.py's docstring, "DEPARTURE 11".
+Everything runs offline on a CPU. The test of an equation is found by its number, "Eq. 17", and so is what a test
+shows of a departure in rtdmd.py's docstring, "DEPARTURE 11".
 
 Where a number comes from random draws, its tolerance is a multiple of the standard error of the same draws: off()
 says how many standard errors the worst component is away from the truth. Below 4.5 is agreement (one false alarm
@@ -92,8 +92,7 @@ def off(sample, truth=0.0):
 
 
 def apart(a, b):
-    """Standard errors between the means of two independent samples (n, ...), (m, ...), for the worst
-    component."""
+    """Standard errors between the means of independent samples (n, ...), (m, ...), for the worst component."""
     variance = sum(x.double().var(0) / len(x) for x in (a, b))
     return float(((a.double().mean(0) - b.double().mean(0)).abs() / variance.sqrt()).max())
 
@@ -144,8 +143,7 @@ def test_zero_is_the_stages_own():
 
 
 def test_geneval_as_a_reward_asks_for_metadata_at_once():
-    """flux2-4b's own rewards name geneval: that is refused before 20 GB are loaded, but no hindrance to a dry
-    run."""
+    """flux2-4b's own geneval is refused before 20 GB are loaded, but is no hindrance to a dry run."""
     with pytest.raises(rtdmd.UsageError, match="FILE.jsonl"):
         rtdmd.resolve(dict(stage=2, model="flux2-4b", device="cpu"))
     dry = dict(stage=2, model="flux2-4b", device="meta", random_weights=True, dry_run=1)
@@ -298,7 +296,7 @@ ETA, DIMS = 0.9, 2
 
 @pytest.mark.parametrize("s, t", LEVELS)
 def test_renoised_student_has_the_teachers_marginal(s, t):
-    """Eq. 8: student = teacher at level s stays so at level t; with the printed (t-s)/(1-s) it does not."""
+    """Eq. 8, DEPARTURE 1: student = teacher at s stays so at t; with the printed (t-s)/(1-s) it does not."""
     teacher, n, g = Mixture(), 200_000, rng(3)
     x_s = (1 - s) * teacher.sample(n, g) + s * torch.randn(n, 1, generator=g)
     noise = torch.randn(n, 1, generator=g)
@@ -312,7 +310,7 @@ def test_renoised_student_has_the_teachers_marginal(s, t):
 
 
 def test_literal_std_of_the_paper_loses_variance():
-    """Eq. 8 at s = .5, t = .7, data of variance 1: the printed std leaves .34, the teacher expects .58."""
+    """DEPARTURE 1: at s = .5, t = .7, Eq. 8's printed std leaves a variance of .34 where psi expects .58."""
     a, kappa = rtdmd.renoise_coefficients(0.5, 0.7)
     assert abs(a ** 2 * 0.5 + kappa ** 2 - 0.58) < 1e-6
     a, kappa = rtdmd.renoise_coefficients(0.5, 0.7, "paper")
@@ -339,7 +337,7 @@ def test_ambient_loss_is_a_weighted_score_regression(s, t, std):
 
 
 def test_ambient_loss_at_s_0_is_flow_matching():
-    """Eq. 5, including its weight, is Eq. 10 at s = 0."""
+    """DEPARTURE 5: Eq. 10 at s = 0 is Eq. 5, including its weight."""
     x_0, noise, v = torch.randn(3, 64, 5, generator=rng(5))
     t = torch.rand(64, 1, generator=rng(6))
     close(rtdmd.ambient_velocity_target(x_0, noise, torch.zeros(64, 1), t), noise - x_0)
@@ -347,7 +345,7 @@ def test_ambient_loss_at_s_0_is_flow_matching():
 
 
 def test_ambient_loss_has_no_singularity():
-    """Eq. 10 at the corners s = 0, t -> s and t = 1: finite with a finite gradient; at most 1 near t = s."""
+    """DEPARTURE 5: Eq. 10 at s = 0, t -> s and t = 1 is finite, and so is its gradient; at most 1 near t = s."""
     g = rng(7)
     for s, gap in itertools.product((0.0, 0.25, 0.75), (1e-7, 1e-3, 1.0)):
         t = s + gap * (1 - s)
@@ -453,7 +451,7 @@ def consistency_batches(fake, states, t, t_next, g, one_sample=False, kernel="po
 
 @pytest.mark.parametrize("s, t", [(0.0, 0.5), (0.25, 0.5), (0.5, 0.75)])
 def test_analytic_score_is_self_consistent(s, t):
-    """Eq. 22, Prop. E.1: 0 within its standard error for the posterior kernel, on clean and ambient states.
+    """Eq. 22, Prop. E.1, DEPARTURE 2: 0 within its standard error for our kernel, on clean and ambient states.
 
     Not so for the square of one draw, which adds the variance of h(x''), nor for the released fixed eta.
     """
@@ -470,7 +468,7 @@ def test_analytic_score_is_self_consistent(s, t):
 
 @pytest.mark.parametrize("s, t", [(0.0, 0.5), (0.25, 0.5), (0.5, 0.75)])
 def test_self_consistency_is_local(s, t):
-    """Eq. 11 without sampling error: at the true score it falls like (t'-t'')^4 for the posterior kernel.
+    """Eq. 11, DEPARTURE 3: without sampling error, at the true score, it falls like (t'-t'')^4 for our kernel.
 
     It is not 0, because the bridge at the x-prediction is Gaussian and the true reverse step is not: reason
     enough to take t' and t'' close. With the fixed eta it does not fall at all.
@@ -509,8 +507,7 @@ def test_two_draws_are_unbiased():
 
 
 def pooled(worlds):
-    """Velocity of what one fake score learns at level t: the step-k laws with t_k < t, each with its density of
-    t."""
+    """Velocity that one fake score learns at t: the step-k laws with t_k < t, each with its density of t."""
     def velocity(x, t):
         weight, total = 0, 0
         for world in worlds:
@@ -541,7 +538,7 @@ def test_consistency_holds_between_boundaries_and_not_across():
 
 
 def test_consistency_draws_come_from_the_reverse_step_and_are_constants():
-    """Eq. 22: x'' is reverse_step's, and no gradient flows into it."""
+    """Eq. 22, DEPARTURE 21: x'' is reverse_step's, and no gradient flows into it."""
     x, noise_1, noise_2 = torch.randn(3, 32, 1, generator=rng(13))
     for kernel, t in itertools.product(("posterior", "cps"), (1.0, 0.6)):
         v, seen = torch.zeros(32, 1, requires_grad=True), []
@@ -600,7 +597,7 @@ def dmd_gradient(x_s, x_t, v_teacher, v_fake, s, t):
 
 @pytest.mark.parametrize("s, t", LEVELS)
 def test_dmd_gradient_is_the_written_out_formula(s, t):
-    """Eq. 9 with lambda_k alpha_k = kappa^2 / (a N); its value is the mean of g^2 / 2."""
+    """Eq. 9, DEPARTURE 6: its weight is kappa^2 / (a D); the loss has the value mean of g^2 / 2."""
     x_s, noise, v_teacher, v_fake = torch.randn(4, 64, 3, generator=rng(15))
     x_t = rtdmd.renoise(x_s, s, t, noise)
     a, kappa = rtdmd.renoise_coefficients(s, t)
@@ -650,7 +647,7 @@ def gaussian_kl(mean, var, other_mean, other_var):
 
 
 def dm_slopes(x_s, s, t, noise, teacher, moments):
-    """Eq. 9 with lambda_k = 1, (n, D): dmd_loss's gradient in x_s freed of its weight kappa^2 / (a N).
+    """Eq. 9 with lambda_k = 1, (n, 1): dmd_loss's gradient in x_s freed of its weight kappa^2 / (a D).
 
     The student is Gaussian with the given moments, so that its score is known.
     """
@@ -727,7 +724,7 @@ def test_group_noise_structure():
 
 
 def test_log_prob_is_the_exact_gaussian_averaged_over_dimensions():
-    """Eq. 13: against torch.distributions, with the 1 / (2 std^2) that makes the ratio a likelihood ratio."""
+    """Eq. 13, DEPARTURE 7: against torch.distributions, with the 1 / (2 std^2) of a likelihood ratio."""
     x, mean = torch.randn(2, 5, 4, 6, 6, generator=rng(22))
     for std in (0.05, 0.7, torch.rand(5, 1, 1, 1, generator=rng(23)) + 0.1):
         exact = torch.distributions.Normal(mean, torch.as_tensor(std)).log_prob(x).mean((1, 2, 3))
@@ -747,7 +744,7 @@ def test_reward_scale_has_a_floor():
 
 
 def test_advantages():
-    """A_i of 3.2, App. H: mean 0 and std 1 per group; without std the rest of the group is the baseline."""
+    """A_i of App. H: mean 0, std 1 per group; DEPARTURE 12: without std the others are the baseline."""
     rewards = torch.randn(6, 5, generator=rng(26)) * torch.tensor([0.1, 1, 1, 2, 3, 10])[:, None]
     grouped = rtdmd.group_advantages(rewards)
     close(grouped.mean(1), torch.zeros(6))
@@ -899,7 +896,7 @@ def through_all_steps(states):
 def test_subgrpo_is_unbiased_over_subsets(subset_size, share_initial):
     """Eq. 17 with leave-one-out advantages = the stochastic part of Eq. 14; M = K-1 is naive GRPO, Eq. 31.
 
-    The group mean as baseline shrinks it by (N-1)/N, leaving out (K-1)/M by M/(K-1).
+    The group mean as baseline shrinks it by (N-1)/N (DEPARTURE 12), leaving out (K-1)/M by M/(K-1) (DEPARTURE 9).
     """
     steps, size = 4, 3
     truth, _ = toy_gradients(steps)
@@ -1074,8 +1071,7 @@ FAKE, TEACHER = torch.tensor([-0.6, 0.5]), torch.tensor([0.4, -1.0])
 
 
 def toy_run(monkeypatch, stage, iterations):
-    """The gradients {role: (updates, 2)} of the very loops of a stage, on the linear-Gaussian world: three
-    networks v = p x + q."""
+    """The gradients {role: (updates, 2)} of a stage's own loop on the linear-Gaussian world, v = p x + q."""
     cfg = rtdmd.Config(stage=stage, eta=ETA, gamma=0.0, batch=8, fake_updates=3 if stage == 1 else 1, groups=2,
                        group_size=8, micro_batch=9, no_policy=True, no_det=True)
     weights = {"generator": THETA.clone().requires_grad_(), "fake": FAKE.clone().requires_grad_(),
@@ -1101,8 +1097,7 @@ def toy_run(monkeypatch, stage, iterations):
 
 
 def fresh_fake_gradient():
-    """Gradient (2,) of Eq. 10 for a fresh rollout at a random step k of 1..K, exactly: x_s is Gaussian, the fake
-    linear."""
+    """Gradient (2,) of Eq. 10 for a fresh rollout at a random step k, exactly: x_s Gaussian, fake linear."""
     times, u, total = rtdmd.timestep_schedule(4), (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000, 0.0
     p, q = FAKE.double()
     for k in range(1, 5):
@@ -1121,8 +1116,7 @@ def fresh_fake_gradient():
 
 
 def fresh_matching_gradients(n=6000, dims=128):
-    """Eq. 9 on all K steps of n fresh rollouts, their mean per rollout (n, 2): what a random k has as its
-    expectation."""
+    """Eq. 9 on all K steps of n fresh rollouts, the mean of each (n, 2): what a random k expects."""
     g, times = rng(71), rtdmd.timestep_schedule(4)
     theta, total = THETA.expand(n, 2).clone().requires_grad_(), 0.0
     velocity = lambda w, x: w[..., :1] * x + w[..., 1:]
@@ -1140,9 +1134,11 @@ def fresh_matching_gradients(n=6000, dims=128):
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_shared_rollouts_keep_the_expected_gradients(stage, monkeypatch):
-    """Stage 1: F fake updates on the K states of shared rollouts; k in equal parts for the generator. Stage 2:
-    the fake score on the rollout's own states; matching on one of the M + 1 forwards. All as with a fresh rollout
-    and a random step for each sample.
+    """Algorithm 1 as with a fresh rollout and a random step k for each sample: Eq. 10 and Eq. 9.
+
+    Stage 1: F fake updates on the K states of shared rollouts, DEPARTURE 17; k in equal parts for the generator,
+    DEPARTURE 16, and the gradient through step k alone, DEPARTURE 19. Stage 2: the fake score on the rollout's own
+    states; matching on one of the M + 1 forwards, DEPARTURE 13.
 
     Per iteration, so that rows are independent, and in stage 1 for each of the F updates by itself. It can fail:
     a step that is never visited is 14 to 70 standard errors away, step K matched in a third instead of a quarter
@@ -1155,8 +1151,7 @@ def test_shared_rollouts_keep_the_expected_gradients(stage, monkeypatch):
 
 
 def test_one_side_of_the_consistency_term_is_enough(monkeypatch):
-    """update_fake itself, with its two halves: its gradient is gamma times that of Eq. 11 at the levels that it
-    drew."""
+    """Eq. 12: update_fake's gradient is gamma times that of Eq. 11 at the levels that it drew."""
     n, w, drawn = 40_000, torch.tensor([0.9, -0.5]), {}
     copies = w.expand(n, 2).clone().requires_grad_()
     cfg = rtdmd.resolve(dict(model="tiny", device="cpu", gamma=2.0, micro_batch=n, delta=0.3))
@@ -1182,7 +1177,7 @@ def test_one_side_of_the_consistency_term_is_enough(monkeypatch):
 
 
 def test_every_step_is_matched_equally_often():
-    """Stage 2: the step k of a trajectory's matching term, over S and the draw, is uniform over 1..K."""
+    """DEPARTURE 13: stage 2's matching term visits k, over S and the draw, uniformly in 1..K."""
     K, n = 4, 40_000
     for M in (1, 2, 3):
         cfg = SimpleNamespace(steps=K, subset_size=M, no_dmd=False, dm_steps="all")
@@ -1206,8 +1201,7 @@ SMALL = ("--device cpu --tiny_steps 1 --max_prompts 24 --batch 8 --fake_updates 
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory):
-    """A tiny world after one update. Its gates and output, still almost zero, become random, or they would stop
-    gradients."""
+    """A tiny world after one update; its gates and output, almost zero, become random to let gradients pass."""
     folder = tmp_path_factory.mktemp("cache")
     make_world(folder)
     return folder
@@ -1299,7 +1293,7 @@ def one_sentence(text, found, words, code=2):
 
 
 def test_the_ratio_is_exactly_one_before_the_first_update(flags, monkeypatch):
-    """Then the second epoch's is not, and the clip acts: gradients of samples beyond it vanish."""
+    """DEPARTURE 8; in the second epoch it is not, and the clip of Eq. 17 acts: no gradient from beyond it."""
     seen, original = [], rtdmd.subgrpo_loss
 
     def subgrpo_loss(log_prob, old, advantages, steps, clip):
@@ -2279,9 +2273,8 @@ def test_adapters_that_cannot_be_loaded(tmp_path):
 
 @pytest.mark.parametrize("name", ["sd3m", "flux2-4b"])
 def test_adapters_are_fp32_over_a_bf16_base_and_run_as_deployed(folders, tmp_path, name):
-    """Both adapters, not only the last that PEFT made: a step of 1e-6 must move them. And what is trained is what
-    is deployed: in bf16, the stock bf16 pipeline with the exported adapter gives the training model's velocity
-    bit for bit."""
+    """DEPARTURE 14: a step of 1e-6 moves both adapters, not only the last that PEFT made; and what is trained is
+    what is deployed: the stock bf16 pipeline with the exported adapter gives our velocity bit for bit."""
     backbone = backbone_of(folders, name, dtype="bf16")
     roles = rtdmd.Roles(backbone, rtdmd.Config(model=name, device="cpu", lora_rank=4, lora_alpha=2))
     assert {p.dtype for role in ("generator", "fake") for p in roles.parameters(role)} == {torch.float32}
@@ -2365,8 +2358,8 @@ def real_run(request, folders, tmp_path_factory):
 
 
 def test_both_stages_train_a_real_class(real_run):
-    """Finite losses and gradients, adapters that moved, a base that did not; stage 2 starts where stage 1's
-    average ended."""
+    """Finite losses and gradients, adapters that move, a base that does not; DEPARTURE 14: stage 2 starts where
+    stage 1's average ended."""
     for stage, one in real_run.stages.items():
         rows = [json.loads(line) for line in (one.folder / "metrics.jsonl").read_text().splitlines()]
         assert [row["iteration"] for row in rows] == [1, 2]
@@ -2388,8 +2381,7 @@ def test_both_stages_train_a_real_class(real_run):
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_checkpoint_is_exact_in_the_stock_pipeline(real_run, stage):
-    """load_lora_weights(folder) gives the averaged generator's velocity bit for bit, and not the raw one's or the
-    base's."""
+    """load_lora_weights(folder) gives the average's velocity bit for bit, not the raw one's or the base's."""
     one = real_run.stages[stage]
     backbone, x, t = one.run.backbone, latents(one.run.backbone), torch.tensor([.9, .5])
     cond, pipe = one.run.text.batch(PROMPTS, "cpu"), stock(backbone.base)
@@ -2458,8 +2450,7 @@ FORK = multiprocessing.get_context("forkserver")          # a process that has i
 
 
 def child(argv, env, output, before):
-    """One process of a run, in a fresh fork: `before` is a function of this file that prepares a fault or a
-    witness."""
+    """One process of a run, in a fresh fork; `before` names a function of this file that prepares a fault."""
     os.environ.update(env, OMP_NUM_THREADS="1")
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
@@ -3119,8 +3110,7 @@ def test_other_wrong_input(flags, tmp_path, capfd, monkeypatch):
 
 @pytest.mark.parametrize("options", [rtdmd.Config, ev.Flags])
 def test_torchrun_does_not_swallow_a_flag(options):
-    """torchrun reads the script's flags too, and takes one for an abbreviation of its own if it can: --run was
-    --run-path."""
+    """torchrun takes a script's flag for an abbreviation of its own if it can: --run was its --run-path."""
     from torch.distributed.run import get_args_parser
     theirs = [name for action in get_args_parser()._actions for name in action.option_strings]
     ours = [f"--{field.name}" for field in dataclasses.fields(options)]
@@ -3156,8 +3146,7 @@ def test_tiny_captions_are_disjoint_and_parse():
 
 
 def test_tiny_judge_learns_and_scores():
-    """100 updates teach a judge its layouts and colours; its reward is differentiable, its strict verdict is
-    not."""
+    """100 updates teach a judge layouts and colours; only its soft score is differentiable."""
     torch.manual_seed(0)
     judge = rtdmd.train_tiny_judge(rtdmd.TinyJudge(16, torch.nn.ReLU), "judge", 100, seed=0)
     captions = rtdmd.tiny_captions()[12:212]
@@ -4268,8 +4257,7 @@ def test_known_prompts(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def tiny_report(tmp_path_factory):
-    """eval.py on a tiny world with a teacher of ten updates and no training: its folder, and the flags that made
-    it."""
+    """eval.py on a tiny world with a teacher of ten updates and no training: its folder, and its flags."""
     folder = tmp_path_factory.mktemp("eval")
     flags = ["--run_folder", str(folder / "run"), "--cache", str(folder / "cache"), "--tiny_steps", "10",
              "--max_prompts", "4", "--per_prompt", "2"]
@@ -4278,8 +4266,7 @@ def tiny_report(tmp_path_factory):
 
 
 def test_report_has_the_contracts_rows(tiny_report):
-    """report.json: rows by name, numbers by metric, a score per picture; one grid with the same prompts in every
-    row."""
+    """report.json: rows, metrics, a score per picture; a grid with the same prompts in every row."""
     folder, _ = tiny_report
     report = json.loads((folder / "run/report.json").read_text())
     assert list(report["rows"]) == ["teacher", "teacher_cfg", "student_init"]
@@ -4291,8 +4278,7 @@ def test_report_has_the_contracts_rows(tiny_report):
 
 
 def test_untrained_student_is_the_teacher_without_steps(tiny_report):
-    """A generator with B = 0 is the teacher, and pictures depend on their key only: not on batch, order or other
-    rows."""
+    """A generator with B = 0 is the teacher; a picture depends on its key, not on batch, order or row."""
     folder, flags = tiny_report
     parsed, cfg = ev.parse(flags)
     rows = ev.plan(parsed, cfg)
@@ -4396,9 +4382,8 @@ def tflop_by_hand(run, role, gradient):
 
 @pytest.mark.parametrize("name, stage", [("sd3m", 1), ("sd3m", 2), ("flux2-4b", 1)])
 def test_counted_costs_are_those_on_paper(tmp_path, monkeypatch, name, stage):
-    """Forwards a sample, stage 1 with F fake updates: F of the rollout, 3 F of the fake score (2 with gradient),
-    (K-1)/2 + 1 of the generator, 2 of the guided teacher and 1 of the fake score for Eq. 9. Stage 2: K, 3, M + 1
-    and again 3."""
+    """Forwards. Stage 1, F fake updates: F of the rollout, 3 F of the fake score (2 with gradient), (K-1)/2 + 1 of
+    the generator, for Eq. 9 2 of the guided teacher and 1 of the fake score. Stage 2: K, 3, M + 1 and again 3."""
     flags = "--batch 4 --fake_updates 1" if stage == 1 else "--groups 1 --group_size 4 --rewards hpsv2=1"
     if stage == 2:
         monkeypatch.setitem(rtdmd.eval_module().CLIP_SIZES, "hpsv2", "ViT-B-32")
@@ -4442,8 +4427,7 @@ def test_the_peak_is_what_a_gpu_would_hold(tmp_path, monkeypatch):
 
 
 def test_flux2_4b_trains_on_a_24_gb_card(tmp_path):
-    """Stage 1, full size, 512 x 512, without recomputation. Fewer steps and samples: the peak is that of one
-    sample."""
+    """Stage 1, full size, 512 x 512, no recomputation; the peak is one sample's, so few steps suffice."""
     rtdmd.main(f"--stage 1 --model flux2-4b --device meta --random_weights --dry_run 1 --steps 2 --batch 2 "
                f"--fake_updates 1 --micro_batch 1 --out {tmp_path} --cache {tmp_path}".split())
     assert json.loads((tmp_path / "stage1/dry_run.json").read_text())["peak_bytes"] < 24e9
@@ -4451,8 +4435,7 @@ def test_flux2_4b_trains_on_a_24_gb_card(tmp_path):
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_dry_run_keeps_nothing_but_its_report(folders, tmp_path, monkeypatch, stage):
-    """On the CPU with a real repository: the contract's keys, finite numbers, and neither a checkpoint nor a
-    log."""
+    """On the CPU with a real repository: the contract's keys, finite numbers, no checkpoint and no log."""
     monkeypatch.chdir(tmp_path)
     Path("vivid_judge.py").write_text(JUDGE)
     Path("prompts.txt").write_text("\n".join(PROMPTS))
@@ -4482,8 +4465,7 @@ def test_every_row_of_the_ablations_parses():
 
 
 def test_ablations_go_on_where_they_were_stopped(flags, tmp_path, monkeypatch, cache, capsys):
-    """One row of each stage in a process of its own; a second call trains nothing; a failing row is one
-    sentence."""
+    """A second call trains nothing, and a row that fails is one sentence."""
     small = " ".join(SMALL[2:])                                   # without --device, which the runner hands on
     first, second = "Table 3: the consistency term", "Table 4: the hybrid policy gradient"
     monkeypatch.setattr(ev, "STAGE1_ROWS", {first: {ev.BASE: small}})
@@ -4506,8 +4488,7 @@ def test_ablations_go_on_where_they_were_stopped(flags, tmp_path, monkeypatch, c
 
 
 def test_antithetic_noise(flags):
-    """The other half of a group has minus the noise, where it is drawn anew; shared noise stays shared (Eq.
-    16)."""
+    """The other half of a group has minus the noise where it is drawn anew, Eq. 16; shared noise stays shared."""
     cfg = rtdmd.resolve(rtdmd.parse_flags(flags(2, "--group_size", 4)))
     run = SimpleNamespace(cfg=cfg, device="cpu", backbone=SimpleNamespace(latent_shape=(3, 5, 5)))
     plain = rtdmd.group_draws(run, 0, range(6))
@@ -4563,8 +4544,7 @@ def test_pathwise_through_more_steps_is_the_gradient_with_fixed_noise(steps, fla
 
 
 def test_a_fake_score_that_knows_k(flags, tmp_path):
-    """Its vectors start at zero, where it is the plain fake score, and learn; the null of the teacher knows no
-    k."""
+    """DEPARTURE 18: its vectors begin at zero, where it is the plain fake score, and learn; the null has no k."""
     rtdmd.main(flags(1, "--out", tmp_path / "plain", "--iterations", 1))
     with ev.replaced(["fake_knows_k"], None):
         rtdmd.main(flags(1, "--out", tmp_path / "knows", "--iterations", 1))
