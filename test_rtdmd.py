@@ -1,15 +1,29 @@
-"""Tests of the reference implementation: `python -m pytest -q test_rtdmd.py`. In the order of rtdmd.py:
+"""Tests of rtdmd.py and eval.py: `python -m pytest -q test_rtdmd.py`, in the order of the two files.
 
-1. mathematics, every pure function against a case whose answer is known on paper
-2. rewards and metrics: real classes at small size, synthetic detections, known answers
-3. backbones: small models of the real classes, saved and loaded by the real from_pretrained, offline
-4. runs: both stages, processes, resuming, faults, bad input
+Map  section  what is tested                          against what
+     1        configuration                           the contract of the command line
+     2        flow algebra: Eq. 1, 2, 19              a mixture whose score is known at every level
+     3        sampler: Eq. 20, 21                     the formulas written out
+     4        AC-DMD: Eq. 4, 5, 8 to 12, 22           1-D mixtures, 40-point quadrature, the closed-form KL
+     5        policy gradient: Eq. 6, 7, 13 to 18, 31 a linear-Gaussian generator whose gradient is known
+     6        Algorithm 1: stage1, stage2             the expected gradients; small runs with every switch
+     7        rewards                                 PIL, torchvision, transformers, open_clip
+     8        backbones, text cache, export           small networks of the real classes in the stock pipelines
+     9        plumbing                                other numbers of processes, kills, damaged files, full disks
+     10       command line                            one sentence for each mistake, and nothing written
+     appendix the tiny world                          what is known of its captions and judges
+     eval.py  metrics, prompts, reports, costs,       the originals' names and rules at small size; costs counted
+              ablations                               on paper
+     At the end: the 1-D laboratory (`python test_rtdmd.py lab` prints how much each choice matters), and torture
+     (`python test_rtdmd.py torture --kills 100` kills and resumes a run).
 
-`python test_rtdmd.py lab` prints the 1-D laboratory, `python test_rtdmd.py torture --kills 100` kills and resumes a run.
+Everything runs offline on a CPU. The test of an equation is found by its number, "Eq. 17", and so is what a test
+shows of a departure in rtdmd.py's docstring, "DEPARTURE 11".
 
-Where a number comes from random draws, its tolerance is a multiple of the standard error of the same draws: off() says how
-many standard errors the worst component is away from the truth. Below 4.5 is agreement (one false alarm in 100 000), above
-8 is proof of a difference; estimators are tested on both sides, so that a test that cannot fail would be noticed.
+Where a number comes from random draws, its tolerance is a multiple of the standard error of the same draws: off()
+says how many standard errors the worst component is away from the truth. Below 4.5 is agreement (one false alarm
+in 100 000), above 8 is proof of a difference; estimators are tested on both sides, so that a test that cannot fail
+would be noticed.
 """
 import argparse
 import contextlib
@@ -35,8 +49,8 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-os.environ["HF_HUB_OFFLINE"] = "1"          # before huggingface_hub is imported: a missing file is an answer, not a minute of retries
-os.environ["OMP_NUM_THREADS"] = "1"         # for the processes that tests start: two threads each would only wait for one another
+os.environ["HF_HUB_OFFLINE"] = "1"     # before huggingface_hub is imported: a missing file is an answer at once
+os.environ["OMP_NUM_THREADS"] = "1"    # for the processes that tests start: more threads only wait for one another
 
 import numpy as np
 import pytest
@@ -56,13 +70,13 @@ from transformers import (CLIPTextConfig, CLIPTextModelWithProjection, CLIPToken
 import eval as ev
 import rtdmd
 
-R = S = rt = rtdmd
 torch.set_num_threads(1)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 1. Mathematics
-# ------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
+# What all sections share: statistics, files, sentences
+# -----------------------------------------------------------------------------------------------------------------
+
 AGREE, DIFFER = 4.5, 8.0
 
 
@@ -77,10 +91,68 @@ def off(sample, truth=0.0):
     return float(((sample.mean(0) - truth).abs() / error).max())
 
 
+def apart(a, b):
+    """Standard errors between the means of independent samples (n, ...), (m, ...), for the worst component."""
+    variance = sum(x.double().var(0) / len(x) for x in (a, b))
+    return float(((a.double().mean(0) - b.double().mean(0)).abs() / variance.sqrt()).max())
+
+
 def close(a, b, tolerance=1e-5):
     a, b = torch.as_tensor(a).double(), torch.as_tensor(b).double()
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
+
+def written(folder, name, content):
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(path)
+
+
+def snapshot(folder):
+    """Every file and its content."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def sentence(error):
+    """The text of a UsageError that was caught: one line, one sentence, not too long."""
+    text = str(error.value)
+    assert "\n" not in text and text.endswith(".") and len(text) < 400, text
+    return text
+
+
+def settings(weights_dir=None, prompts=None):
+    """The least that a reward or metric must be told."""
+    return SimpleNamespace(weights_dir=weights_dir and str(weights_dir), device="cpu", prompts=prompts)
+
+
+def prepared(argv):
+    """A run that is ready to begin, from its command line."""
+    return rtdmd.prepare(rtdmd.resolve(rtdmd.parse_flags(argv)))
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# 1. Configuration
+# -----------------------------------------------------------------------------------------------------------------
+
+def test_zero_is_the_stages_own():
+    """0, where a stage has a value of its own, is the same as not naming the setting."""
+    own = rtdmd.resolve(dict(model="tiny", device="cpu"))
+    zeros = dict(lr=0.0, lr_fake=0.0, iterations=0, fake_updates=0)
+    assert rtdmd.resolve(dict(model="tiny", device="cpu", **zeros)) == own
+    assert (own.lr, own.iterations, own.dtype) == (1e-3, 150, "fp32")
+
+
+def test_geneval_as_a_reward_asks_for_metadata_at_once():
+    """flux2-4b's own geneval is refused before 20 GB are loaded, but is no hindrance to a dry run."""
+    with pytest.raises(rtdmd.UsageError, match="FILE.jsonl"):
+        rtdmd.resolve(dict(stage=2, model="flux2-4b", device="cpu"))
+    dry = dict(stage=2, model="flux2-4b", device="meta", random_weights=True, dry_run=1)
+    assert rtdmd.resolve(dry).groups == 64
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# 2. Flow algebra (paper 2.1)
+# -----------------------------------------------------------------------------------------------------------------
 
 class Mixture:
     """p(x_s) = sum_j w_j N(m_j, d_j^2) in 1-D: boundary states at level s, known exactly at every t >= s.
@@ -129,90 +201,6 @@ class Mixture:
         return (self.w * (mean ** 2 + var)).sum(-1) - (self.w * mean).sum(-1) ** 2
 
 
-LEVELS = [(0.0, 0.3), (0.25, 0.3), (0.25, 0.6), (0.5, 0.7), (0.75, 0.95)]      # (s, t)
-ETA, DIMS = 0.9, 2
-THETA = torch.tensor([0.3, -0.4])
-
-
-def toy_velocity(theta, x, t):
-    """A linear-Gaussian generator with two parameters, v = p x + q. theta (B, 2), x (B, D)."""
-    return theta[:, :1] * x + theta[:, 1:]
-
-
-def toy_reward(x):
-    """A bump at 1, averaged over dimensions, (..., D) -> (...)."""
-    return torch.exp(-0.5 * (x - 1) ** 2).mean(-1)
-
-
-def toy_moments(theta, times, last=None):
-    """Mean and variance of x_{t_K}, exactly. theta (2,) for steps 1..K-1, `last` for step K."""
-    mean, var = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
-    steps = len(times) - 1
-    for k in range(1, steps + 1):
-        p, q = (last if last is not None and k == steps else theta).double()
-        t, t_next = times[k - 1], times[k]
-        cos, sin = math.cos(ETA * math.pi / 2), math.sin(ETA * math.pi / 2)
-        slope = (1 - t_next) * (1 - t * p) + t_next * cos * (1 + (1 - t) * p)
-        mean = slope * mean + (t_next * cos * (1 - t) - (1 - t_next) * t) * q
-        var = slope ** 2 * var + (t_next * sin) ** 2
-    return mean, var
-
-
-def toy_objective(theta, times, last=None):
-    """E r(x_0), exactly."""
-    mean, var = toy_moments(theta, times, last)
-    return torch.exp(-0.5 * (mean - 1) ** 2 / (1 + var)) / torch.sqrt(1 + var)
-
-
-def toy_gradients(steps):
-    """The exact stochastic and pathwise parts of Eq. 14, (2,) each."""
-    times = rtdmd.timestep_schedule(steps)
-    theta, last = THETA.clone().requires_grad_(), THETA.clone().requires_grad_()
-    return torch.autograd.grad(toy_objective(theta, times, last), (theta, last))
-
-
-def toy_rollouts(groups, size, steps, selected, seed=0, share_noise=True, share_initial=False,
-                 dims=DIMS):
-    """States x_{t_0} .. x_{t_K}, (G, N, D) each, of `groups` groups that have the same S."""
-    g = rng(seed)
-    independent = selected if share_noise else range(1, steps)
-    noise = rtdmd.group_noise((groups, dims), independent, size, steps, g).transpose(1, 2).flatten(1, 2)
-    x = torch.randn(groups, 1 if share_initial else size, dims, generator=g)
-    x = x.expand(-1, size, -1).flatten(0, 1)
-    theta, times = THETA.expand(len(x), 2), rtdmd.timestep_schedule(steps)
-    states, _ = rtdmd.rollout(lambda x, t: toy_velocity(theta, x, t), x, noise, times, ETA)
-    return [x.unflatten(0, (groups, size)) for x in states]
-
-
-def toy_estimates(states, selected, std="none", advantages=None):
-    """One estimate per group of both parts of Eq. 14, (G, 2) each, by rtdmd's own losses.
-
-    Every group gets its own copy of theta, so that one backward pass gives all groups' gradients. The losses
-    are means over dimensions: D times their gradient is compared with the truth.
-    """
-    groups, size, dims = states[0].shape
-    steps = len(states) - 1
-    times = rtdmd.timestep_schedule(steps)
-    theta = THETA.expand(groups, 2).clone().requires_grad_()
-    member = theta.repeat_interleave(size, 0)
-    if advantages is None:
-        advantages = rtdmd.group_advantages(toy_reward(states[-1]), std)
-    x = [state.flatten(0, 1) for state in states]
-
-    def step(k):
-        return rtdmd.cps_mean_std(x[k - 1], toy_velocity(member, x[k - 1], None), times[k - 1], times[k], ETA)
-
-    log_prob = torch.stack([rtdmd.gaussian_log_prob(x[k], *step(k)) for k in selected], 1)
-    policy = rtdmd.subgrpo_loss(log_prob, log_prob.detach(), advantages.flatten(), steps, 1e-5)
-    pathwise = rtdmd.pathwise_loss(toy_reward(step(steps)[0]), dims=dims)
-    slopes = [torch.autograd.grad(loss, theta, retain_graph=True)[0] for loss in (policy, pathwise)]
-    return [-dims * groups * slope for slope in slopes]
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Flow algebra and sampler
-# ------------------------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("t", [0.02, 0.4, 0.97])
 def test_velocity_is_the_score_in_other_units(t):
     """Eq. 1 with alpha = 1-t, sigma = t is Eq. 2, and both are E[eps - x_0 | x_t] of a known mixture."""
@@ -237,6 +225,10 @@ def test_noise_prediction_has_no_division():
             prediction = rtdmd.x0_from_velocity(x, eps - x0, t)
             close(rtdmd.eps_from_velocity(x, eps - x0, t), (x - (1 - t) * prediction) / t)
 
+
+# -----------------------------------------------------------------------------------------------------------------
+# 3. Sampler (App. C). CPSScheduler inside the stock pipelines: section 8.
+# -----------------------------------------------------------------------------------------------------------------
 
 def test_timestep_schedule():
     """App. J's uniform grid, and the shifts of SD3 (3) and FLUX.2 (e^mu)."""
@@ -277,13 +269,34 @@ def test_cps_preserves_signal_and_noise_coefficients(eta):
     close(states[-1], torch.full((n, 1), c))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# AC-DMD
-# ------------------------------------------------------------------------------------------------------------
+def test_the_scheduler_stands_alone():
+    """What people copy: the class and four imports, in an empty file."""
+    source = ("import math\nimport torch\nfrom diffusers import FlowMatchEulerDiscreteScheduler\n"
+              "from diffusers.schedulers.scheduling_utils import SchedulerOutput\n"
+              "from diffusers.utils.torch_utils import randn_tensor\n" + inspect.getsource(rtdmd.CPSScheduler))
+    names = {}
+    exec(compile(source, "copy", "exec"), names)
+    scheduler = names["CPSScheduler"](shift=3.0)
+    scheduler.set_timesteps(4)
+    x = torch.ones(1, 2)
+    assert scheduler.step(torch.zeros(1, 2), scheduler.timesteps[0], x).prev_sample.shape == x.shape
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# 4. AC-DMD (3.1, App. B, D, E, F)
+# -----------------------------------------------------------------------------------------------------------------
+
+LEVELS = [(0.0, 0.3), (0.25, 0.3), (0.25, 0.6), (0.5, 0.7), (0.75, 0.95)]      # (s, t)
+
+WIDE = (0.6, 0.9)                # stds of a world that is as wide as noised data are, at any s up to .5
+ETA, DIMS = 0.9, 2
+
+
+# ---- Eq. 8 and Eq. 10: re-noising and the ambient score
 
 @pytest.mark.parametrize("s, t", LEVELS)
 def test_renoised_student_has_the_teachers_marginal(s, t):
-    """Eq. 8: student = teacher at level s stays so at level t; with the printed (t-s)/(1-s) it does not."""
+    """Eq. 8, DEPARTURE 1: student = teacher at s stays so at t; with the printed (t-s)/(1-s) it does not."""
     teacher, n, g = Mixture(), 200_000, rng(3)
     x_s = (1 - s) * teacher.sample(n, g) + s * torch.randn(n, 1, generator=g)
     noise = torch.randn(n, 1, generator=g)
@@ -297,7 +310,7 @@ def test_renoised_student_has_the_teachers_marginal(s, t):
 
 
 def test_literal_std_of_the_paper_loses_variance():
-    """Eq. 8 at s = .5, t = .7, data of variance 1: the printed std leaves .34, the teacher expects .58."""
+    """DEPARTURE 1: at s = .5, t = .7, Eq. 8's printed std leaves a variance of .34 where psi expects .58."""
     a, kappa = rtdmd.renoise_coefficients(0.5, 0.7)
     assert abs(a ** 2 * 0.5 + kappa ** 2 - 0.58) < 1e-6
     a, kappa = rtdmd.renoise_coefficients(0.5, 0.7, "paper")
@@ -324,7 +337,7 @@ def test_ambient_loss_is_a_weighted_score_regression(s, t, std):
 
 
 def test_ambient_loss_at_s_0_is_flow_matching():
-    """Eq. 5, including its weight, is Eq. 10 at s = 0."""
+    """DEPARTURE 5: Eq. 10 at s = 0 is Eq. 5, including its weight."""
     x_0, noise, v = torch.randn(3, 64, 5, generator=rng(5))
     t = torch.rand(64, 1, generator=rng(6))
     close(rtdmd.ambient_velocity_target(x_0, noise, torch.zeros(64, 1), t), noise - x_0)
@@ -332,7 +345,7 @@ def test_ambient_loss_at_s_0_is_flow_matching():
 
 
 def test_ambient_loss_has_no_singularity():
-    """Eq. 10 at the corners s = 0, t -> s and t = 1: finite with a finite gradient; at most 1 near t = s."""
+    """DEPARTURE 5: Eq. 10 at s = 0, t -> s and t = 1 is finite, and so is its gradient; at most 1 near t = s."""
     g = rng(7)
     for s, gap in itertools.product((0.0, 0.25, 0.75), (1e-7, 1e-3, 1.0)):
         t = s + gap * (1 - s)
@@ -392,6 +405,8 @@ def test_ambient_loss_is_stationary_at_the_score(s, t):
     assert slope(world) < AGREE and slope(Mixture(0.0)) > DIFFER
 
 
+# ---- Eq. 11, Eq. 12 and Eq. 22: self-consistency
+
 def test_posterior_kernel_is_the_gaussian_bridge():
     """Eq. 11's p_phi: Bayes' rule for x'' given x' and x_0. The fixed-eta kernel is Eq. 20."""
     g = rng(10)
@@ -404,6 +419,14 @@ def test_posterior_kernel_is_the_gaussian_bridge():
         close(rtdmd.reverse_step(x, v, t, t_next, noise), mean + var.sqrt() * noise, 1e-4)
         fixed = rtdmd.reverse_step(x, v, t, t_next, noise, "cps", 0.9)
         close(fixed, rtdmd.cps_step(x, v, t, t_next, noise, 0.9))
+
+
+def test_posterior_kernel_at_the_corner():
+    """Eq. 11 at t' = t'' = 1, where bf16 levels may fall: x'' = x', and no 0/0."""
+    x, v, noise = torch.randn(3, 8, 2, generator=rng(3))
+    close(rtdmd.reverse_step(x, v, 1.0, 1.0, noise), x)
+    one = torch.ones(8, 1)
+    assert rtdmd.consistency_loss(lambda x, t: torch.zeros_like(x), x, v, one, one, noise, noise).isfinite()
 
 
 NODES, WEIGHTS = (torch.tensor(a).float() for a in np.polynomial.hermite_e.hermegauss(40))
@@ -426,12 +449,9 @@ def consistency_batches(fake, states, t, t_next, g, one_sample=False, kernel="po
     return torch.stack(losses)
 
 
-WIDE = (0.6, 0.9)                # stds of a world that is as wide as noised data are, at any s up to .5
-
-
 @pytest.mark.parametrize("s, t", [(0.0, 0.5), (0.25, 0.5), (0.5, 0.75)])
 def test_analytic_score_is_self_consistent(s, t):
-    """Eq. 22, Prop. E.1: 0 within its standard error for the posterior kernel, on clean and ambient states.
+    """Eq. 22, Prop. E.1, DEPARTURE 2: 0 within its standard error for our kernel, on clean and ambient states.
 
     Not so for the square of one draw, which adds the variance of h(x''), nor for the released fixed eta.
     """
@@ -448,7 +468,7 @@ def test_analytic_score_is_self_consistent(s, t):
 
 @pytest.mark.parametrize("s, t", [(0.0, 0.5), (0.25, 0.5), (0.5, 0.75)])
 def test_self_consistency_is_local(s, t):
-    """Eq. 11 without sampling error: at the true score it falls like (t'-t'')^4 for the posterior kernel.
+    """Eq. 11, DEPARTURE 3: without sampling error, at the true score, it falls like (t'-t'')^4 for our kernel.
 
     It is not 0, because the bridge at the x-prediction is Gaussian and the true reverse step is not: reason
     enough to take t' and t'' close. With the fixed eta it does not fall at all.
@@ -486,42 +506,14 @@ def test_two_draws_are_unbiased():
     assert off(values, truth.detach()) < AGREE and off(squares, truth.detach()) > DIFFER
 
 
-def test_one_side_of_the_consistency_term_is_enough(monkeypatch):
-    """update_fake itself, with its two halves: its gradient is gamma times that of Eq. 11 at the levels that it
-    drew."""
-    n, w, drawn = 40_000, torch.tensor([0.9, -0.5]), {}
-    copies = w.expand(n, 2).clone().requires_grad_()
-    cfg = rtdmd.resolve(dict(model="tiny", device="cpu", gamma=2.0, micro_batch=n, delta=0.3))
-    velocity = lambda role, x, t, cond: wrong_fake(copies)(x, t)
-    run = SimpleNamespace(cfg=cfg, device="cpu", terms={}, times=rtdmd.timestep_schedule(4, 1.0),
-                          roles=SimpleNamespace(velocity=velocity), text=SimpleNamespace(batch=lambda *a: {}),
-                          backbone=SimpleNamespace(quantise=lambda t: t))
-    original = rtdmd.reverse_step
-
-    def reverse_step(x, v, t, t_next, *rest):
-        drawn.update(x=x, t=t, t_next=t_next)
-        return original(x, v, t, t_next, *rest)
-    monkeypatch.setattr(rtdmd, "reverse_step", reverse_step)
-    monkeypatch.setattr(rtdmd, "ambient_dsm_loss", lambda v, *rest: 0 * v.sum())
-    monkeypatch.setattr(rtdmd, "optimizer_step", lambda run, role: None)
-    k, x_s = torch.arange(n) % 4 + 1, torch.randn(n, 1, generator=rng(51))
-    rtdmd.update_fake(run, 0, 0, x_s, run.times[k].float(), k, [""] * n, list(range(n)), n)
-    monkeypatch.undo()
-    exact = w.expand(n, 2).clone().requires_grad_()
-    residual = residual_of(wrong_fake(exact), drawn["x"], drawn["t"], drawn["t_next"], "posterior")
-    slopes, = torch.autograd.grad(residual.square().sum(), exact)
-    assert off(n * copies.grad - 2.0 * slopes) < AGREE and slopes.mean(0).abs().min() > 1e-3
-
-
 def pooled(worlds):
-    """Velocity of what one fake score learns at level t: the step-k laws with t_k < t, each with its density of
-    t."""
+    """Velocity that one fake score learns at t: the step-k laws with t_k < t, each with its density of t."""
     def velocity(x, t):
         weight, total = 0, 0
         for world in worlds:
             _, mean, var = world.components(t)
-            here = (world.w / var.sqrt() * torch.exp(-(x[..., None] - mean) ** 2 / (2 * var))).sum(-1) / (1 - world.s)
-            here = torch.where(torch.as_tensor(world.s < t), here, 0.0)
+            here = (world.w / var.sqrt() * torch.exp(-(x[..., None] - mean) ** 2 / (2 * var))).sum(-1)
+            here = torch.where(torch.as_tensor(world.s < t), here / (1 - world.s), 0.0)
             weight, total = weight + here, total + here * world.velocity(x, t)
         return total / weight
     return velocity
@@ -532,8 +524,8 @@ def test_consistency_holds_between_boundaries_and_not_across():
     on either side of a t_j, and a hundred times as large from one side to the other, however close."""
     worlds = [Mixture(0.25, d=WIDE), Mixture(0.5, w=(0.5, 0.5), m=(-0.4, 1.6), d=WIDE)]
     x = torch.linspace(-2, 2, 41)[:, None].double()
-    residual = lambda t, t_next: residual_of(lambda x, t: pooled(worlds)(x.double(), t).float(), x.float(), t, t_next,
-                                             "posterior").square().mean()
+    exact = lambda x, t: pooled(worlds)(x.double(), t).float()
+    residual = lambda t, t_next: residual_of(exact, x.float(), t, t_next, "posterior").square().mean()
     above, below, across = residual(0.58, 0.55), residual(0.48, 0.45), residual(0.515, 0.485)
     assert across > 100 * max(above, below), (above, below, across)
     run = SimpleNamespace(cfg=SimpleNamespace(delta=0.2), times=rtdmd.timestep_schedule(4, 3.0),
@@ -546,7 +538,7 @@ def test_consistency_holds_between_boundaries_and_not_across():
 
 
 def test_consistency_draws_come_from_the_reverse_step_and_are_constants():
-    """Eq. 22: x'' is reverse_step's, and no gradient flows into it."""
+    """Eq. 22, DEPARTURE 21: x'' is reverse_step's, and no gradient flows into it."""
     x, noise_1, noise_2 = torch.randn(3, 32, 1, generator=rng(13))
     for kernel, t in itertools.product(("posterior", "cps"), (1.0, 0.6)):
         v, seen = torch.zeros(32, 1, requires_grad=True), []
@@ -580,6 +572,8 @@ def test_consistency_term_does_not_move_the_minimiser():
     assert slope("posterior") < 3e-3 and slope("cps") > 30 * slope("posterior")
 
 
+# ---- Eq. 8 and Eq. 9: distribution matching
+
 @pytest.mark.parametrize("s, t", LEVELS)
 def test_boundary_mean_is_tweedie(s, t):
     """App. B: E[x_s | x_t] of a known mixture, from its velocity alone."""
@@ -603,7 +597,7 @@ def dmd_gradient(x_s, x_t, v_teacher, v_fake, s, t):
 
 @pytest.mark.parametrize("s, t", LEVELS)
 def test_dmd_gradient_is_the_written_out_formula(s, t):
-    """Eq. 9 with lambda_k alpha_k = kappa^2 / (a N); its value is the mean of g^2 / 2."""
+    """Eq. 9, DEPARTURE 6: its weight is kappa^2 / (a D); the loss has the value mean of g^2 / 2."""
     x_s, noise, v_teacher, v_fake = torch.randn(4, 64, 3, generator=rng(15))
     x_t = rtdmd.renoise(x_s, s, t, noise)
     a, kappa = rtdmd.renoise_coefficients(s, t)
@@ -653,7 +647,7 @@ def gaussian_kl(mean, var, other_mean, other_var):
 
 
 def dm_slopes(x_s, s, t, noise, teacher, moments):
-    """Eq. 9 with lambda_k = 1, (n, D): dmd_loss's gradient in x_s freed of its weight kappa^2 / (a N).
+    """Eq. 9 with lambda_k = 1, (n, 1): dmd_loss's gradient in x_s freed of its weight kappa^2 / (a D).
 
     The student is Gaussian with the given moments, so that its score is known.
     """
@@ -678,9 +672,11 @@ def test_dmd_gradient_is_that_of_the_noised_kl(s, t):
     assert off(torch.cat([slopes, slopes * unit], 1), truth) < AGREE
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Hybrid policy gradient
-# ------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
+# 5. Hybrid policy gradient (3.2, App. G, H)
+# -----------------------------------------------------------------------------------------------------------------
+
+# ---- The parts: S, shared noise, log-probability, advantages
 
 def test_reward_tilting_splits_into_two_terms():
     """Eq. 6 and Eq. 7 on 50 outcomes: gradient of KL to the tilted teacher = DM term - beta * reward term."""
@@ -700,15 +696,6 @@ def test_reward_tilting_splits_into_two_terms():
 
     close(slope(kl(tilted)), slope(kl(teacher)) - beta * slope((student * reward).sum()), 1e-12)
     assert (slope(kl(tilted)) - slope(kl(teacher))).norm() > 0.01
-
-
-def test_log_prob_is_the_exact_gaussian_averaged_over_dimensions():
-    """Eq. 13: against torch.distributions, with the 1 / (2 std^2) that makes the ratio a likelihood ratio."""
-    x, mean = torch.randn(2, 5, 4, 6, 6, generator=rng(22))
-    for std in (0.05, 0.7, torch.rand(5, 1, 1, 1, generator=rng(23)) + 0.1):
-        exact = torch.distributions.Normal(mean, torch.as_tensor(std)).log_prob(x).mean((1, 2, 3))
-        close(rtdmd.gaussian_log_prob(x, mean, std), exact)
-    assert rtdmd.gaussian_log_prob(x, mean, 0.7).shape == (5,)
 
 
 def test_choose_steps_is_uniform():
@@ -736,16 +723,13 @@ def test_group_noise_structure():
     assert off(torch.stack([a[:29_000] for a in products], 1)) < AGREE
 
 
-def test_advantages():
-    """A_i of 3.2, App. H: mean 0 and std 1 per group; without std the rest of the group is the baseline."""
-    rewards = torch.randn(6, 5, generator=rng(26)) * torch.tensor([0.1, 1, 1, 2, 3, 10])[:, None]
-    grouped = rtdmd.group_advantages(rewards)
-    close(grouped.mean(1), torch.zeros(6))
-    close(grouped.std(1), torch.ones(6))
-    centred = rewards - rewards.mean(1, keepdim=True)
-    close(rtdmd.group_advantages(rewards, "global"), centred / rewards.std())
-    others = (rewards.sum(1, keepdim=True) - rewards) / 4
-    close(rtdmd.group_advantages(rewards, "none"), rewards - others, 1e-4)
+def test_log_prob_is_the_exact_gaussian_averaged_over_dimensions():
+    """Eq. 13, DEPARTURE 7: against torch.distributions, with the 1 / (2 std^2) of a likelihood ratio."""
+    x, mean = torch.randn(2, 5, 4, 6, 6, generator=rng(22))
+    for std in (0.05, 0.7, torch.rand(5, 1, 1, 1, generator=rng(23)) + 0.1):
+        exact = torch.distributions.Normal(mean, torch.as_tensor(std)).log_prob(x).mean((1, 2, 3))
+        close(rtdmd.gaussian_log_prob(x, mean, std), exact)
+    assert rtdmd.gaussian_log_prob(x, mean, 0.7).shape == (5,)
 
 
 def test_reward_scale_has_a_floor():
@@ -759,31 +743,103 @@ def test_reward_scale_has_a_floor():
     close(rtdmd.reward_scale(spread, "none"), torch.ones(2, 1))
 
 
-@pytest.mark.parametrize("steps", [2, 3])
-def test_hybrid_gradient_is_the_gradient_of_the_expected_reward(steps):
-    """Eq. 14 with Eq. 15, Prop. G.1: REINFORCE + pathwise = closed form; neither alone, nor counted twice."""
-    stochastic, pathwise = toy_gradients(steps)
-    everything = list(range(1, steps))
-    states = toy_rollouts(50_000, 1, steps, everything, seed=28)
-    rewards = toy_reward(states[-1])
-    policy, last = toy_estimates(states, everything, advantages=rewards)
-    truth = stochastic + pathwise
-    assert off(policy, stochastic) < AGREE and off(last, pathwise) < AGREE
-    assert off(policy + last, truth) < AGREE
-    assert off(policy, truth) > DIFFER and off(last, truth) > DIFFER
-    assert off(policy + through_all_steps(states, steps), truth) > DIFFER
-    assert off(through_all_steps(states, steps), truth) < AGREE  # it is the whole gradient already
+def test_advantages():
+    """A_i of App. H: mean 0, std 1 per group; DEPARTURE 12: without std the others are the baseline."""
+    rewards = torch.randn(6, 5, generator=rng(26)) * torch.tensor([0.1, 1, 1, 2, 3, 10])[:, None]
+    grouped = rtdmd.group_advantages(rewards)
+    close(grouped.mean(1), torch.zeros(6))
+    close(grouped.std(1), torch.ones(6))
+    centred = rewards - rewards.mean(1, keepdim=True)
+    close(rtdmd.group_advantages(rewards, "global"), centred / rewards.std())
+    others = (rewards.sum(1, keepdim=True) - rewards) / 4
+    close(rtdmd.group_advantages(rewards, "none"), rewards - others, 1e-4)
 
 
-def through_all_steps(states, steps):
-    """The mistake of App. G.2: gradient flows on into x_{t_{K-1}}. Per group, (G, 2)."""
-    times, x = rtdmd.timestep_schedule(steps), states[0].flatten(0, 1)
-    theta = THETA.expand(len(x), 2).clone().requires_grad_()
+# ---- A linear-Gaussian generator with two parameters, whose expected reward is known
+
+THETA = torch.tensor([0.3, -0.4])
+
+
+def toy_velocity(theta, x, t):
+    """A linear-Gaussian generator with two parameters, v = p x + q. theta (B, 2), x (B, D)."""
+    return theta[:, :1] * x + theta[:, 1:]
+
+
+def toy_reward(x):
+    """A bump at 1, averaged over dimensions, (..., D) -> (...)."""
+    return torch.exp(-0.5 * (x - 1) ** 2).mean(-1)
+
+
+def toy_moments(theta, times, last=None):
+    """Mean and variance of x_{t_K}, exactly. theta (2,) for steps 1..K-1, `last` for step K."""
+    mean, var = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
+    steps = len(times) - 1
     for k in range(1, steps + 1):
-        mean, _ = rtdmd.cps_mean_std(x, toy_velocity(theta, x, None), times[k - 1], times[k], ETA)
-        x = mean + (states[k].flatten(0, 1) - mean).detach()
-    loss = rtdmd.pathwise_loss(toy_reward(x), dims=DIMS)
-    return -DIMS * len(x) * torch.autograd.grad(loss, theta)[0]
+        p, q = (last if last is not None and k == steps else theta).double()
+        t, t_next = times[k - 1], times[k]
+        cos, sin = math.cos(ETA * math.pi / 2), math.sin(ETA * math.pi / 2)
+        slope = (1 - t_next) * (1 - t * p) + t_next * cos * (1 + (1 - t) * p)
+        mean = slope * mean + (t_next * cos * (1 - t) - (1 - t_next) * t) * q
+        var = slope ** 2 * var + (t_next * sin) ** 2
+    return mean, var
+
+
+def toy_objective(theta, times, last=None):
+    """E r(x_0), exactly."""
+    mean, var = toy_moments(theta, times, last)
+    return torch.exp(-0.5 * (mean - 1) ** 2 / (1 + var)) / torch.sqrt(1 + var)
+
+
+def toy_gradients(steps):
+    """The exact stochastic and pathwise parts of Eq. 14, (2,) each."""
+    times = rtdmd.timestep_schedule(steps)
+    theta, last = THETA.clone().requires_grad_(), THETA.clone().requires_grad_()
+    return torch.autograd.grad(toy_objective(theta, times, last), (theta, last))
+
+
+def toy_rollouts(groups, size, steps, selected, seed=0, share_noise=True, share_initial=False, dims=DIMS,
+                 shift=1.0):
+    """States x_{t_0} .. x_{t_K}, (G, N, D) each, of `groups` groups that have the same S."""
+    g = rng(seed)
+    independent = selected if share_noise else range(1, steps)
+    noise = rtdmd.group_noise((groups, dims), independent, size, steps, g).transpose(1, 2).flatten(1, 2)
+    x = torch.randn(groups, 1 if share_initial else size, dims, generator=g)
+    x = x.expand(-1, size, -1).flatten(0, 1)
+    theta, times = THETA.expand(len(x), 2), rtdmd.timestep_schedule(steps, shift)
+    states, _ = rtdmd.rollout(lambda x, t: toy_velocity(theta, x, t), x, noise, times, ETA)
+    return [x.unflatten(0, (groups, size)) for x in states]
+
+
+def over_subsets(steps, size, subset_size, groups, seed, **options):
+    """Rollouts for every S of the given size in turn, the same number of groups each: [(S, states)]."""
+    subsets = list(itertools.combinations(range(1, steps), subset_size))
+    return [(S, toy_rollouts(groups // len(subsets), size, steps, S, seed + i, **options))
+            for i, S in enumerate(subsets)]
+
+
+def toy_estimates(states, selected, std="none", advantages=None):
+    """One estimate per group of both parts of Eq. 14, (G, 2) each, by rtdmd's own losses.
+
+    Every group gets its own copy of theta, so that one backward pass gives all groups' gradients. The losses
+    are means over dimensions: D times their gradient is compared with the truth.
+    """
+    groups, size, dims = states[0].shape
+    steps = len(states) - 1
+    times = rtdmd.timestep_schedule(steps)
+    theta = THETA.expand(groups, 2).clone().requires_grad_()
+    member = theta.repeat_interleave(size, 0)
+    if advantages is None:
+        advantages = rtdmd.group_advantages(toy_reward(states[-1]), std)
+    x = [state.flatten(0, 1) for state in states]
+
+    def step(k):
+        return rtdmd.cps_mean_std(x[k - 1], toy_velocity(member, x[k - 1], None), times[k - 1], times[k], ETA)
+
+    log_prob = torch.stack([rtdmd.gaussian_log_prob(x[k], *step(k)) for k in selected], 1)
+    policy = rtdmd.subgrpo_loss(log_prob, log_prob.detach(), advantages.flatten(), steps, 1e-5)
+    pathwise = rtdmd.pathwise_loss(toy_reward(step(steps)[0]), dims=dims)
+    slopes = [torch.autograd.grad(loss, theta, retain_graph=True)[0] for loss in (policy, pathwise)]
+    return [-dims * groups * slope for slope in slopes]
 
 
 def test_exact_gradient_agrees_with_finite_differences():
@@ -801,11 +857,38 @@ def test_exact_gradient_agrees_with_finite_differences():
     assert off(slopes, sum(toy_gradients(steps))) < AGREE
 
 
-def over_subsets(steps, size, subset_size, groups, seed, **options):
-    """Rollouts for every S of the given size in turn, the same number of groups each: [(S, states)]."""
-    subsets = list(itertools.combinations(range(1, steps), subset_size))
-    return [(S, toy_rollouts(groups // len(subsets), size, steps, S, seed + i, **options))
-            for i, S in enumerate(subsets)]
+# ---- Eq. 14 to Eq. 18 and Eq. 31: the gradients
+
+@pytest.mark.parametrize("steps", [2, 3])
+def test_hybrid_gradient_is_the_gradient_of_the_expected_reward(steps):
+    """Eq. 14 with Eq. 15, Prop. G.1: REINFORCE + pathwise = closed form; neither alone, nor counted twice."""
+    stochastic, pathwise = toy_gradients(steps)
+    everything = list(range(1, steps))
+    states = toy_rollouts(50_000, 1, steps, everything, seed=28)
+    rewards = toy_reward(states[-1])
+    policy, last = toy_estimates(states, everything, advantages=rewards)
+    truth = stochastic + pathwise
+    assert off(policy, stochastic) < AGREE and off(last, pathwise) < AGREE
+    assert off(policy + last, truth) < AGREE
+    assert off(policy, truth) > DIFFER and off(last, truth) > DIFFER
+    assert off(policy + through_all_steps(states), truth) > DIFFER
+    assert off(through_all_steps(states), truth) < AGREE  # it is the whole gradient already
+
+
+def replayed(theta, states):
+    """x_{t_K} (G N, D) of the same draws, with gradient through every step. theta (G N, 2)."""
+    times, x = rtdmd.timestep_schedule(len(states) - 1), states[0].flatten(0, 1)
+    for k in range(1, len(states)):
+        mean, _ = rtdmd.cps_mean_std(x, toy_velocity(theta, x, None), times[k - 1], times[k], ETA)
+        x = mean + (states[k].flatten(0, 1) - mean).detach()
+    return x
+
+
+def through_all_steps(states):
+    """The mistake of App. G.2: gradient flows on into x_{t_{K-1}}. Per trajectory, (G N, 2)."""
+    theta = THETA.expand(len(states[0].flatten(0, 1)), 2).clone().requires_grad_()
+    loss = rtdmd.pathwise_loss(toy_reward(replayed(theta, states)), dims=DIMS)
+    return -DIMS * len(theta) * torch.autograd.grad(loss, theta)[0]
 
 
 @pytest.mark.parametrize("share_initial", [False, True])
@@ -813,7 +896,7 @@ def over_subsets(steps, size, subset_size, groups, seed, **options):
 def test_subgrpo_is_unbiased_over_subsets(subset_size, share_initial):
     """Eq. 17 with leave-one-out advantages = the stochastic part of Eq. 14; M = K-1 is naive GRPO, Eq. 31.
 
-    The group mean as baseline shrinks it by (N-1)/N, leaving out (K-1)/M by M/(K-1).
+    The group mean as baseline shrinks it by (N-1)/N (DEPARTURE 12), leaving out (K-1)/M by M/(K-1) (DEPARTURE 9).
     """
     steps, size = 4, 3
     truth, _ = toy_gradients(steps)
@@ -868,6 +951,19 @@ def test_pathwise_loss_is_in_the_units_of_the_policy_term():
     close(gradient, -1 / (6 * 12 * scale))
 
 
+def test_the_price_of_shared_units():
+    """DEPARTURE 11: a group's std holds the noise of its S only, so Eq. 15, divided by it, weighs more for some S.
+
+    On FLUX.2's grid, where the last state has almost forgotten the first steps' noise, S = {1, 2} weighs 2.7 times
+    as much as S = {2, 3}; on SD3's 1.6 times, on the uniform one 1.2. One std over all prompts is one number.
+    """
+    rollouts = [toy_rollouts(2000, 24, 4, S, 72, shift=math.exp(2.1)) for S in ([1, 2], [1, 3], [2, 3])]
+    rewards = [toy_reward(states[-1]) for states in rollouts]
+    weights = [rtdmd.reward_scale(r, "group").reciprocal().mean() for r in rewards]
+    assert max(weights) == weights[0] > 2 * min(weights), weights
+    assert rtdmd.reward_scale(torch.cat(rewards), "global").numel() == 1
+
+
 def test_total_gradient_is_that_of_the_tilted_kl():
     """Eq. 18: DM - beta (SubGRPO + pathwise) = gradient of (noised KL - beta E r), on a 3-step generator."""
     steps, size, beta, t, groups = 3, 4, 1.3, 0.4, 30_000
@@ -880,123 +976,25 @@ def test_total_gradient_is_that_of_the_tilted_kl():
     totals = []
     for S, states in over_subsets(steps, size, 1, groups, 36):
         policy, pathwise = toy_estimates(states, S)
-        totals.append(dm_estimates(states, steps, teacher, t) - beta * (policy + pathwise))
+        totals.append(dm_estimates(states, teacher, t) - beta * (policy + pathwise))
     assert off(torch.cat(totals), truth) < AGREE
     without = torch.cat(totals) + beta * toy_gradients(steps)[1]           # the pathwise part left out
     assert off(without, truth) > DIFFER
 
 
-def dm_estimates(states, steps, teacher, t):
+def dm_estimates(states, teacher, t):
     """Eq. 4 for the linear generator, x_0 differentiated through every step, one estimate per group."""
     groups, size, _ = states[0].shape
-    times = rtdmd.timestep_schedule(steps)
+    times = rtdmd.timestep_schedule(len(states) - 1)
     theta = THETA.expand(groups, 2).clone().requires_grad_()
-    member, x = theta.repeat_interleave(size, 0), states[0].flatten(0, 1)
-    for k in range(1, steps + 1):
-        mean, _ = rtdmd.cps_mean_std(x, toy_velocity(member, x, None), times[k - 1], times[k], ETA)
-        x = mean + (states[k].flatten(0, 1) - mean).detach()
+    x = replayed(theta.repeat_interleave(size, 0), states)
     x_0 = x.detach().reshape(-1, 1)                              # dimensions are independent: samples too
     noise = torch.randn(len(x_0), 1, generator=rng(37))
     slopes = dm_slopes(x_0, 0.0, t, noise, teacher, toy_moments(THETA, times))
     return torch.autograd.grad((x * slopes.view_as(x)).mean(1).sum() / size, theta)[0]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# What saves passes through the network keeps the gradient's expectation (for Eq. 22's one side see above)
-# ------------------------------------------------------------------------------------------------------------
-FAKE, TEACHER = torch.tensor([-0.6, 0.5]), torch.tensor([0.4, -1.0])
-
-
-def toy_run(monkeypatch, stage, iterations):
-    """The gradients {role: (updates, 2)} of the very loops of a stage, on the linear-Gaussian world: three
-    networks v = p x + q."""
-    cfg = rtdmd.Config(stage=stage, eta=ETA, gamma=0.0, batch=8, fake_updates=3 if stage == 1 else 1, groups=2, group_size=8,
-                       micro_batch=9, no_policy=True, no_det=True)
-    weights = {"generator": THETA.clone().requires_grad_(), "fake": FAKE.clone().requires_grad_(), "teacher": TEACHER}
-    gradients = {"generator": [], "fake": []}
-
-    def keep_gradient(run, role):
-        gradients[role].append(weights[role].grad)
-        weights[role].grad = None
-        return False
-
-    velocity = lambda role, x, t, cond: weights[role][0] * x + weights[role][1]
-    run = SimpleNamespace(
-        cfg=cfg, device="cpu", times=rtdmd.timestep_schedule(cfg.steps), terms={}, rewards={}, prompts=["a", "b"],
-        text=SimpleNamespace(batch=lambda prompts, device: {}, prefetch=lambda prompts: None),
-        backbone=SimpleNamespace(latent_shape=(128,), quantise=lambda t: t),
-        roles=SimpleNamespace(velocity=velocity, teacher=lambda x, t, cond, null: velocity("teacher", x, t, cond)))
-    monkeypatch.setattr(rtdmd, "iterations", lambda run: range(iterations))
-    monkeypatch.setattr(rtdmd, "optimizer_step", keep_gradient)
-    monkeypatch.setattr(rtdmd, "judge_groups", lambda run, b: None)
-    (rtdmd.stage1 if stage == 1 else rtdmd.stage2)(run)
-    return {role: torch.stack(rows) for role, rows in gradients.items()}
-
-
-def fresh_fake_gradient():
-    """Gradient (2,) of Eq. 10 for a fresh rollout at a random step k of 1..K, exactly: x_s is Gaussian, the fake
-    linear."""
-    times, u, total = rtdmd.timestep_schedule(4), (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000, 0.0
-    p, q = FAKE.double()
-    for k in range(1, 5):
-        mean, var = toy_moments(THETA, times[:k + 1])
-        s = float(times[k])
-        t = s + (1 - s) * (0.01 + 0.98 * u)
-        a, b = (1 - t) / (1 - s), 1 / (1 - s)
-        kappa = (t * t - a * a * s * s).sqrt()
-        c = (t - kappa ** 2) / ((1 - t) * kappa)
-        square, x_t = var + mean ** 2, a * mean                             # of x_s, and E x_t
-        residual_x = p * (a * a * square + kappa ** 2) + q * x_t + a * b * square - kappa * c      # E (v - v*) x_t
-        residual = p * x_t + q + b * mean                                                             # E (v - v*)
-        weight = 2 / (c ** 2 + (b * s) ** 2)
-        total = total + torch.stack([(weight * residual_x).mean(), (weight * residual).mean()]) / 4
-    return total
-
-
-def fresh_matching_gradients(n=6000, dims=128):
-    """Eq. 9 on all K steps of n fresh rollouts, their mean per rollout (n, 2): what a random k has as its
-    expectation."""
-    g, times = rng(71), rtdmd.timestep_schedule(4)
-    theta, total = THETA.expand(n, 2).clone().requires_grad_(), 0.0
-    velocity = lambda w, x: w[..., :1] * x + w[..., 1:]
-    states, _ = rtdmd.rollout(lambda x, t: velocity(THETA, x), torch.randn(n, dims, generator=g),
-                              torch.randn(3, n, dims, generator=g), times, ETA)
-    for k in range(1, 5):
-        s = float(times[k])
-        mean, _ = rtdmd.cps_mean_std(states[k - 1], velocity(theta, states[k - 1]), times[k - 1], s, ETA)
-        x_s = states[k] + mean - mean.detach()
-        t = s + (1 - s) * (0.01 + 0.98 * torch.rand(n, 1, generator=g))
-        x_t = rtdmd.renoise(x_s.detach(), s, t, torch.randn(n, dims, generator=g))
-        total = total + n * rtdmd.dmd_loss(x_s, x_t, velocity(TEACHER, x_t), velocity(FAKE, x_t), s, t) / 4
-    return torch.autograd.grad(total, theta)[0]
-
-
-def apart(a, b):
-    """Standard errors between the means of two independent samples (n, ...), (m, ...), for the worst
-    component."""
-    variance = sum(x.double().var(0) / len(x) for x in (a, b))
-    return float(((a.double().mean(0) - b.double().mean(0)).abs() / variance.sqrt()).max())
-
-
-@pytest.mark.parametrize("stage", [1, 2])
-def test_shared_rollouts_keep_the_expected_gradients(stage, monkeypatch):
-    """Stage 1: F fake updates on the K states of shared rollouts; k in equal parts for the generator. Stage 2:
-    the fake score on the rollout's own states; matching on one of the M + 1 forwards. All as with a fresh rollout
-    and a random step for each sample.
-
-    Per iteration, so that rows are independent, and in stage 1 for each of the F updates by itself. It can fail:
-    a step that is never visited is 14 to 70 standard errors away, step K matched in a third instead of a quarter
-    of all cases 7.
-    """
-    n = 400
-    found, fresh, truth = toy_run(monkeypatch, stage, n), fresh_matching_gradients(), fresh_fake_gradient()
-    updates = found["fake"].view(n, -1, 2)
-    assert off(updates, truth) < AGREE and apart(found["generator"], fresh) < AGREE
-
-
-# ------------------------------------------------------------------------------------------------------------
-# What the functions promise besides their formulas
-# ------------------------------------------------------------------------------------------------------------
+# ---- What the functions of 2 to 5 promise besides their formulas
 
 def test_every_sample_may_have_its_own_level():
     """Levels (B, 1) give what the same levels give as numbers, sample by sample."""
@@ -1045,14 +1043,6 @@ def copied(*names):
     return [module[name] for name in names]
 
 
-def test_posterior_kernel_at_the_corner():
-    """Eq. 11 at t' = t'' = 1, where bf16 levels may fall: x'' = x', and no 0/0."""
-    x, v, noise = torch.randn(3, 8, 2, generator=rng(3))
-    close(rtdmd.reverse_step(x, v, 1.0, 1.0, noise), x)
-    loss = rtdmd.consistency_loss(lambda x, t: torch.zeros_like(x), x, v, torch.ones(8, 1), torch.ones(8, 1), noise, noise)
-    assert loss.isfinite()
-
-
 def test_functions_can_be_copied_out():
     """What people will copy works without the rest of the file, and gives the same number."""
     x, v, noise_1, noise_2 = torch.randn(4, 16, 3, generator=rng(39))
@@ -1071,9 +1061,3531 @@ def test_functions_can_be_copied_out():
     close(subgrpo_loss(*arguments), rtdmd.subgrpo_loss(*arguments), 0)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
+# 6. The two stages (App. I, Algorithm 1)
+# -----------------------------------------------------------------------------------------------------------------
+
+# ---- Sharing passes through the networks keeps the expected gradients
+
+FAKE, TEACHER = torch.tensor([-0.6, 0.5]), torch.tensor([0.4, -1.0])
+
+
+def toy_run(monkeypatch, stage, iterations):
+    """The gradients {role: (updates, 2)} of a stage's own loop on the linear-Gaussian world, v = p x + q."""
+    cfg = rtdmd.Config(stage=stage, eta=ETA, gamma=0.0, batch=8, fake_updates=3 if stage == 1 else 1, groups=2,
+                       group_size=8, micro_batch=9, no_policy=True, no_det=True)
+    weights = {"generator": THETA.clone().requires_grad_(), "fake": FAKE.clone().requires_grad_(),
+               "teacher": TEACHER}
+    gradients = {"generator": [], "fake": []}
+
+    def keep_gradient(run, role):
+        gradients[role].append(weights[role].grad)
+        weights[role].grad = None
+        return False
+
+    velocity = lambda role, x, t, cond: weights[role][0] * x + weights[role][1]
+    run = SimpleNamespace(
+        cfg=cfg, device="cpu", times=rtdmd.timestep_schedule(cfg.steps), terms={}, rewards={}, prompts=["a", "b"],
+        text=SimpleNamespace(batch=lambda prompts, device: {}, prefetch=lambda prompts: None),
+        backbone=SimpleNamespace(latent_shape=(128,), quantise=lambda t: t),
+        roles=SimpleNamespace(velocity=velocity, teacher=lambda x, t, cond, null: velocity("teacher", x, t, cond)))
+    monkeypatch.setattr(rtdmd, "iterations", lambda run: range(iterations))
+    monkeypatch.setattr(rtdmd, "optimizer_step", keep_gradient)
+    monkeypatch.setattr(rtdmd, "judge_groups", lambda run, b: None)
+    (rtdmd.stage1 if stage == 1 else rtdmd.stage2)(run)
+    return {role: torch.stack(rows) for role, rows in gradients.items()}
+
+
+def fresh_fake_gradient():
+    """Gradient (2,) of Eq. 10 for a fresh rollout at a random step k, exactly: x_s Gaussian, fake linear."""
+    times, u, total = rtdmd.timestep_schedule(4), (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000, 0.0
+    p, q = FAKE.double()
+    for k in range(1, 5):
+        mean, var = toy_moments(THETA, times[:k + 1])
+        s = float(times[k])
+        t = s + (1 - s) * (0.01 + 0.98 * u)
+        a, b = (1 - t) / (1 - s), 1 / (1 - s)
+        kappa = (t * t - a * a * s * s).sqrt()
+        c = (t - kappa ** 2) / ((1 - t) * kappa)
+        square, x_t = var + mean ** 2, a * mean                             # of x_s, and E x_t
+        residual_x = p * (a * a * square + kappa ** 2) + q * x_t + a * b * square - kappa * c      # E (v - v*) x_t
+        residual = p * x_t + q + b * mean                                                             # E (v - v*)
+        weight = 2 / (c ** 2 + (b * s) ** 2)
+        total = total + torch.stack([(weight * residual_x).mean(), (weight * residual).mean()]) / 4
+    return total
+
+
+def fresh_matching_gradients(n=6000, dims=128):
+    """Eq. 9 on all K steps of n fresh rollouts, the mean of each (n, 2): what a random k expects."""
+    g, times = rng(71), rtdmd.timestep_schedule(4)
+    theta, total = THETA.expand(n, 2).clone().requires_grad_(), 0.0
+    velocity = lambda w, x: w[..., :1] * x + w[..., 1:]
+    states, _ = rtdmd.rollout(lambda x, t: velocity(THETA, x), torch.randn(n, dims, generator=g),
+                              torch.randn(3, n, dims, generator=g), times, ETA)
+    for k in range(1, 5):
+        s = float(times[k])
+        mean, _ = rtdmd.cps_mean_std(states[k - 1], velocity(theta, states[k - 1]), times[k - 1], s, ETA)
+        x_s = states[k] + mean - mean.detach()
+        t = s + (1 - s) * (0.01 + 0.98 * torch.rand(n, 1, generator=g))
+        x_t = rtdmd.renoise(x_s.detach(), s, t, torch.randn(n, dims, generator=g))
+        total = total + n * rtdmd.dmd_loss(x_s, x_t, velocity(TEACHER, x_t), velocity(FAKE, x_t), s, t) / 4
+    return torch.autograd.grad(total, theta)[0]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_shared_rollouts_keep_the_expected_gradients(stage, monkeypatch):
+    """Algorithm 1 as with a fresh rollout and a random step k for each sample: Eq. 10 and Eq. 9.
+
+    Stage 1: F fake updates on the K states of shared rollouts, DEPARTURE 17; k in equal parts for the generator,
+    DEPARTURE 16, and the gradient through step k alone, DEPARTURE 19. Stage 2: the fake score on the rollout's own
+    states; matching on one of the M + 1 forwards, DEPARTURE 13.
+
+    Per iteration, so that rows are independent, and in stage 1 for each of the F updates by itself. It can fail:
+    a step that is never visited is 14 to 70 standard errors away, step K matched in a third instead of a quarter
+    of all cases 7.
+    """
+    n = 400
+    found, fresh, truth = toy_run(monkeypatch, stage, n), fresh_matching_gradients(), fresh_fake_gradient()
+    updates = found["fake"].view(n, -1, 2)
+    assert off(updates, truth) < AGREE and apart(found["generator"], fresh) < AGREE
+
+
+def test_one_side_of_the_consistency_term_is_enough(monkeypatch):
+    """Eq. 12: update_fake's gradient is gamma times that of Eq. 11 at the levels that it drew."""
+    n, w, drawn = 40_000, torch.tensor([0.9, -0.5]), {}
+    copies = w.expand(n, 2).clone().requires_grad_()
+    cfg = rtdmd.resolve(dict(model="tiny", device="cpu", gamma=2.0, micro_batch=n, delta=0.3))
+    velocity = lambda role, x, t, cond: wrong_fake(copies)(x, t)
+    run = SimpleNamespace(cfg=cfg, device="cpu", terms={}, times=rtdmd.timestep_schedule(4, 1.0),
+                          roles=SimpleNamespace(velocity=velocity), text=SimpleNamespace(batch=lambda *a: {}),
+                          backbone=SimpleNamespace(quantise=lambda t: t))
+    original = rtdmd.reverse_step
+
+    def reverse_step(x, v, t, t_next, *rest):
+        drawn.update(x=x, t=t, t_next=t_next)
+        return original(x, v, t, t_next, *rest)
+    monkeypatch.setattr(rtdmd, "reverse_step", reverse_step)
+    monkeypatch.setattr(rtdmd, "ambient_dsm_loss", lambda v, *rest: 0 * v.sum())
+    monkeypatch.setattr(rtdmd, "optimizer_step", lambda run, role: None)
+    k, x_s = torch.arange(n) % 4 + 1, torch.randn(n, 1, generator=rng(51))
+    rtdmd.update_fake(run, 0, 0, x_s, run.times[k].float(), k, [""] * n, list(range(n)), n)
+    monkeypatch.undo()
+    exact = w.expand(n, 2).clone().requires_grad_()
+    residual = residual_of(wrong_fake(exact), drawn["x"], drawn["t"], drawn["t_next"], "posterior")
+    slopes, = torch.autograd.grad(residual.square().sum(), exact)
+    assert off(n * copies.grad - 2.0 * slopes) < AGREE and slopes.mean(0).abs().min() > 1e-3
+
+
+def test_every_step_is_matched_equally_often():
+    """DEPARTURE 13: stage 2's matching term visits k, over S and the draw, uniformly in 1..K."""
+    K, n = 4, 40_000
+    for M in (1, 2, 3):
+        cfg = SimpleNamespace(steps=K, subset_size=M, no_dmd=False, dm_steps="all")
+        g, counts = rng(M), [0] * (K + 1)
+        for slot in rtdmd.matched_slots(cfg, torch.rand(n, generator=g).tolist()):
+            S = rtdmd.choose_steps(K, M, g)
+            counts[K if slot == M else int(S[slot])] += 1
+        chi = sum((c - n / K) ** 2 / (n / K) for c in counts[1:])
+        assert counts[0] == 0 and chi < 16.3, counts            # 3 degrees of freedom: p = .001
+    assert rtdmd.matched_slots(SimpleNamespace(no_dmd=False, dm_steps="last", subset_size=2), [0.1, 0.9]) == [2, 2]
+    assert rtdmd.matched_slots(SimpleNamespace(no_dmd=True), [0.1, 0.9]) == [-1, -1]
+
+
+# ---- Small runs of the tiny world
+
+# Small enough for a second a run: 3 iterations, 8 boundary states or 4 groups of 3, adapters of rank 4.
+SMALL = ("--device cpu --tiny_steps 1 --max_prompts 24 --batch 8 --fake_updates 1 --groups 4 --group_size 3 "
+         "--micro_batch 6 --lora_rank 4 --lora_alpha 4 --iterations 3 --save_every 1 --keep 9 "
+         "--sample_every 3").split()
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """A tiny world after one update; its gates and output, almost zero, become random to let gradients pass."""
+    folder = tmp_path_factory.mktemp("cache")
+    make_world(folder)
+    return folder
+
+
+def make_world(folder):
+    cfg = rtdmd.resolve(dict(model="tiny", device="cpu", tiny_steps=1, cache=str(folder)))
+    rtdmd.TinyBackbone(cfg)
+    path, g = folder / "tiny-1.safetensors", rng()
+    state = rtdmd.load_file(path)
+    for name, p in state.items():
+        if name.startswith("net.") and p.abs().max() < 1e-3:
+            state[name] = 0.5 * torch.randn(p.shape, generator=g)
+    path.write_bytes(rtdmd.safetensors_bytes(state))
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """What a run does to SIGINT and SIGTERM ends with the test."""
+    kept = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session")
+def begun(cache, tmp_path_factory):
+    """A finished stage 1 of 3 iterations, for stage 2 to start from. Nobody writes to it."""
+    out = tmp_path_factory.mktemp("begun")
+    rtdmd.main([*SMALL, "--stage", "1", "--cache", str(cache), "--out", str(out)])
+    return out
+
+
+@pytest.fixture
+def flags(cache, begun, tmp_path):
+    """flags(stage, *more) -> a command line that writes to tmp_path / "run"."""
+    return lambda stage, *more: small_flags(stage, cache, begun, tmp_path / "run", *more)
+
+
+def small_flags(stage, cache, begun, out, *more):
+    init = ["--init", str(begun / "stage1")] if stage == 2 else []
+    return [*SMALL, *init, "--stage", str(stage), "--cache", str(cache), "--out", str(out), *map(str, more)]
+
+
+def state_of(folder):
+    """All tensors of a checkpoint, or of the newest one below."""
+    return rtdmd.load_file(rtdmd.find_checkpoint(folder) / "state/state.safetensors")
+
+
+def rows_of(folder):
+    """metrics.jsonl without the one number that differs from run to run."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{n: v for n, v in row.items() if n != "seconds"} for row in rows]
+
+
+def bytes_differing(a, b):
+    """Bytes in which two sets of tensors differ; a missing tensor differs in all of them."""
+    raw = lambda tensor: tensor.contiguous().flatten().view(torch.uint8)
+    lost = sum((a.get(n, b.get(n))).nbytes for n in a.keys() ^ b.keys())
+    return lost + sum(int((raw(a[n]) != raw(b[n])).sum()) for n in a.keys() & b.keys())
+
+
+def same(a, b):
+    """Two run folders hold the same newest checkpoint and the same log, bit for bit."""
+    assert bytes_differing(state_of(a), state_of(b)) == 0
+    assert rtdmd.find_checkpoint(a).name == rtdmd.find_checkpoint(b).name and repr(rows_of(a)) == repr(rows_of(b))
+
+
+def nothing_in(folder):
+    """No file below, but for the lock of a run that was refused."""
+    return not [p for p in folder.rglob("*") if p.is_file() and p.name != ".lock"]
+
+
+def refused(capfd, argv, words, code=2):
+    """The run ends with this code and one sentence, the last line of stderr."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        rtdmd.main(argv)
+    return one_sentence(capfd.readouterr().err, exit.value.code, words, code)
+
+
+def one_sentence(text, found, words, code=2):
+    lines = [line for line in text.replace("\r", "\n").splitlines() if line.strip()]
+    assert found == code, text
+    assert [line for line in lines if line.startswith("rtdmd: ")] == lines[-1:], text
+    assert "Traceback" not in text and re.search(words, lines[-1]), text
+    assert lines[-1].endswith("."), text
+    return lines[-1]
+
+
+def test_the_ratio_is_exactly_one_before_the_first_update(flags, monkeypatch):
+    """DEPARTURE 8; in the second epoch it is not, and the clip of Eq. 17 acts: no gradient from beyond it."""
+    seen, original = [], rtdmd.subgrpo_loss
+
+    def subgrpo_loss(log_prob, old, advantages, steps, clip):
+        seen.append((log_prob.detach(), old, advantages))
+        return original(log_prob, old, advantages, steps, clip)
+
+    monkeypatch.setattr(rtdmd, "subgrpo_loss", subgrpo_loss)
+    rtdmd.main(flags(2, "--inner_epochs", 2, "--iterations", 1, "--micro_batch", 12))
+    first, second = seen[:2], seen[2:]                          # M = 2 slots, 12 trajectories in each
+    assert len(second) == 2 and sum(len(log_prob) for log_prob, _, _ in first) == 24
+    assert all((log_prob - old).exp().eq(1.0).all() for log_prob, old, _ in first)
+    clipped = 0
+    for log_prob, old, advantages in second:
+        log_prob.requires_grad_()
+        ratio = (log_prob - old).detach().exp()[:, 0]
+        gradient, = torch.autograd.grad(original(log_prob, old, advantages, 4, 1e-5), log_prob)
+        beyond = ((ratio - 1) * advantages.sign() > 1e-5)
+        assert (gradient[beyond] == 0).all() and (gradient[~beyond & (advantages != 0)] != 0).all()
+        clipped += int(beyond.sum())
+    assert clipped > 0
+
+
+ABLATIONS = [
+    "1 --gamma 0", "1 --eta 0", "1 --eta .5", "1 --eta 1", "1 --kernel cps", "1 --consistency_times schedule",
+    "1 --renoise paper", "1 --renoise dmd2", "1 --recipe official --lora_rank 4 --lora_alpha 4", "1 --guidance 1",
+    "2 --gamma 0", "2 --eta .5", "2 --eta 1", "2 --eta 0 --no_policy", "2 --subset_size 1", "2 --subset_size 3",
+    "2 --independent_noise", "2 --share_initial", "2 --no_det", "2 --no_dmd", "2 --no_policy", "2 --kernel cps",
+    "2 --consistency_times schedule", "2 --renoise paper", "2 --renoise dmd2", "2 --advantage_std none",
+    "2 --advantage_std global", "2 --dm_steps last", "2 --log_prob unscaled", "2 --inner_epochs 2",
+    "2 --recipe official --lora_rank 4 --lora_alpha 4", "2 --rewards strict=1,attributes=-.5", "2 --checkpointing"]
+
+
+@pytest.mark.parametrize("switch", ABLATIONS)
+def test_every_switch_runs(switch, flags, tmp_path):
+    """Each ablation and each switch of a DEPARTURE: adapters that move, and finite numbers."""
+    stage, *more = switch.split()
+    rtdmd.main(flags(int(stage), *more, "--iterations", 2))
+    states = [state_of(folder) for folder in rtdmd.list_checkpoints(tmp_path / f"run/stage{stage}")]
+    assert len(states) == 2 and all(p.isfinite().all() for p in states[0].values())
+    for role in ("generator.", "fake.", "ema."):
+        moved = [not torch.equal(p, states[1][n]) for n, p in states[0].items() if n.startswith(role)]
+        assert sum(moved) >= len(moved) - 2, role               # the last block makes no use of the text's query
+    assert all(math.isfinite(v) for row in rows_of(tmp_path / f"run/stage{stage}") for v in row.values())
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# 7. Rewards
+# -----------------------------------------------------------------------------------------------------------------
+
+# ---- Preprocessing
+
+def picture(height, width, seed=0):
+    """A smooth random image with edges in it, uint8 (H,W,3): noise alone would hide a wrong resize."""
+    draw, (y, x) = np.random.default_rng(seed), np.mgrid[:height, :width]
+    waves = [np.sin(x / draw.uniform(3, 40) + c) * np.cos(y / draw.uniform(3, 40)) for c in range(3)]
+    image = (np.stack(waves, -1) * 100 + 128).astype(np.uint8)
+    image[height // 4:height // 2, width // 3:width // 2] = (220, 40, 60)
+    return image
+
+
+def tensor(image):
+    return torch.from_numpy(image).permute(2, 0, 1)[None] / 255
+
+
+@pytest.mark.parametrize("size", [(256, 256), (512, 384), (300, 700), (224, 224)])
+@pytest.mark.parametrize("mode", ["bicubic", "bilinear"])
+def test_square_crop_is_pils(size, mode):
+    """CLIP's preprocessing of tensors is torchvision's of PIL pictures, but for PIL's rounding."""
+    from torchvision import transforms as T
+    image = picture(*size)
+    way = T.InterpolationMode.BICUBIC if mode == "bicubic" else T.InterpolationMode.BILINEAR
+    theirs = T.Compose([T.Resize(224, way), T.CenterCrop(224), T.ToTensor(),
+                        T.Normalize(rtdmd.CLIP_MEAN, rtdmd.CLIP_STD)])
+    error = (rtdmd.square_crop(tensor(image), mode=mode)[0] - theirs(Image.fromarray(image))).abs()
+    error = error * torch.tensor(rtdmd.CLIP_STD).view(3, 1, 1) * 255   # in units of 1/255
+    assert error.max() < 2.05 and error.mean() < .35   # all of it is PIL's rounding to 8 bits
+
+
+def test_square_crop_clips_overshoots():
+    """Black and white squares: without the clamp bicubic would go far below black and above white."""
+    board = torch.from_numpy(np.kron(np.indices((20, 20)).sum(0) % 2, np.ones((15, 15)))).expand(1, 3, -1, -1)
+    pixels = rtdmd.square_crop(board)
+    pixels = pixels * torch.tensor(rtdmd.CLIP_STD).view(3, 1, 1) + torch.tensor(rtdmd.CLIP_MEAN).view(3, 1, 1)
+    assert -1e-6 < pixels.min() and pixels.max() < 1 + 1e-6
+    assert rtdmd.resize(board, 224, 224).min() < -.02
+
+
+def test_square_crop_without_antialias_would_be_far_off():
+    """The yardstick of the test above: a plain bicubic resize is off by tens of grey levels."""
+    image = tensor(picture(1024, 1024))
+    plain = F.interpolate(image, (224, 224), mode="bicubic", align_corners=False)
+    assert (plain - rtdmd.resize(image, 224, 224)).abs().max() * 255 > 20
+
+
+def test_square_crop_is_transformers_processor():
+    """It is transformers' own processor as well, with its mean and std."""
+    from transformers import CLIPImageProcessorPil
+    image = picture(400, 300)
+    theirs = CLIPImageProcessorPil()(images=[Image.fromarray(image)], return_tensors="pt")["pixel_values"]
+    assert (rtdmd.square_crop(tensor(image)) - theirs).abs().max() < .035
+
+
+@pytest.mark.parametrize("size", [(512, 512), (1024, 1024), (768, 512), (300, 512), (224, 224), (100, 60)])
+def test_letterbox_is_hpsv2s(size):
+    """ToTensor, tensor bicubic resize of the longest side, zero pad, normalise: the same numbers."""
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms import functional as T
+    image = tensor(picture(*size))[0]
+    scale = 224 / max(size)
+    small = [round(side * scale) for side in size]
+    rows, columns = 224 - small[0], 224 - small[1]
+    theirs = T.resize(image, small, InterpolationMode.BICUBIC, antialias=True) if scale != 1 else image
+    theirs = T.pad(theirs, [columns // 2, rows // 2, columns - columns // 2, rows - rows // 2], fill=0)
+    theirs = T.normalize(theirs, rtdmd.CLIP_MEAN, rtdmd.CLIP_STD)
+    torch.testing.assert_close(rtdmd.letterbox(image[None])[0], theirs, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("view", [rtdmd.square_crop, rtdmd.letterbox, rtdmd.REWARDS["clipscore"]["view"]])
+def test_preprocessing_gradient_is_finite_differences(view):
+    """Eq. 15 needs the gradient of every view: it is that of central differences."""
+    torch.manual_seed(0)
+    image = (torch.rand(1, 3, 20, 30) * .6 + .2).requires_grad_()   # away from 0 and 1, where the clamp bends
+    weight, way = torch.randn(1, 3, 224, 224), torch.randn(1, 3, 20, 30)
+
+    def value(x):
+        return (view(x).double() * weight).sum()
+
+    slope = (torch.autograd.grad(value(image), image)[0].double() * way).sum()
+    step = 1e-3
+    with torch.no_grad():
+        measured = (value(image + step * way) - value(image - step * way)) / (2 * step)
+    assert measured == pytest.approx(slope.item(), rel=2e-3)
+
+
+def test_which_reward_sees_what():
+    """The tables' CLIPScore was resized bilinearly, PickScore as CLIP itself, HPSv2 in a letterbox."""
+    image = tensor(picture(300, 500))
+    views = {name: row["view"](image) for name, row in rtdmd.REWARDS.items()}
+    assert torch.equal(views["clipscore"], rtdmd.square_crop(image, mode="bilinear"))
+    assert torch.equal(views["pickscore"], rtdmd.square_crop(image, mode="bicubic"))
+    assert torch.equal(views["hpsv2"], rtdmd.letterbox(image))
+
+
+def test_half_precision_images_are_resized_in_fp32():
+    image = tensor(picture(64, 48)).bfloat16()
+    assert rtdmd.square_crop(image).dtype == torch.float32 and rtdmd.letterbox(image).dtype == torch.float32
+
+
+# ---- The CLIP family
+
+def clip_net(projection=8):
+    """A CLIPModel of two layers."""
+    from transformers import CLIPConfig, CLIPModel
+    torch.manual_seed(0)
+    part = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+    return CLIPModel(CLIPConfig(text_config=dict(part, vocab_size=64, eos_token_id=63), projection_dim=projection,
+                                vision_config=dict(part, image_size=224, patch_size=56)))
+
+
+def letter_ids(prompts):
+    """A token a letter, 20 letters and the end: (B, 21)."""
+    return torch.tensor([[ord(c) % 60 for c in (p + " " * 20)[:20]] + [63] for p in prompts])
+
+
+def tiny_clip():
+    """What a host of rtdmd hands to ClipReward: network, embed_image, embed_text."""
+    net = clip_net()
+    return (net, lambda pixels: net.get_image_features(pixel_values=pixels).pooler_output,
+            lambda prompts: net.get_text_features(input_ids=letter_ids(prompts)).pooler_output)
+
+
+def test_hpsv2_is_strictly_loadable_into_open_clip():
+    """The checkpoint is known by 686 names; the shapes here were read from hpsv2's own network."""
+    import open_clip
+    with torch.device("meta"):
+        state = open_clip.create_model("ViT-H-14", pretrained=None, device="meta").state_dict()
+    assert len(state) == 686 and sum(t.numel() for t in state.values()) == 986_109_441
+    shapes = {"logit_scale": (), "positional_embedding": (77, 1024), "text_projection": (1024, 1024),
+              "visual.proj": (1280, 1024), "visual.conv1.weight": (1280, 3, 14, 14),
+              "visual.positional_embedding": (257, 1280), "token_embedding.weight": (49408, 1024),
+              "visual.transformer.resblocks.31.attn.in_proj_weight": (3840, 1280),
+              "transformer.resblocks.23.mlp.c_proj.weight": (1024, 4096), "ln_final.bias": (1024,)}
+    assert {name: tuple(state[name].shape) for name in shapes} == shapes
+
+
+def test_hpsv2_host_loads_strictly_and_scores_a_cosine(tmp_path, monkeypatch):
+    """HPSv2 is the cosine of open_clip's embeddings; a checkpoint that lacks a tensor is refused."""
+    import open_clip
+    from hpsv2.utils import hps_version_map
+    make = lambda *args, **options: open_clip.CLIP(
+        embed_dim=8, vision_cfg=dict(layers=1, width=64, image_size=224, patch_size=56),
+        text_cfg=dict(layers=1, width=16, heads=2, vocab_size=49408, context_length=77))
+    small = make()
+    monkeypatch.setattr(open_clip, "create_model", make)
+    cfg = settings(tmp_path)
+    file = tmp_path / "HPSv2" / hps_version_map["v2.1"]
+    file.parent.mkdir()
+    torch.save({"state_dict": small.state_dict()}, file)
+    reward = rtdmd.load_reward("hpsv2", cfg)
+    images, prompts = torch.rand(2, 3, 40, 30), ["a cat", "“two” dogs"]
+    tokens = open_clip.get_tokenizer("ViT-H-14")(prompts)
+    with torch.no_grad():
+        seen, read = small.eval().encode_image(rtdmd.letterbox(images)), small.encode_text(tokens)
+        theirs = F.cosine_similarity(seen, read)
+    torch.testing.assert_close(reward(images, prompts), theirs, atol=1e-6, rtol=0)
+    lacking = dict(small.state_dict())
+    del lacking["visual.proj"]
+    torch.save({"state_dict": lacking}, file)
+    with pytest.raises(RuntimeError, match="visual.proj"):
+        rtdmd.load_reward("hpsv2", cfg)
+
+
+def test_clip_rewards_match_transformers_logits():
+    """clipscore = logits / exp(logit_scale); pickscore = logits, about 100 times as much."""
+    host = tiny_clip()
+    images, prompts = torch.rand(3, 3, 64, 48), ["one", "two", "one"]
+    for name in ("clipscore", "pickscore"):
+        reward = rtdmd.ClipReward(name, rtdmd.REWARDS[name], host)
+        with torch.no_grad():
+            out = host[0](input_ids=letter_ids(prompts), pixel_values=reward.row["view"](images))
+        logits = out.logits_per_image.diagonal()
+        expected = logits if name == "pickscore" else logits / host[0].logit_scale.exp()
+        torch.testing.assert_close(reward(images, prompts), expected, atol=1e-5, rtol=1e-5)
+        assert reward.differentiable and reward.name == name
+
+
+def test_text_goes_through_the_network_once():
+    """A prompt that was seen before is not embedded again."""
+    net, embed_image, embed_text = tiny_clip()
+    calls = []
+
+    def counting(prompts):
+        calls.append(list(prompts))
+        return embed_text(prompts)
+
+    reward = rtdmd.ClipReward("clipscore", rtdmd.REWARDS["clipscore"], (net, embed_image, counting))
+    reward(torch.rand(3, 3, 32, 32), ["a", "b", "a"])
+    reward(torch.rand(2, 3, 32, 32), ["b", "c"])
+    assert calls == [["a", "b"], ["c"]]
+
+
+def test_reward_gradient_reaches_images_and_not_weights():
+    """Eq. 15's gradient in the pictures is that of central differences; a reward's weights get none."""
+    torch.manual_seed(1)
+    reward = rtdmd.ClipReward("pickscore", rtdmd.REWARDS["pickscore"], tiny_clip())
+    images = (torch.rand(2, 3, 32, 40) * .5 + .25).requires_grad_()
+    gradient = torch.autograd.grad(reward(images, ["x", "y"]).sum(), images)[0]
+    way, step = gradient / gradient.norm(), .05
+    with torch.no_grad():
+        up, down = (reward(images + sign * step * way, ["x", "y"]).sum() for sign in (1, -1))
+    rise = (up - down) / (2 * step)
+    assert rise.item() == pytest.approx(gradient.norm().item(), rel=.02)
+    assert not any(p.requires_grad for p in reward.net.parameters())
+
+
+def test_transformers_host_loads_a_folder(tmp_path):
+    """A saved CLIPModel and a tokenizer made from open_clip's own vocabulary: real files, real tokens."""
+    import open_clip
+    from transformers import CLIPTokenizer
+    net = tiny_clip()[0]
+    net.config.text_config.vocab_size = 49408
+    net = type(net)(net.config)
+    folder = tmp_path / "clip-vit-large-patch14"
+    net.save_pretrained(folder)
+    cfg = settings(tmp_path)
+    with pytest.raises(rtdmd.UsageError, match="tokenizer.json"):   # not a tokenizer without a vocabulary
+        rtdmd.load_reward("clipscore", cfg)
+    base = open_clip.tokenizer.SimpleTokenizer()
+    start, end = "<start_of_text>", "<end_of_text>"
+    CLIPTokenizer(vocab=base.encoder, merges=list(base.bpe_ranks), bos_token=start, eos_token=end,
+                  unk_token=end, pad_token=end).save_pretrained(folder)
+    reward = rtdmd.load_reward("clipscore", cfg)
+    assert reward(torch.rand(2, 3, 32, 32), ["a red fox", "snow " * 200]).shape == (2,)   # one is cut
+
+
+# ---- Your own rewards
+
+def test_user_rewards(tmp_path, monkeypatch):
+    """module:attribute may be a function, an object or a class; what breaks in it is one sentence."""
+    (tmp_path / "my_rewards.py").write_text("""
+def brightness(images, prompts):
+    return images.mean((1, 2, 3))
+class Judge:
+    differentiable = True
+    def __init__(self, strength=2): self.strength = strength
+    def __call__(self, images, prompts): return images.mean((1, 2, 3)) * self.strength
+judge = Judge(3)
+class Broken:
+    def __init__(self): raise RuntimeError("no\\ngood")
+""")
+    monkeypatch.chdir(tmp_path)
+    images = torch.rand(2, 3, 4, 4)
+    for name, factor, differentiable in (("brightness", 1, False), ("Judge", 2, True), ("judge", 3, True)):
+        reward = rtdmd.load_reward(f"my_rewards:{name}", settings())
+        torch.testing.assert_close(rtdmd.score(reward, images, ["", ""]), images.mean((1, 2, 3)) * factor)
+        assert reward.differentiable is differentiable and reward.name == f"my_rewards:{name}"
+    for name, words in (("my_rewards:nothing", "nothing"), ("no_such_module:x", "no_such_module"),
+                        ("my_rewards:Broken", r"RuntimeError.*no\\ngood.*mend")):
+        with pytest.raises(rtdmd.UsageError, match=words):
+            rtdmd.load_reward(name, settings())
+    own = object()
+    assert rtdmd.load_reward("judge", settings(), extra={"judge": own}) is own
+
+
+def test_score_names_reward_and_prompt():
+    """A reward that raises or returns another shape is named with its prompt; nan passes as it is."""
+    def picky(images, prompts):
+        if "bad" in prompts:
+            raise ValueError("cannot look at this")
+        return images.mean((1, 2, 3))
+
+    picky.name = "picky"
+    images = torch.rand(3, 3, 4, 4)
+    assert rtdmd.score(picky, images, ["a", "b", "c"]).shape == (3,)
+    with pytest.raises(rtdmd.UsageError, match="picky.*'bad'.*cannot look"):
+        rtdmd.score(picky, images, ["good", "bad", "fine"])
+    for wrong in (lambda i, p: i.mean(), lambda i, p: i[:, :1, 0, 0], lambda i, p: i[:2, 0, 0, 0]):
+        wrong.name = "misshapen"
+        with pytest.raises(rtdmd.UsageError, match="misshapen.*shape"):
+            rtdmd.score(wrong, images, ["a", "b", "c"])
+    assert rtdmd.score(lambda i, p: i[:, 0, 0, 0] * math.nan, images, ["a"] * 3).isnan().all()   # as it is
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# 8. Backbones
+# -----------------------------------------------------------------------------------------------------------------
+
+# ---- Small pipelines, channels as in the real ones: 64 px -> SD3 16 x 8 x 8, FLUX.2 128 x 4 x 4
+
+PROMPTS = ["a red cat", "two blue birds above a très long " + "wooden " * 40 + "fence"]      # CLIP cuts it
+
+BYTES = sorted(ByteLevel.alphabet())           # 256 symbols: any text tokenises without a merge
+VAE = dict(in_channels=3, out_channels=3, block_out_channels=[4] * 4, layers_per_block=1, norm_num_groups=1,
+           sample_size=64)
+
+
+def clip_tokenizer():
+    tokens = BYTES + [a + "</w>" for a in BYTES] + ["<|startoftext|>", "<|endoftext|>"]  # EOS: highest id
+    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=77)
+
+
+def t5_tokenizer():
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
+    pieces += [(chr(c), -3.0) for c in range(33, 127)]
+    return T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=512)
+
+
+def qwen_tokenizer():
+    vocab = {token: i for i, token in enumerate(BYTES + ["<|endoftext|>", "<|im_start|>", "<|im_end|>"])}
+    tokenizer = Qwen2TokenizerFast(vocab=vocab, merges=[], eos_token="<|im_end|>", pad_token="<|endoftext|>",
+                                   model_max_length=131072)
+    tokenizer.add_tokens(["<|im_start|>"], special_tokens=True)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+        "{% if enable_thinking is defined and not enable_thinking %}"
+        "{{ '<think>\n\n</think>\n\n' }}{% endif %}")
+    return tokenizer
+
+
+def small_sd3(dual):
+    torch.manual_seed(0)
+    tokenizer, t5 = clip_tokenizer(), t5_tokenizer()
+    clip = lambda: CLIPTextModelWithProjection(CLIPTextConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, projection_dim=16,
+        vocab_size=len(tokenizer), max_position_embeddings=77, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+    net = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=16, out_channels=16, num_layers=2, attention_head_dim=8,
+        num_attention_heads=2, joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=32,
+        pos_embed_max_size=16, **dict(dual_attention_layers=(0,), qk_norm="rms_norm") if dual else {})
+    vae = AutoencoderKL(
+        **VAE, down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+        latent_channels=16, use_quant_conv=False, use_post_quant_conv=False, scaling_factor=1.5305,
+        shift_factor=0.0609)
+    encoder = T5EncoderModel(T5Config(
+        d_model=32, d_ff=32, d_kv=8, num_heads=2, num_layers=1, dropout_rate=0.0, vocab_size=len(t5),
+        feed_forward_proj="gated-gelu", pad_token_id=0, eos_token_id=1))
+    return StableDiffusion3Pipeline(
+        transformer=net, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae, text_encoder=clip(),
+        tokenizer=tokenizer, text_encoder_2=clip(), tokenizer_2=clip_tokenizer(), text_encoder_3=encoder,
+        tokenizer_3=t5)
+
+
+def small_klein(distilled):
+    torch.manual_seed(0)
+    tokenizer = qwen_tokenizer()
+    encoder = Qwen3ForCausalLM(Qwen3Config(      # 30 layers: some above the last tap, as in the real one
+        hidden_size=16, intermediate_size=16, num_hidden_layers=30, num_attention_heads=2, head_dim=8,
+        num_key_value_heads=1, vocab_size=len(tokenizer), tie_word_embeddings=True,
+        max_position_embeddings=1024))
+    vae = AutoencoderKLFlux2(**VAE, latent_channels=32)
+    vae.bn.running_mean.normal_(0, .05)         # like the real ones: mistakes would hide behind 0 and 1
+    vae.bn.running_var.uniform_(2.9, 3.5)
+    torch.manual_seed(int(distilled))           # the two repositories differ in this network alone
+    net = Flux2Transformer2DModel(
+        patch_size=1, in_channels=128, num_layers=1, num_single_layers=2, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=48, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    return Flux2KleinPipeline(scheduler=scheduler, vae=vae, text_encoder=encoder, tokenizer=tokenizer,
+                              transformer=net, is_distilled=distilled)
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """Saved pipelines by name; "flux2-4b" is the GENERATOR,TEACHER pair."""
+    root = tmp_path_factory.mktemp("pipelines")
+    for name, pipe in {"sd3m": small_sd3(False), "sd35m": small_sd3(True), "distilled": small_klein(True),
+                       "base": small_klein(False)}.items():
+        pipe.save_pretrained(root / name)
+    return {"sd3m": str(root / "sd3m"), "sd35m": str(root / "sd35m"), "distilled": str(root / "distilled"),
+            "base": str(root / "base"), "flux2-4b": f"{root / 'distilled'},{root / 'base'}"}
+
+
+FAMILIES = ["sd3m", "sd35m", "flux2-4b"]
+
+
+def backbone_of(folders, name, **options):
+    cls = rtdmd.Flux2Backbone if name.startswith("flux2") else rtdmd.SD3Backbone
+    return cls(rtdmd.Config(model=name, pretrained=folders[name], resolution=64, device="cpu", **options))
+
+
+def stock(folder, **options):
+    pipe = DiffusionPipeline.from_pretrained(folder, **options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def latents(backbone, batch=2):
+    return torch.randn(batch, *backbone.latent_shape, generator=rng(5))
+
+
+def timesteps(backbone):
+    return rtdmd.timestep_schedule(4, backbone.shift)
+
+
+def pipeline_noise(x, generator):
+    """Noise of three steps as the stock pipeline draws it, (3, *x.shape): FLUX.2's in tokens (B, h w, 128)."""
+    if x.shape[1] != 128:
+        return torch.stack([torch.randn(x.shape, generator=generator) for _ in range(3)])
+    B, channels, height, width = x.shape
+    tokens = [torch.randn(B, height * width, channels, generator=generator) for _ in range(3)]
+    return torch.stack([noise.transpose(1, 2).unflatten(2, (height, width)) for noise in tokens])
+
+
+def image_of(pipe, x, **options):
+    return pipe(prompt=PROMPTS, height=64, width=64, latents=x.clone(), output_type="pt",
+                **{"num_inference_steps": 4, "guidance_scale": 1.0} | options).images
+
+
+# ---- Sampling: CPSScheduler in the stock pipelines
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("eta", [0.0, 0.9])
+def test_our_rollout_equals_the_stock_pipeline_with_our_scheduler(folders, name, eta):
+    """Eq. 20: CPSScheduler in the stock pipeline paints rollout's pictures, noise for noise."""
+    backbone, pipe = backbone_of(folders, name), stock(folders[name].split(",")[0])
+    pipe.scheduler = rtdmd.CPSScheduler.from_config(pipe.scheduler.config, eta=eta)
+    pipe.scheduler.generator = rng(9)
+    x = latents(backbone)
+    theirs, cond = image_of(pipe, x), backbone.encode(PROMPTS)
+    velocity = lambda x, t: backbone.velocity(backbone.nets["generator"], x, t, cond)
+    with torch.no_grad():
+        states, _ = rtdmd.rollout(velocity, x, pipeline_noise(x, rng(9)), timesteps(backbone), eta)
+        ours = backbone.decode(states[-1])
+    torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
+    assert theirs.std() > 1e-3 and (theirs[0] - theirs[1]).abs().max() > 1e-3
+    torch.testing.assert_close(pipe.scheduler.sigmas.double(), timesteps(backbone), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_eta_0_is_stock_euler_and_eta_1_is_stochastic_sampling(folders, name):
+    """App. C's two ends are diffusers' Euler step and its stochastic sampling."""
+    pipe = stock(folders[name].split(",")[0])
+    config, x, images = pipe.scheduler.config, latents(backbone_of(folders, name)), {}
+    euler = FlowMatchEulerDiscreteScheduler
+    for label, scheduler in {"euler": euler.from_config(config),
+                             "eta 0": rtdmd.CPSScheduler.from_config(config, eta=0.0),
+                             "stochastic": euler.from_config(config, stochastic_sampling=True),
+                             "eta 1": rtdmd.CPSScheduler.from_config(config, eta=1.0)}.items():
+        pipe.scheduler = scheduler
+        torch.manual_seed(3)
+        images[label] = image_of(pipe, x, sigmas=[1, .75, .5, .25])
+    torch.testing.assert_close(images["eta 0"], images["euler"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(images["eta 1"], images["stochastic"], atol=1e-5, rtol=0)
+    assert (images["eta 0"] - images["eta 1"]).abs().max() > 1e-3
+
+
+def test_the_scheduler_gives_the_papers_grid_by_default(folders):
+    """App. J: eta .9 and the shifted grids of SD3 and of FLUX.2 at 512 and 1024 pixels."""
+    sd3 = rtdmd.CPSScheduler.from_config(stock(folders["sd3m"]).scheduler.config)
+    sd3.set_timesteps(4)
+    assert sd3.eta == 0.9 and sd3.sigmas.tolist() == pytest.approx([1, .9, .75, .5, 0])
+    klein = rtdmd.CPSScheduler.from_config(stock(folders["base"]).scheduler.config)
+    for mu, grid in ((2.030690, [1, .958085, .883982, .717497, 0]),
+                     (2.291180, [1, .967384, .908144, .767200, 0])):
+        klein.set_timesteps(4, mu=mu)
+        assert klein.sigmas.tolist() == pytest.approx(grid, abs=1e-6)
+
+
+@pytest.mark.parametrize("name, resolution, grid", [
+    ("sd3m", 512, [1, .9, .75, .5, 0]), ("sd35m", 1024, [1, .9, .75, .5, 0]),
+    ("flux2-4b", 512, [1, .958085, .883982, .717497, 0]),
+    ("flux2-4b", 1024, [1, .967384, .908144, .767200, 0])])
+def test_the_grid_by_resolution(folders, name, resolution, grid):
+    """A backbone's own shift gives the same grids; only FLUX.2's depends on the resolution."""
+    backbone = backbone_of(folders, name)
+    side = resolution // (16 if name.startswith("flux2") else 8)
+    backbone.latent_shape = (backbone.latent_shape[0], side, side)
+    backbone.shift = backbone.shift_for(4)
+    assert timesteps(backbone).tolist() == pytest.approx(grid, abs=1e-6)
+
+
+def test_the_scheduler_keeps_eta_and_repeats_with_a_generator(folders, tmp_path):
+    pipe = stock(folders["sd3m"])
+    pipe.scheduler = rtdmd.CPSScheduler.from_config(pipe.scheduler.config, eta=0.7)
+    assert rtdmd.CPSScheduler.from_config(pipe.scheduler.config).eta == 0.7
+    pipe.scheduler.save_pretrained(tmp_path)
+    assert rtdmd.CPSScheduler.from_pretrained(tmp_path).eta == 0.7
+    x, images = torch.randn(2, 16, 8, 8), []
+    for seed in (1, 1, 2):
+        pipe.scheduler.generator = rng(seed)
+        images.append(image_of(pipe, x))
+    assert torch.equal(images[0], images[1]) and not torch.equal(images[0], images[2])
+
+
+# ---- Velocity
+
+@pytest.mark.parametrize("name, folder", [("sd3m", "sd3m"), ("sd35m", "sd35m"), ("flux2-4b", "base")])
+def test_teacher_guidance_equals_the_stock_pipeline(folders, name, folder):
+    """The guided psi is u + w (c - u), step by step what the stock pipeline takes."""
+    backbone, pipe, w = backbone_of(folders, name), stock(folders[folder]), rtdmd.MODELS[name]["guidance"]
+    seen, step = [], pipe.scheduler.step
+    pipe.scheduler.step = lambda v, t, x, **options: seen.append((v, t, x)) or step(v, t, x, **options)
+    image_of(pipe, latents(backbone), guidance_scale=w)
+    cond, null = backbone.encode(PROMPTS), backbone.encode(["", ""])
+    both = {name: torch.cat([null[name], cond[name]]) for name in cond}
+    assert len(seen) == 4
+    for v, t, x in seen:
+        if x.dim() == 3:                                          # FLUX.2's tokens (B, h w, 128)
+            v, x = (tokens.transpose(1, 2).unflatten(2, (4, 4)) for tokens in (v, x))
+        with torch.no_grad():
+            out = backbone.velocity(backbone.nets["score"], torch.cat([x, x]), (t / 1000).expand(4), both)
+        u, c = out.chunk(2)
+        torch.testing.assert_close(u + w * (c - u), v, atol=1e-5, rtol=1e-5)
+        assert (c - u).abs().max() > 1e-4
+
+
+def test_flux2_is_told_what_quantise_says(folders):
+    """FLUX.2 hears levels in bf16: quantise names those that it hears, and leaves them alone."""
+    backbone = backbone_of(folders, "flux2-4b", dtype="bf16")
+    told = []
+    hook = lambda module, inputs: told.append(inputs[0].float())
+    backbone.nets["score"].time_guidance_embed.time_proj.register_forward_pre_hook(hook)
+    cond = backbone.encode(PROMPTS[:1])
+    for t in ([1, .958085, .883982, .717497], [1, .967384, .908144, .767200]):
+        t = torch.tensor(t)
+        many = {name: rows.expand(4, -1, -1) for name, rows in cond.items()}
+        backbone.velocity(backbone.nets["score"], latents(backbone, 4), t, many)
+        assert torch.equal(told[-1], (1000 * backbone.quantise(t)).round())
+    assert told[0].tolist() == [1000, 960, 884, 716] and told[1].tolist() == [1000, 968, 908, 768]
+    t = backbone.quantise(torch.rand(100_000))
+    assert torch.equal(backbone.quantise(t), t) and t.max() <= 1      # such a level is told as it is
+    exact = backbone_of(folders, "sd3m", dtype="bf16")
+    assert torch.equal(exact.quantise(t), t)
+
+
+def test_sd3_is_told_the_exact_timestep_even_in_bf16(folders):
+    backbone, told = backbone_of(folders, "sd3m", dtype="bf16"), []
+    net, cond = backbone.nets["score"], backbone.encode(PROMPTS[:1])
+    net.time_text_embed.time_proj.register_forward_pre_hook(lambda module, inputs: told.append(inputs[0]))
+    v = backbone.velocity(net, latents(backbone, 1), torch.tensor([.8125]), cond)
+    assert told[0].item() == 812.5 and v.dtype == torch.float32                    # bf16 would say 812
+
+
+# ---- Text
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("length", [None, 128])
+def test_encoding_is_the_pipelines_bit_for_bit(folders, name, length):
+    """At the pipeline's own text length and at a chosen one; free_text then drops the encoders."""
+    backbone, pipe = backbone_of(folders, name, text_length=length), stock(folders[name].split(",")[0])
+    prompts, options = PROMPTS + [""], {"max_sequence_length": length} if length else {}
+    ours = backbone.encode(prompts)
+    with torch.no_grad():
+        if name.startswith("flux2"):
+            theirs = {"text": pipe.encode_prompt(prompts, **options)[0]}
+        else:
+            rows = pipe.encode_prompt(prompts, None, None, do_classifier_free_guidance=False, **options)
+            theirs = {"text": rows[0], "pooled": rows[2]}
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert ours["text"].shape[1] == (length or 512) if name.startswith("flux2") else 77 + (length or 256)
+    backbone.free_text()
+    assert backbone.text is None
+
+
+def test_qwen_runs_only_to_its_last_tap(folders):
+    """Layers above the last one that is read are gone, and so is the language head."""
+    backbone = backbone_of(folders, "flux2-4b")
+    backbone.encode([""])
+    assert len(backbone.text.text_encoder.layers) == 27 and not hasattr(backbone.text.text_encoder, "lm_head")
+
+
+# ---- Images
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_decode_inverts_the_pipelines_scaling(folders, name):
+    """A latent that the pipeline scaled reaches the VAE as the VAE had made it."""
+    backbone, image = backbone_of(folders, name), torch.rand(2, 3, 64, 64) * 2 - 1
+    vae = backbone.vae
+    z = vae.encode(image).latent_dist.mode()
+    if name.startswith("flux2"):
+        x = stock(folders["base"])._encode_vae_image(image, None)
+    else:
+        x = (z - vae.config.shift_factor) * vae.config.scaling_factor
+    images, decode, seen = None, vae.decode, []
+    vae.decode = lambda z, **options: seen.append(z) or decode(z, **options)
+    images = backbone.decode(x)
+    torch.testing.assert_close(torch.cat(seen), z, atol=1e-5, rtol=1e-5)
+    assert images.shape == (2, 3, 64, 64) and 0 <= images.min() and images.max() <= 1
+
+
+@pytest.mark.parametrize("name", ["sd3m", "flux2-4b"])
+def test_decode_in_chunks_with_gradient_and_checkpointing(folders, name):
+    """Neither changes the gradient that Eq. 15 sends through the decoder."""
+    gradients = []
+    for checkpointing, pixels in ((False, 2**20), (False, 64 * 64), (True, 2**20)):
+        backbone = backbone_of(folders, name, no_vae_checkpointing=not checkpointing)
+        assert backbone.vae.decoder.gradient_checkpointing == checkpointing
+        x = latents(backbone).requires_grad_()
+        z = x if name == "sd3m" else torch.nn.functional.pixel_shuffle(x, 2)
+        rtdmd.decode_chunks(backbone.vae, z, pixels=pixels).square().mean().backward()
+        gradients.append(x.grad)
+    assert gradients[0].abs().max() > 0
+    torch.testing.assert_close(gradients[0], gradients[1])
+    torch.testing.assert_close(gradients[0], gradients[2])
+
+
+# ---- Sizes
+
+@pytest.mark.parametrize("name, parameters, linears, rank_64", [
+    ("sd3m", 2_028_328_000, 191, 37_552_128), ("sd35m", 2_243_171_520, 243, 47_775_744),
+    ("flux2-4b", 3_875_544_576, 80, 74_711_040), ("flux2-9b", 9_078_581_248, 112, 127_926_272)])
+def test_full_size_networks(name, parameters, linears, rank_64):
+    """BACKBONES holds the real sizes: parameters, attention linears, weights of rank-64 adapters."""
+    cls = Flux2Transformer2DModel if name.startswith("flux2") else SD3Transformer2DModel
+    with torch.device("meta"):
+        net = cls(**rtdmd.BACKBONES[name]["net"])
+    targets = rtdmd.attention_linears(net)
+    assert sum(p.numel() for p in net.parameters()) == parameters and len(targets) == linears
+    modules = dict(net.named_modules())
+    assert sum(64 * (modules[t].in_features + modules[t].out_features) for t in targets) == rank_64
+
+
+def test_full_size_vaes():
+    """The VAEs of --random_weights have the real ones' sizes and channels."""
+    with torch.device("meta"):
+        sd3, flux2 = AutoencoderKL(**rtdmd.SD3_VAE), AutoencoderKLFlux2()
+    assert [round(sum(p.numel() for p in vae.parameters()) / 1e6, 1) for vae in (sd3, flux2)] == [83.8, 84.0]
+    assert (sd3.config.latent_channels, flux2.config.latent_channels) == (16, 32) and flux2.bn.eps == 1e-4
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_random_weights_need_no_repository(folders, name, monkeypatch):
+    """--random_weights: the same network on every rank, and embeddings that depend on the prompt."""
+    tiny = dict(num_layers=2, num_attention_heads=1, caption_projection_dim=64)
+    small = {"sd3m": dict(rtdmd.SD3_NET, **tiny),
+             "sd35m": dict(rtdmd.SD35_NET, dual_attention_layers=(0,), **tiny),
+             "flux2-4b": dict(rtdmd.K4_NET, num_layers=1, num_single_layers=1, num_attention_heads=1)}
+    monkeypatch.setitem(rtdmd.BACKBONES[name], "net", small[name])
+    monkeypatch.setattr(rtdmd, "SD3_VAE", dict(rtdmd.SD3_VAE, block_out_channels=(32,) * 4))
+    cls, state = rtdmd.Flux2Backbone if name.startswith("flux2") else rtdmd.SD3Backbone, torch.get_rng_state()
+    make = lambda: cls(rtdmd.Config(model=name, device="cpu", resolution=64, random_weights=True, text_length=16))
+    a = make()
+    assert torch.equal(state, torch.get_rng_state()) and torch.get_default_dtype() == torch.float32
+    torch.manual_seed(1234)                    # another rank may be anywhere in its random stream
+    b = make()
+    pair = zip(a.nets["score"].parameters(), b.nets["score"].parameters())
+    assert all(torch.equal(p, q) for p, q in pair)
+    cond, again = a.encode(PROMPTS), a.encode(PROMPTS[::-1])
+    assert torch.equal(cond["text"][0], again["text"][1])
+    assert not torch.equal(cond["text"][0], cond["text"][1])
+    assert torch.equal(*a.encode(["twice", "twice"])["text"])
+    v = a.velocity(a.nets["generator"], latents(a), torch.tensor([.9, .5]), cond)
+    assert v.shape == (2, *a.latent_shape) and v.isfinite().all() and v.std() > .01
+    assert a.decode(latents(a)).shape == (2, 3, 64, 64)
+    assert a.text_key != backbone_of(folders, name, text_length=16).text_key
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_meta_device_counts_full_size_networks_without_memory(tmp_path, name):
+    """--device meta: encoding, forward, decoding and backward pass without a byte."""
+    config = rtdmd.Config(model=name, device="meta", dtype="bf16", resolution=512, random_weights=True)
+    backbone = rtdmd.load_backbone(config)
+    assert type(backbone) is (rtdmd.Flux2Backbone if name.startswith("flux2") else rtdmd.SD3Backbone)
+    for module in (*backbone.nets.values(), backbone.vae):
+        rows = [*module.parameters(), *module.buffers()]
+        assert all(row.is_meta and row.dtype in (torch.bfloat16, torch.int64) for row in rows)
+    assert torch.get_default_dtype() == torch.float32
+    cond = backbone.encode(PROMPTS)
+    assert all(rows.device.type == "cpu" and rows.dtype == torch.bfloat16 for rows in cond.values())
+    cache = rtdmd.TextCache(backbone, tmp_path)
+    cache.prepare(PROMPTS)
+    cond = cache.batch(PROMPTS, "meta")
+    assert all(rows.is_meta and len(rows) == 2 for rows in cond.values())
+    x = torch.randn(2, *backbone.latent_shape, device="meta", requires_grad=True)
+    v = backbone.velocity(backbone.nets["score"], x, torch.rand(2, device="meta"), cond)
+    assert v.is_meta and v.shape == x.shape and v.dtype == torch.float32
+    images = backbone.decode(v)
+    assert images.is_meta and images.shape == (2, 3, 512, 512)
+    images.mean().backward()
+    assert x.grad.is_meta
+
+
+def test_load_backbone_knows_every_model(monkeypatch):
+    for name in ("TinyBackbone", "SD3Backbone", "Flux2Backbone"):
+        monkeypatch.setattr(rtdmd, name, lambda cfg, name=name: name)
+    found = {model: rtdmd.load_backbone(rtdmd.Config(model=model)) for model in ("tiny", *rtdmd.BACKBONES)}
+    assert found == {"tiny": "TinyBackbone", "sd3m": "SD3Backbone", "sd35m": "SD3Backbone",
+                     "flux2-4b": "Flux2Backbone", "flux2-9b": "Flux2Backbone"}
+
+
+# ---- What cannot be loaded
+
+def test_a_repository_that_cannot_be_used(folders, tmp_path):
+    """Missing, foreign, partial or damaged: one sentence that names it."""
+    def attempt(path, model="sd3m"):
+        with pytest.raises(rtdmd.UsageError) as error:
+            backbone_of({model: str(path)}, model)
+        return sentence(error)
+
+    for path in (tmp_path / "nowhere", "someone/model-that-is-not-cached", tmp_path):
+        text = attempt(path)
+        assert text.startswith(f"model_index.json of {path} is neither in {path} nor on the hub")
+        assert "check name" in text
+    assert "Flux2KleinPipeline" in attempt(folders["base"])
+    assert "StableDiffusion3Pipeline" in attempt(folders["sd3m"], "flux2-4b")
+    broken = tmp_path / "broken"
+    for part in ("vae", "transformer", "scheduler"):
+        shutil.copytree(folders["sd3m"], broken)
+        shutil.rmtree(broken / part)
+        assert re.match(fr"{part}/\S*config.json of {broken} is neither in", attempt(broken))
+        shutil.rmtree(broken)
+    shutil.copytree(folders["sd3m"], broken)
+    weights = broken / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])                             # a download that stopped
+    assert f"{broken} is incomplete or damaged" in attempt(broken)
+    index = json.loads((broken / "model_index.json").read_text())
+    (broken / "model_index.json").write_text(json.dumps(index | {"text_encoder_3": [None, None]}))
+    assert "StableDiffusion3Pipeline without text_encoder_3" in attempt(broken)
+
+
+def test_missing_text_encoder_and_gated_repository(folders, tmp_path, monkeypatch):
+    """The one shows when text is encoded, the other at once, with the link to its licence."""
+    broken = tmp_path / "broken"
+    shutil.copytree(folders["sd3m"], broken)
+    shutil.rmtree(broken / "text_encoder_3")
+    backbone = backbone_of({"sd3m": str(broken)}, "sd3m")
+    with pytest.raises(rtdmd.UsageError) as error:
+        backbone.encode(PROMPTS)
+    assert f"{broken} is incomplete or damaged" in sentence(error)
+
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError
+
+    def refuse(*args, **options):
+        raise GatedRepoError("Access to this model is restricted", response=Response())
+
+    class Response:
+        headers, status_code, text, request = {}, 403, "", None
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+    with pytest.raises(rtdmd.UsageError) as error:
+        rtdmd.SD3Backbone(rtdmd.Config(model="sd3m", device="cpu"))
+    assert re.search("GatedRepoError.*accept the licence on https://huggingface.co/stabilityai/", sentence(error))
+
+
+def test_the_distilled_flux2_is_no_teacher(folders):
+    """DEPARTURE 15: it may be the generator's base, never psi; one base may serve both."""
+    for path in (folders["distilled"], f"{folders['base']},{folders['distilled']}"):
+        with pytest.raises(rtdmd.UsageError) as error:
+            backbone_of({"flux2-4b": path}, "flux2-4b")
+        assert "cannot be the teacher" in sentence(error)
+    backbone = backbone_of({"flux2-4b": folders["base"]}, "flux2-4b")      # one base for both roles is fine
+    assert backbone.nets["generator"] is backbone.nets["score"]
+    pair = backbone_of(folders, "flux2-4b").nets
+    assert pair["generator"] is not pair["score"]
+
+
+def test_a_resolution_that_does_not_fit(folders):
+    for name, resolution in (("sd3m", 100), ("sd3m", 272), ("flux2-4b", 72), ("sd3m", 0)):  # pos_embed: 256
+        backbone = backbone_of(folders, name)
+        cls = type(backbone)
+        with pytest.raises(rtdmd.UsageError) as error:
+            cls(replace(backbone.cfg, resolution=resolution))
+        assert "multiple of 16" in sentence(error)
+
+
+def test_weights_dir_comes_before_the_hub(tmp_path):
+    """A file in its repository's folder, or else in --weights_dir itself, is taken from there."""
+    cfg = settings(tmp_path)
+    (tmp_path / "file.pt").touch()
+    assert rtdmd.find_weights("some/repo", "file.pt", cfg) == tmp_path / "file.pt"
+    (tmp_path / "repo").mkdir()
+    (tmp_path / "repo" / "file.pt").touch()
+    assert rtdmd.find_weights("some/repo", "file.pt", cfg) == tmp_path / "repo" / "file.pt"
+
+
+# ---- Text cache
+
+class Letters:
+    """The least that a backbone must have for the cache."""
+    text_key, calls = "letters 8", 0
+
+    def encode(self, prompts):
+        self.calls += 1
+        rows = [[float(len(p)), *map(float, p.encode()[:7].ljust(7, b"\0"))] for p in prompts]
+        return {"text": torch.tensor(rows), "pooled": torch.tensor(rows)[:, :1].bfloat16()}
+
+    def free_text(self):
+        self.freed = True
+
+
+def test_text_cache(tmp_path, capsys):
+    """A file a prompt, whatever its letters: made once, read back bit for bit, anew where damaged."""
+    backbone = Letters()
+    cache = rtdmd.TextCache(backbone, tmp_path)
+    prompts = [f"prompt {i}" for i in range(40)] + ["prompt 3", "ünï/..\n\0 odd"]
+    cache.prepare(prompts)
+    files = list(tmp_path.rglob("*.safetensors"))
+    assert backbone.freed and len(files) == 42 and "42 prompts" in "".join(capsys.readouterr())
+    wanted = ["prompt 3", "", "prompt 3", "ünï/..\n\0 odd"]
+    cond, truth = cache.batch(wanted, "cpu"), backbone.encode(wanted)
+    assert all(torch.equal(cond[name], truth[name]) for name in truth)
+    assert cond["pooled"].dtype == torch.bfloat16
+    assert all(path.stat().st_size < 1000 for path in files)      # no file drags its whole batch along
+
+    calls = backbone.calls
+    cache.prepare(prompts)      # nothing to do
+    assert backbone.calls == calls
+    for cut in (slice(0, 0), slice(0, 20), slice(0, -1)):      # empty, within the header, one byte short
+        path = cache.path("prompt 7")
+        path.write_bytes(path.read_bytes()[cut])
+        cache = rtdmd.TextCache(backbone, tmp_path)                   # a new process: nothing in memory
+        with pytest.raises(rtdmd.UsageError, match="cannot be read"):
+            cache.batch(["prompt 7"], "cpu")
+        cache.prepare(prompts)
+        assert torch.equal(cache.batch(["prompt 7"], "cpu")["text"], backbone.encode(["prompt 7"])["text"])
+    backbone.text_key = "letters 9"
+    assert rtdmd.TextCache(backbone, tmp_path).folder != cache.folder
+
+
+def test_text_cache_reads_ahead_each_row_once_and_keeps_the_latest(tmp_path, monkeypatch):
+    """In a thread of its own; the row not asked for the longest goes first."""
+    backbone, prompts = Letters(), [f"prompt {i}" for i in range(5)]
+    cache, truth, read, go = rtdmd.TextCache(backbone, tmp_path), backbone.encode(prompts), [], threading.Event()
+    cache.prepare(prompts)
+    load_file = rtdmd.load_file
+    monkeypatch.setattr(rtdmd, "load_file", lambda path: go.wait(60) and read.append(path) or load_file(path))
+    cache.keep = 3
+    cache.prefetch(prompts[:3])                 # returns although nothing can be read yet
+    assert not read and list(cache.rows) == prompts[:3]
+    go.set()
+    for wanted in ([0, 1], [2, 0, 2], [3], [2, 0]):                  # the fourth row pushes out the second
+        cond = cache.batch([prompts[i] for i in wanted], "cpu")
+        assert all(torch.equal(cond[name], truth[name][wanted]) for name in truth)
+    assert read == [cache.path(prompts[i]) for i in (0, 1, 2, 3)]
+    assert list(cache.rows) == [prompts[i] for i in (3, 2, 0)]
+    assert threading.main_thread() not in cache.reader._threads
+    shutil.rmtree(cache.folder)
+    cache.prefetch(prompts)                     # a file that is not there is nobody's concern
+    assert torch.equal(cache.batch([prompts[0]], "cpu")["text"], truth["text"][:1]) and cache.keep == 5
+    with pytest.raises(rtdmd.UsageError, match="cannot be read"):       # before it is wanted
+        cache.batch(prompts, "cpu")
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_an_iteration_waits_for_no_text_but_the_first(stage, flags, monkeypatch):
+    """Whatever batch is asked for was prefetched an iteration before, but for "" and the panel's prompts."""
+    asked, ahead, read_ahead = [], [], rtdmd.read_ahead
+    batch, prefetch = rtdmd.TextCache.batch, rtdmd.TextCache.prefetch
+
+    def noted_batch(self, prompts, device):
+        asked.append((len(ahead), set(prompts)))
+        return batch(self, prompts, device)
+
+    def noted_read_ahead(run, *more):
+        ahead.append(set())
+        return read_ahead(run, *more)
+
+    def noted_prefetch(self, prompts):
+        if inspect.currentframe().f_back.f_code.co_name == "read_ahead":
+            ahead[-1] |= set(prompts)
+        return prefetch(self, prompts)
+
+    monkeypatch.setattr(rtdmd.TextCache, "batch", noted_batch)
+    monkeypatch.setattr(rtdmd.TextCache, "prefetch", noted_prefetch)
+    monkeypatch.setattr(rtdmd, "read_ahead", noted_read_ahead)
+    rtdmd.main(flags(stage, "--sample_every", 9, "--iterations", 2, "--max_prompts", 400))
+    assert len(ahead) == 2
+    for call, prompts in asked:
+        assert prompts <= ahead[0] | {""} or len(prompts) == 16 or call == 2 and prompts <= ahead[1] | {""}
+    own = set().union(*(prompts for call, prompts in asked if call == 2 and len(prompts) != 16)) - {""}
+    assert own and own <= ahead[0] & ahead[1]             # the second iteration's were known in the first
+
+
+def test_text_cache_refuses_a_full_disk_and_splits_over_ranks(tmp_path, monkeypatch):
+    """Refused before the first file; each rank encodes its share."""
+    monkeypatch.setattr(rtdmd.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+    with pytest.raises(rtdmd.UsageError) as error:
+        rtdmd.TextCache(Letters(), tmp_path).prepare(["a"])
+    assert "--cache needs more room" in sentence(error)
+    monkeypatch.undo()
+    prompts = [f"prompt {i}" for i in range(100)]
+    for rank in range(3):
+        monkeypatch.setattr(rtdmd, "dist_info", lambda: (rank, rank, 3))
+        before = len(list(tmp_path.rglob("*.safetensors")))
+        cache = rtdmd.TextCache(Letters(), tmp_path / "shared")
+        monkeypatch.setattr(cache, "has", lambda prompt: False)      # all three listed before one wrote
+        cache.prepare(prompts)
+        assert len(list(tmp_path.rglob("*.safetensors"))) - before in range(20, 49)
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 101
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_text_cache_of_a_real_backbone(folders, tmp_path, name):
+    """What was encoded comes back bit for bit, and the encoders are gone."""
+    backbone = backbone_of(folders, name)
+    cache = rtdmd.TextCache(backbone, tmp_path)
+    cache.prepare(PROMPTS)
+    assert backbone.text is None
+    cond, truth = cache.batch([PROMPTS[1], ""], "cpu"), backbone.encode(["", *PROMPTS])
+    assert all(torch.equal(cond[name], truth[name][[2, 0]]) for name in truth)
+
+
+# ---- Export
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("rank, alpha", [(64, 32), (32, 64)])
+def test_an_exported_adapter_is_exact_in_the_stock_pipeline(folders, tmp_path, name, rank, alpha):
+    """pipe.load_lora_weights and load_lora give our velocity and tensors, for any rank and alpha."""
+    backbone = backbone_of(folders, name)
+    net, x, t = backbone.nets["generator"], latents(backbone), torch.tensor([.9, .5])
+    cond = backbone.encode(PROMPTS)
+    bare = backbone.velocity(net, x, t, cond).detach()
+    net.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=backbone.lora_targets), "generator")
+    torch.manual_seed(1)
+    for parameter in net.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=.05)
+    ours = backbone.velocity(net, x, t, cond).detach()
+    state = get_peft_model_state_dict(net, adapter_name="generator")
+    folder = tmp_path / "checkpoint-000100"
+    rtdmd.save_lora(folder, state, rank, alpha, backbone.lora_targets, {"steps": 4, "eta": .9})
+    pipe = stock(backbone.base)
+    pipe.load_lora_weights(folder)
+    assert torch.equal(backbone.velocity(pipe.transformer, x, t, cond), ours)
+    assert (ours - bare).abs().max() > 1e-3
+    loaded, info = rtdmd.load_lora(folder)
+    assert loaded.keys() == state.keys() and all(torch.equal(loaded[n], state[n]) for n in state)
+    assert info == dict(steps=4, eta=.9, rank=rank, alpha=alpha, targets=sorted(backbone.lora_targets))
+
+
+def test_adapters_that_cannot_be_loaded(tmp_path):
+    """No file, a foreign one and a truncated one are one sentence each."""
+    with pytest.raises(rtdmd.UsageError, match="missing or damaged"):
+        rtdmd.load_lora(tmp_path)
+    from safetensors.torch import save_file
+    save_file({"transformer.x.lora_A.weight": torch.zeros(1)}, tmp_path / rtdmd.LORA_FILE)
+    with pytest.raises(rtdmd.UsageError, match="rank and alpha"):
+        rtdmd.load_lora(tmp_path)
+    path = tmp_path / rtdmd.LORA_FILE
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(rtdmd.UsageError, match="missing or damaged"):
+        rtdmd.load_lora(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["sd3m", "flux2-4b"])
+def test_adapters_are_fp32_over_a_bf16_base_and_run_as_deployed(folders, tmp_path, name):
+    """DEPARTURE 14: a step of 1e-6 moves both adapters, not only the last that PEFT made; and what is trained is
+    what is deployed: the stock bf16 pipeline with the exported adapter gives our velocity bit for bit."""
+    backbone = backbone_of(folders, name, dtype="bf16")
+    roles = rtdmd.Roles(backbone, rtdmd.Config(model=name, device="cpu", lora_rank=4, lora_alpha=2))
+    assert {p.dtype for role in ("generator", "fake") for p in roles.parameters(role)} == {torch.float32}
+    for p in roles.parameters("generator"):
+        torch.nn.init.normal_(p, std=.3, generator=rng(1))
+    x, t, cond = latents(backbone), torch.tensor([.75, .5]), backbone.encode(PROMPTS)
+    ours = roles.velocity("generator", x, t, cond)
+    ours.square().mean().backward()
+    assert all(p.grad.dtype == torch.float32 for p in roles.parameters("generator"))
+    p = roles.parameters("generator")[1]
+    before = p.detach().clone()
+    rtdmd.save_lora(tmp_path, roles.named["generator"], 4, 2, backbone.lora_targets, {})
+    torch.optim.AdamW(roles.parameters("generator"), 1e-6).step()
+    assert not torch.equal(before, p)
+    pipe = stock(backbone.base, torch_dtype=torch.bfloat16)
+    pipe.load_lora_weights(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(backbone.velocity(pipe.transformer, x, t, cond), ours)
+
+
+# ---- Both stages on the real classes: from the command line to a picture by stock diffusers
+
+JUDGE = '''
+def vivid(images, prompts):
+    """Spread and redness: its gradient passes through the VAE's decoder."""
+    return images.flatten(1).std(1) + images[:, 0].mean((1, 2))
+vivid.differentiable = True
+'''
+REAL_FLAGS = ("--iterations 2 --batch 4 --fake_updates 2 --groups 2 --group_size 2 --micro_batch 4 --lora_rank 4 "
+              "--lora_alpha 2 --resolution 64 --device cpu --prompts prompts.txt --rewards vivid_judge:vivid "
+              "--lr 1e-3 --lr_fake 1e-3")
+REAL_LENGTHS = {"sd3m": 256, "sd35m": 32, "flux2-4b": 512}     # 32 is asked for, the others are the pipelines' own
+
+
+def frozen_hashes(backbone):
+    """Hash of every weight and buffer of the base networks and the VAE, by its name in the bare network."""
+    nets = {"generator": backbone.nets["generator"], "score": backbone.nets["score"], "vae": backbone.vae}
+    return {f"{part}.{name.replace('.base_layer.', '.')}": hash(tensor.numpy().tobytes())
+            for part, net in nets.items() for name, tensor in net.state_dict().items() if ".lora_" not in name}
+
+
+def adapter_copy(run, role):
+    return {name: p.detach().clone() for name, p in run.roles.named[role].items()}
+
+
+def trained_on_small(folders, root, name):
+    """Runs both stages of a family; {stage: what was seen of the run}."""
+    (root / "vivid_judge.py").write_text(JUDGE)
+    (root / "prompts.txt").write_text("\n".join(PROMPTS + ["a green house"]))
+    seen, load, prepare = {}, rtdmd.load_backbone, rtdmd.prepare
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+
+        def load_and_hash(cfg):
+            backbone = load(cfg)
+            seen[cfg.stage] = SimpleNamespace(hashes=frozen_hashes(backbone))
+            return backbone
+
+        def prepare_and_keep(cfg):
+            run = prepare(cfg)
+            seen[cfg.stage].run = run
+            seen[cfg.stage].start = {role: adapter_copy(run, role) for role in ("generator", "fake")}
+            return run
+
+        patch.setattr(rtdmd, "load_backbone", load_and_hash)
+        patch.setattr(rtdmd, "prepare", prepare_and_keep)
+        length = ["--text_length", "32"] if name == "sd35m" else []
+        for stage in ("1", "2"):
+            rtdmd.main(["--stage", stage, "--model", name, "--pretrained", folders[name], "--out", "run",
+                        "--cache", str(root / "cache"), *REAL_FLAGS.split(), *length])
+    for stage, one in seen.items():
+        one.folder = root / f"run/stage{stage}"
+        one.checkpoint = one.folder / "checkpoint-000002"
+    return seen
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def real_run(request, folders, tmp_path_factory):
+    root = tmp_path_factory.mktemp(request.param)
+    return SimpleNamespace(name=request.param, root=root, stages=trained_on_small(folders, root, request.param))
+
+
+def test_both_stages_train_a_real_class(real_run):
+    """Finite losses and gradients, adapters that move, a base that does not; DEPARTURE 14: stage 2 starts where
+    stage 1's average ended."""
+    for stage, one in real_run.stages.items():
+        rows = [json.loads(line) for line in (one.folder / "metrics.jsonl").read_text().splitlines()]
+        assert [row["iteration"] for row in rows] == [1, 2]
+        assert all(math.isfinite(v) for row in rows for v in row.values())
+        wanted = ["dsm", "consistency", "dm", "grad_generator", "grad_fake"]
+        wanted += ["push_policy", "push_det", "push_dm"] if stage == 2 else []
+        assert all(row[name] != 0 for row in rows for name in wanted) and rows[-1]["skipped"] == 0
+        for role in ("generator", "fake"):
+            now, start = adapter_copy(one.run, role), one.start[role]
+            # The last block of SD3 has a text query that nobody reads: its adapter has no gradient.
+            still = [n for n in now if torch.equal(now[n], start[n]) and "add_q_proj" not in n]
+            assert not still, still[:3]
+        assert frozen_hashes(one.run.backbone) == one.hashes and len(one.hashes) > 50
+        assert list((one.folder / "samples").glob("*.png"))
+    first, second = real_run.stages[1], real_run.stages[2]
+    average = dict(zip(first.run.roles.named["generator"], first.run.ema))
+    assert all(torch.equal(second.start["generator"][n], p) for n, p in average.items())
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_checkpoint_is_exact_in_the_stock_pipeline(real_run, stage):
+    """load_lora_weights(folder) gives the average's velocity bit for bit, not the raw one's or the base's."""
+    one = real_run.stages[stage]
+    backbone, x, t = one.run.backbone, latents(one.run.backbone), torch.tensor([.9, .5])
+    cond, pipe = one.run.text.batch(PROMPTS, "cpu"), stock(backbone.base)
+    with torch.no_grad():
+        raw = one.run.roles.velocity("generator", x, t, cond)
+        with ev.ema_weights(one.run):
+            ours = one.run.roles.velocity("generator", x, t, cond)
+        bare = backbone.velocity(pipe.transformer, x, t, cond)
+        pipe.load_lora_weights(one.checkpoint)
+        theirs = backbone.velocity(pipe.transformer, x, t, cond)
+    assert torch.equal(theirs, ours) and not torch.equal(raw, ours) and not torch.equal(bare, ours)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_checkpoint_says_how_to_sample(real_run, stage):
+    """Its metadata: model, steps, eta, shift, levels, guidance, text length, rank and alpha."""
+    one, (_, info) = real_run.stages[stage], rtdmd.load_lora(real_run.stages[stage].checkpoint)
+    backbone = one.run.backbone
+    wanted = dict(model=real_run.name, base=backbone.base, stage=stage, iteration=2, steps=4, eta=0.9,
+                  shift=backbone.shift, guidance=1.0, text_length=REAL_LENGTHS[real_run.name], resolution=64,
+                  rank=4, alpha=2)
+    assert {n: info[n] for n in wanted} == wanted
+    assert info["sigmas"] == pytest.approx(timesteps(backbone)[:-1].tolist())
+
+
+def test_the_readmes_lines_give_our_picture(real_run):
+    """pipe.load_lora_weights and CPSScheduler against rtdmd.rollout, with the same noise."""
+    one = real_run.stages[2]
+    backbone, info, x = one.run.backbone, rtdmd.load_lora(one.checkpoint)[1], latents(one.run.backbone)
+    pipe = stock(backbone.base)
+    pipe.load_lora_weights(one.checkpoint)
+    pipe.scheduler = rtdmd.CPSScheduler.from_config(pipe.scheduler.config, eta=info["eta"])
+    pipe.scheduler.generator = rng(0)
+    theirs = image_of(pipe, x, num_inference_steps=info["steps"], guidance_scale=info["guidance"],
+                      max_sequence_length=info["text_length"])
+    cond = one.run.text.batch(PROMPTS, "cpu")
+    with torch.no_grad(), ev.ema_weights(one.run):
+        velocity = lambda x, t: one.run.roles.velocity("generator", x, t, cond)
+        states, _ = rtdmd.rollout(velocity, x, pipeline_noise(x, rng(0)), one.run.times, info["eta"])
+        ours = backbone.decode(states[-1])
+    torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
+
+
+def test_eval_samples_a_real_checkpoint(real_run, folders, monkeypatch, capsys):
+    """eval.py --lora scores it, --prompt paints with it; both take the text length from the checkpoint."""
+    monkeypatch.chdir(real_run.root)
+    loaded, load, judge = [], rtdmd.load_backbone, "vivid_judge:vivid"
+    monkeypatch.setattr(rtdmd, "load_backbone", lambda cfg: loaded.append(load(cfg)) or loaded[-1])
+    base = ["--model", real_run.name, "--pretrained", folders[real_run.name], "--lora", "run/stage2",
+            "--resolution", "64", "--device", "cpu", "--cache", "cache", "--out", "eval"]
+    ev.main([*base, "--prompts", "prompts.txt", "--metrics", judge])
+    report = json.loads(Path("eval/report.json").read_text())
+    assert math.isfinite(report["rows"]["stage2"][judge]) and len(report["scores"]["stage2"][judge]) == 3
+    ev.main([*base, "--prompt", PROMPTS[0]])
+    assert Image.open("eval/prompt.png").size[0] >= 64
+    assert [backbone.text_length for backbone in loaded] == 2 * [REAL_LENGTHS[real_run.name]]
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# 9. Plumbing
+# -----------------------------------------------------------------------------------------------------------------
+
+# ---- Processes
+
+FORK = multiprocessing.get_context("forkserver")          # a process that has imported everything, and run nothing
+
+
+def child(argv, env, output, before):
+    """One process of a run, in a fresh fork; `before` names a function of this file that prepares a fault."""
+    os.environ.update(env, OMP_NUM_THREADS="1")
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())                        # tqdm's own is a semaphore that a killed process leaks
+    if before:
+        globals()[before](Path(output))
+    rtdmd.main(argv)
+
+
+def start(argv, folder, world=1, before=None):
+    """Processes of one run, as torchrun would start them; what they print goes to FOLDER/rank-0 and so on."""
+    # The fork server imports this file before it forks.
+    os.environ["PYTHONPATH"] = f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}"
+    FORK.set_forkserver_preload([Path(__file__).stem])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder.mkdir(parents=True, exist_ok=True)
+    processes = []
+    for rank in range(world):
+        env = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        args = argv, {n: str(value) for n, value in env.items()}, str(folder / f"rank-{rank}"), before
+        processes.append(FORK.Process(target=child, args=args, daemon=True))
+        processes[-1].start()
+    return processes
+
+
+def finish(processes, limit=60):
+    """Exit codes; a process that hangs is killed and fails the test."""
+    end = time.monotonic() + limit
+    for process in processes:
+        process.join(max(0, end - time.monotonic()))
+    hanging = [process for process in processes if process.is_alive()]
+    for process in hanging:
+        process.kill()
+    assert not hanging, "a process hangs"
+    return [process.exitcode for process in processes]
+
+
+def keep_rewards(output):
+    """Before a run: every (G, N) table of rewards goes to a file as well."""
+    original, tables = rtdmd.gather_groups, []
+
+    def gather_groups(rewards):
+        tables.append(original(rewards))
+        torch.save(tables, output.with_suffix(".rewards"))
+        return tables[-1]
+
+    rtdmd.gather_groups = gather_groups
+
+
+def mean_colour(images, prompts):
+    """A reward for networks that come without one: red minus blue."""
+    return images[:, 0].mean((1, 2)) - images[:, 2].mean((1, 2))
+
+
+mean_colour.differentiable = True
+
+
+@pytest.fixture(scope="session")
+def small_sd3_world(folders, tmp_path_factory):
+    """(flags, finished stage 1) of an SD3 with two blocks, a VAE and three text encoders."""
+    root = tmp_path_factory.mktemp("sd3")
+    words = "red blue tall wet loud old flat warm".split()
+    prompts = written(root, "prompts.txt", "".join(f"a {word} cat\n" for word in words))
+    common = [*SMALL, "--model", "sd3m", "--pretrained", folders["sd3m"], "--resolution", "64", "--lr", "1e-3",
+              "--prompts", prompts, "--rewards", f"{Path(__file__).stem}:mean_colour=1",
+              "--cache", str(root / "cache")]
+    rtdmd.main([*common, "--stage", "1", "--out", str(root / "begun")])
+    return common, root / "begun"
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("model", ["tiny", "sd3m"])
+def test_processes_and_micro_batches_change_nothing(model, stage, flags, tmp_path, request):
+    """1, 2 and 4 processes and any micro-batch are one run, but for the order of fp32 sums.
+
+    Tolerances. A gradient is a sum of some 10^3 terms of either sign, 10 to 100 times larger than what is left
+    (advantages cancel): another order costs about 10^3^.5 * 6e-8 * 100 = 2e-4 of its largest component. Adam's
+    first moments after one iteration are that gradient: 5e-4 is allowed, where a lost sample or a mean of means
+    makes 1e-1. Adam divides by the gradient's size, so a component close to its rounding error may move by a part
+    of lr = 1e-3; the others agree like gradients: 99 % of all weights within 1e-6, a thousandth of one update,
+    and all within a tenth (seen: 3e-8 and 6e-7). Rewards before the first update come from the same weights and
+    noise: equal to the last bit, for every trajectory, where the same four go through the network together
+    (--micro_batch 1); another shape may round differently.
+    """
+    base = None
+    if model == "sd3m":
+        common, begun = request.getfixturevalue("small_sd3_world")
+    for world, micro in ((1, 1), (2, 1), (4, 6)) if model == "tiny" else ((1, 1), (2, 5), (4, 1)):
+        more = f"--group_size 4 --sample_every 9 --micro_batch {micro}".split()
+        out = tmp_path / f"{world}-{micro}"
+        if model == "sd3m":
+            argv = [*common, "--stage", str(stage), *(["--init", str(begun / "stage1")] if stage == 2 else [])]
+        else:
+            argv = flags(stage)
+        argv += ["--out", str(out), *more]
+        assert finish(start(argv, out / "log", world, "keep_rewards")) == [0] * world
+        states = [state_of(out / f"stage{stage}/checkpoint-{n:06d}") for n in (1, 3)]
+        rewards = torch.load(out / "log/rank-0.rewards") if stage == 2 else []
+        base = base or (states, rewards)
+        for n, other in base[0][0].items():
+            if "exp_avg" in n and not n.endswith("sq"):
+                assert (states[0][n] - other).abs().max() <= 5e-4 * other.abs().max(), (world, micro, n)
+        weights = [n for n in states[1] if not n.startswith("adam")]
+        differences = torch.cat([(states[1][n] - base[0][1][n]).abs().flatten() for n in weights])
+        assert differences.quantile(0.99) < 1e-6 and differences.max() < 1e-4, (world, micro)
+        for a, b in zip(rewards[:1], base[1]):
+            assert torch.equal(a, b) if micro == 1 else torch.allclose(a, b, rtol=0, atol=1e-6)
+
+
+def test_processes_that_differ_are_refused(flags, tmp_path):
+    """Another seed, or a folder that one node does not see: the gradients would be added up all the same."""
+    assert finish(start(flags(1), tmp_path / "log", 2, "another_seed")) == [2, 2]
+    for rank in (0, 1):
+        one_sentence((tmp_path / f"log/rank-{rank}").read_text(), 2, "processes differ")
+    assert nothing_in(tmp_path / "run")
+
+
+def another_seed(output):
+    """Before a run: rank 1 is started with another seed."""
+    original = rtdmd.resolve
+    rtdmd.resolve = lambda given: original({**given, "seed": rtdmd.dist_info()[0]})
+
+
+# ---- Roles
+
+def tiny_roles(cache, **options):
+    cfg = rtdmd.resolve(dict(model="tiny", device="cpu", tiny_steps=1, cache=str(cache), lora_rank=4, **options))
+    backbone, g = rtdmd.TinyBackbone(cfg), rng(3)
+    x, t = torch.randn(6, *backbone.latent_shape, generator=g), torch.rand(6, generator=g)
+    cond = backbone.encode(rtdmd.tiny_captions()[20:26])
+    with torch.no_grad():
+        base = backbone.velocity(backbone.nets["score"], x, t, cond)
+    return rtdmd.Roles(backbone, cfg), x, t, cond, base
+
+
+def shake(roles, role, seed=0):
+    for p in roles.parameters(role):
+        p.data += 0.3 * torch.randn(p.shape, generator=rng(seed))
+
+
+def test_three_roles_on_one_base(cache):
+    """DEPARTURE 15: both adapters begin as the teacher; training one moves no other role."""
+    roles, x, t, cond, base = tiny_roles(cache)
+    look = torch.no_grad()(lambda role: roles.velocity(role, x, t, cond))
+    assert all(torch.equal(look(role), base) for role in ("generator", "fake", "teacher"))        # B = 0
+    shake(roles, "generator")
+    fake = look("fake")
+    generator = look("generator")
+    assert torch.equal(look("teacher"), base) and torch.equal(fake, base) and not torch.equal(generator, base)
+    shake(roles, "fake", 1)
+    assert torch.equal(look("teacher"), base) and torch.equal(look("generator"), generator)
+    assert not torch.equal(look("fake"), fake)
+    for role in ("generator", "fake"):
+        assert len(roles.parameters(role)) == 2 * len(roles.backbone.lora_targets)
+
+
+@pytest.mark.parametrize("checkpointing, compiled", [(False, False), (True, False), (True, True)])
+def test_gradients_survive_the_other_roles(cache, checkpointing, compiled, monkeypatch):
+    """A teacher and a fake pass between the generator's forward and backward change no bit of its gradient."""
+    compile_net, gradients = nn.Module.compile, []              # aot_eager needs no C++ compiler
+    monkeypatch.setattr(nn.Module, "compile", lambda net: compile_net(net, backend="aot_eager"))
+    for between in ((), ("teacher", "fake")):
+        roles, x, t, cond, _ = tiny_roles(cache, checkpointing=checkpointing, compile=compiled)
+        roles.nets["generator"].train()                         # diffusers checkpoints whenever gradients are on
+        shake(roles, "generator")
+        shake(roles, "fake", 1)
+        v = roles.velocity("generator", x, t, cond)
+        with torch.no_grad():
+            for role in between:
+                roles.velocity(role, x, t, cond)
+        v.square().mean().backward()
+        gradients.append([p.grad for p in roles.parameters("generator")])
+        assert all(p.grad is None for p in roles.parameters("fake"))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+    assert sum(bool(a.any()) for a in gradients[0]) >= len(gradients[0]) - 2    # the last block drops a text query
+    if checkpointing:
+        plain = tiny_roles(cache)[0]
+        shake(plain, "generator")
+        plain.velocity("generator", x, t, cond).square().mean().backward()
+        pairs = zip(gradients[0], plain.parameters("generator"))
+        assert all(torch.allclose(a, p.grad, rtol=1e-4, atol=1e-7) for a, p in pairs)
+
+
+def test_everything_that_learns_is_fp32_over_a_bf16_base(small_sd3_world, tmp_path):
+    """DEPARTURE 14: adapters, Adam's moments, the average and the checkpoint."""
+    common, _ = small_sd3_world
+    run = prepared([*common, "--dtype", "bf16", "--out", str(tmp_path), "--iterations", "1"])
+    rtdmd.stage1(run)
+    teacher = run.roles.nets["teacher"].named_parameters()
+    assert {p.dtype for n, p in teacher if "lora" not in n} == {torch.bfloat16}
+    learnt = [p for role in run.optimizers for p in run.roles.parameters(role)]
+    states = [state for optimizer in run.optimizers.values() for state in optimizer.state.values()]
+    moments = [m for state in states for m in state.values()]
+    assert len(moments) == 3 * len(learnt) and {p.dtype for p in [*learnt, *moments, *run.ema]} == {torch.float32}
+    assert {p.dtype for p in state_of(tmp_path / "stage1").values()} == {torch.float32}
+
+
+# ---- Numbers that are none
+
+def spoil(name, when, value=math.nan):
+    """A function of rtdmd.py whose result is multiplied by value wherever `when()` is true."""
+    original = getattr(rtdmd, name)
+    return lambda *args, **options: original(*args, **options) * (value if when() else 1.0)
+
+
+SOURCES = {                 # what the log names: function, which adapter is left alone, stage
+    "dm": ("dmd_loss", "generator", 1), "dsm": ("ambient_dsm_loss", "fake", 1),
+    "consistency": ("reverse_step", "fake", 1), "reward_attributes": ("score", "generator", 2),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_number_that_is_none_skips_the_step(source, value, flags, tmp_path, monkeypatch, capfd):
+    """nan or inf skips one adapter's update and is counted; the other goes on, no weight is spoilt."""
+    name, role, stage = SOURCES[source]
+    rows = tmp_path / f"run/stage{stage}/metrics.jsonl"
+    in_the_second = lambda: rows.exists() and rows.read_text().count("\n") == 1
+    monkeypatch.setattr(rtdmd, name, spoil(name, in_the_second, value))
+    rtdmd.main(flags(stage, "--watch", ""))
+    text = capfd.readouterr().err
+    assert re.search(f"Iteration 2: the {role}'s gradient is not finite .*{source}.* is skipped", text)
+    first, second, third = (state_of(tmp_path / f"run/stage{stage}/checkpoint-{n:06d}") for n in (1, 2, 3))
+    assert all(p.isfinite().all() for p in third.values())
+    for kind, of in (("generator.", "generator"), ("ema.", "generator"), ("adam.generator.", "generator"),
+                     ("fake.", "fake"), ("adam.fake.", "fake")):
+        moved = lambda a, b: any(not torch.equal(p, b[n]) for n, p in a.items() if n.startswith(kind))
+        assert moved(first, second) is (of != role) and moved(second, third), kind
+    assert [row["skipped"] for row in rows_of(rows.parent)] == [0, 1, 1]
+
+
+def nan_on_rank_1(output):
+    """Before a run: rank 1's matching loss is nan in the second iteration."""
+    rows = output.parents[1] / "run/stage1/metrics.jsonl"
+    rtdmd.dmd_loss = spoil("dmd_loss", lambda: rtdmd.dist_info()[0] == 1 and rows.read_text().count("\n") == 1)
+
+
+def test_all_processes_skip_together(flags, tmp_path):
+    """A nan on one rank skips the update on all, or their weights would part."""
+    assert finish(start(flags(1), tmp_path / "log", 2, "nan_on_rank_1")) == [0, 0]
+    text = (tmp_path / "log/rank-0").read_text()
+    assert re.search("Iteration 2: the generator's gradient is not finite .dm.; ", text)
+    assert [row["skipped"] for row in rows_of(tmp_path / "run/stage1")] == [0, 1, 1]
+
+
+@pytest.mark.parametrize("name, stage", [("dmd_loss", 1), ("score", 2), ("ambient_dsm_loss", 1)])
+def test_a_run_without_numbers_stops(name, stage, flags, tmp_path, monkeypatch, capfd):
+    """Although the other adapter goes on well in between."""
+    monkeypatch.setattr(rtdmd, name, spoil(name, lambda: True))
+    argv = flags(stage, "--max_bad_steps", 2, "--watch", "")
+    text = refused(capfd, argv, "2 updates of the .* in a row were not finite", code=1)
+    assert {"dmd_loss": "(dm)", "score": "reward_attributes", "ambient_dsm_loss": "(dsm)"}[name] in text
+
+
+# ---- Checkpoints and resuming
+
+FILES = [rtdmd.LORA_FILE, "state/state.safetensors", "state/run.json", "state/manifest.json"]
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[-9] ^= 1
+    path.write_bytes(data)
+
+
+def names_in(folder):
+    """Names of a stage's checkpoints, newest first."""
+    return [path.name for path in rtdmd.list_checkpoints(folder)]
+
+
+@pytest.fixture(scope="session")
+def four(cache, tmp_path_factory):
+    """A stage 1 of four iterations, never stopped."""
+    out = tmp_path_factory.mktemp("four")
+    rtdmd.main(small_flags(1, cache, None, out, "--iterations", 4))
+    return out / "stage1"
+
+
+def stop_after(monkeypatch, iteration, number=signal.SIGTERM):
+    """The run gets a signal while this iteration ends."""
+    original = rtdmd.record
+
+    def record(run, row):
+        if run.done == iteration:
+            os.kill(os.getpid(), number)
+        return original(run, row)
+
+    monkeypatch.setattr(rtdmd, "record", record)
+
+
+@pytest.mark.parametrize("stage, iteration", [(1, 1), (1, 2), (2, 1), (2, 2)])
+def test_a_stopped_run_goes_on_bit_for_bit(stage, iteration, flags, tmp_path, monkeypatch):
+    """SIGTERM saves, and the same command ends with the bits of a run that was left alone."""
+    rtdmd.main(flags(stage, "--out", tmp_path / "whole"))
+    stop_after(monkeypatch, iteration)
+    rtdmd.main(flags(stage, "--save_every", 50))                    # SIGTERM: returns, having saved
+    assert names_in(tmp_path / f"run/stage{stage}") == [f"checkpoint-{iteration:06d}"]
+    monkeypatch.undo()
+    with open(tmp_path / f"run/stage{stage}/metrics.jsonl", "a") as file:
+        file.write('{"iteration": 3, "dm": 1.0, "seconds": 1.0}\n{"iteration": 4, "d')     # what a kill leaves
+    rtdmd.main(flags(stage))
+    same(tmp_path / f"whole/stage{stage}", tmp_path / f"run/stage{stage}")
+    state = state_of(tmp_path / f"run/stage{stage}")
+    assert {n.split(".")[0] for n in state} == {"generator", "fake", "ema", "adam"}
+    assert all(p.dtype == torch.float32 for p in state.values())
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", [cut, Path.unlink, flip])
+def test_a_damaged_newest_checkpoint_is_passed_over(name, damage, begun, four, flags, tmp_path, capfd):
+    """Cut, lost or altered: the run goes on from the one before, to the same bits."""
+    shutil.copytree(begun, tmp_path / "run")
+    damage(tmp_path / "run/stage1/checkpoint-000003" / name)
+    rtdmd.main(flags(1, "--iterations", 4, "--keep", 1))
+    text = capfd.readouterr().err
+    assert re.search(r"checkpoint-000003 is damaged.*older", text)
+    assert "Resumed" in text and "2 iterations are done" in text
+    assert bytes_differing(state_of(tmp_path / "run/stage1"), state_of(four)) == 0
+    assert names_in(tmp_path / "run/stage1") == ["checkpoint-000004"]
+
+
+def test_a_damaged_newer_one_does_not_push_out_the_whole_one(begun, flags, tmp_path, monkeypatch):
+    """--keep 1, and the run ends before it reaches the damaged number again."""
+    shutil.copytree(begun, tmp_path / "run")
+    cut(tmp_path / "run/stage1/checkpoint-000003" / FILES[1])
+    shutil.rmtree(tmp_path / "run/stage1/checkpoint-000002")
+    stop_after(monkeypatch, 2)
+    rtdmd.main(flags(1, "--keep", 1))
+    assert rtdmd.find_checkpoint(tmp_path / "run/stage1").name == "checkpoint-000002"
+
+
+def test_checkpoints_are_kept_by_number(flags, tmp_path):
+    """--keep leaves the newest, nothing half written; a folder of another name is none of them."""
+    rtdmd.main(flags(1, "--iterations", 5, "--keep", 2))
+    (tmp_path / "run/stage1/checkpoint-best").mkdir()
+    assert names_in(tmp_path / "run/stage1") == ["checkpoint-000005", "checkpoint-000004"]
+    assert not [p for p in tmp_path.rglob("*.partial")]
+
+
+def test_a_changed_setting_is_refused_with_the_differences(begun, flags, tmp_path, capfd):
+    """One sentence, nothing written; --force_resume goes on all the same."""
+    shutil.copytree(begun, tmp_path / "run")
+    before = snapshot(tmp_path)
+    text = refused(capfd, flags(1, "--gamma", .5, "--lr", 1e-4, "--keep", 3), "other settings")
+    assert "gamma 0.01 -> 0.5; " in text and "lr 0.001 -> 0.0001)" in text and "keep" not in text
+    prompts = written(tmp_path, "p.txt", "a red circle\n")
+    refused(capfd, flags(1, "--prompts", prompts), "prompts '24 prompts, .*' -> '1 prompts")
+    assert before == {n: v for n, v in snapshot(tmp_path).items() if n != "p.txt"}
+    rtdmd.main(flags(1, "--gamma", .5, "--force_resume", "--iterations", 4))
+    assert rows_of(tmp_path / "run/stage1")[-1]["iteration"] == 4
+
+
+def test_a_checkpoint_of_another_version(begun, flags, tmp_path, capfd):
+    """Whole by its digests, and yet without what is asked for."""
+    shutil.copytree(begun, tmp_path / "run")
+    for content in ("{}", "[]", '{"config": 3, "prompts": 4}', '{"config": {}, "prompts": "?"}'):
+        for folder in rtdmd.list_checkpoints(tmp_path / "run/stage1"):
+            (folder / FILES[2]).write_text(content)
+            (folder / FILES[3]).write_text(json.dumps(rtdmd.digests(folder)))
+        refused(capfd, flags(1), "not of this version|other settings")
+    refused(capfd, flags(1, "--force_resume"), "not of this version.*iteration")
+    for content in ("[]", "[1]", '"x"', "{}", '{"other": 1}'):
+        (tmp_path / "run/stage1/checkpoint-000003" / FILES[3]).write_text(content)
+        assert rtdmd.find_checkpoint(tmp_path / "run/stage1").name == "checkpoint-000002"
+
+
+def test_stage_2_resumes_without_stage_1(begun, flags, tmp_path):
+    """A checkpoint of stage 2 is whole by itself."""
+    shutil.copytree(begun, tmp_path / "init")
+    rtdmd.main([*flags(2), "--init", str(tmp_path / "init/stage1"), "--iterations", "1"])
+    shutil.rmtree(tmp_path / "init")
+    rtdmd.main([*flags(2), "--init", str(tmp_path / "init/stage1"), "--iterations", "2"])
+    assert rows_of(tmp_path / "run/stage2")[-1]["iteration"] == 2
+
+
+# ---- Faults
+
+def wait_for(path, processes=(), limit=60):
+    end = time.monotonic() + limit
+    while not (path.exists() and path.stat().st_size):
+        assert time.monotonic() < end and all(p.is_alive() for p in processes), f"no {path}"
+        time.sleep(0.02)
+
+
+def slow(output, seconds=0.25):
+    """Before a run: iterations take a while."""
+    original = rtdmd.record
+
+    def record(run, row):
+        text = original(run, row)
+        time.sleep(seconds)
+        return text
+
+    rtdmd.record = record
+
+
+def very_slow(output):
+    slow(output, 60)
+
+
+def test_two_runs_on_one_folder(flags, tmp_path, capfd):
+    """The second is refused for as long as the first holds the lock."""
+    processes = start(flags(1), tmp_path / "log", before="slow")
+    wait_for(tmp_path / "run/stage1/metrics.jsonl", processes)
+    refused(capfd, flags(1), "Another run is writing")
+    assert finish(processes) == [0]
+    rtdmd.main(flags(1, "--iterations", 4))                    # the lock went with the process, and goes with main
+    rtdmd.main(flags(1, "--iterations", 5))
+    assert len(rows_of(tmp_path / "run/stage1")) == 5
+
+
+@pytest.mark.parametrize("numbers, world", [([signal.SIGTERM], 1), ([signal.SIGINT], 1), ([signal.SIGTERM] * 2, 1),
+                                            ([signal.SIGTERM], 2)])
+def test_a_signal_ends_the_run_with_a_checkpoint(numbers, world, flags, tmp_path):
+    """A second SIGTERM changes nothing: a cluster signals everybody, and torchrun passes it on."""
+    folder = tmp_path / "run/stage1"
+    processes = start(flags(1, "--iterations", 100, "--save_every", 100), tmp_path / "log", world, "slow")
+    wait_for(folder / "metrics.jsonl", processes)
+    for number in numbers:
+        os.kill(processes[-1].pid, number)                   # of two processes the second alone: both end together
+        time.sleep(0.05)
+    assert finish(processes) == [0] * world
+    rows = rows_of(folder)
+    assert rtdmd.find_checkpoint(folder).name == f"checkpoint-{len(rows):06d}" and len(rows) < 10
+    assert "Stopped by a signal" in (tmp_path / "log/rank-0").read_text()
+
+
+def test_a_second_interrupt_ends_at_once(flags, tmp_path):
+    """Ctrl-C twice does not wait for the iteration to end."""
+    processes = start(flags(1), tmp_path / "log", before="very_slow")
+    wait_for(tmp_path / "run/stage1/metrics.jsonl", processes)
+    for _ in range(2):
+        os.kill(processes[0].pid, signal.SIGINT)
+        time.sleep(0.1)
+    assert finish(processes, 5) == [-signal.SIGINT]
+
+
+def die_in_the_second(output):
+    """Before a run: rank 1 is killed in its second iteration, unless it was before."""
+    original, marker = rtdmd.update_ema, output.with_suffix(".died")
+
+    def update_ema(run):
+        if run.done == 1 and rtdmd.dist_info()[0] == 1 and not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        original(run)
+
+    rtdmd.update_ema = update_ema
+
+
+def test_one_rank_that_dies_ends_the_others(flags, tmp_path):
+    """None waits for ever, and a restart goes on from the last checkpoint."""
+    codes = finish(start(flags(1), tmp_path / "log", 2, "die_in_the_second"), 30)
+    assert codes[1] == -signal.SIGKILL and codes[0] not in (0, None)
+    assert rtdmd.find_checkpoint(tmp_path / "run/stage1").name == "checkpoint-000001"
+    assert finish(start(flags(1), tmp_path / "log", 2)) == [0, 0]                    # what torchrun's restart does
+    assert len(rows_of(tmp_path / "run/stage1")) == 3
+
+
+@contextlib.contextmanager
+def quota(size):
+    """No file may grow beyond size bytes: writes fail as on a full disk."""
+    kept = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, kept[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, kept)
+
+
+@pytest.mark.parametrize("size", [60_000, 260_000])      # too small for the copy of the source, for the checkpoint
+def test_a_full_disk(size, flags, tmp_path, capfd):
+    """What was saved stays as it was; with room again the run ends with the same bits."""
+    rtdmd.main(flags(1, "--sample_every", 1, "--out", tmp_path / "whole"))
+    rtdmd.main(flags(1, "--sample_every", 1, "--iterations", 1))
+    kept = tmp_path / "run/stage1/checkpoint-000001"
+    assert (kept / FILES[1]).stat().st_size > 260_000 > Path(rtdmd.__file__).stat().st_size > 60_000
+    before = snapshot(kept)
+    with quota(size):
+        refused(capfd, flags(1, "--sample_every", 1), "Cannot write .*: make room")
+    assert before == snapshot(kept) and rtdmd.list_checkpoints(tmp_path / "run/stage1") == [kept]
+    assert not [p for p in tmp_path.rglob(".*.partial") if p.is_file()]
+    rtdmd.main(flags(1, "--sample_every", 1))
+    same(tmp_path / "whole/stage1", tmp_path / "run/stage1")
+
+
+def test_folders_that_cannot_be_written(flags, tmp_path, capfd, monkeypatch):
+    """A file in the way, too long a name, no permission: one sentence, and nothing left behind."""
+    file = Path(written(tmp_path, "file", "x"))
+    refused(capfd, flags(1, "--out", file / "run"), "Not a directory: .*run.*choose another folder")
+    refused(capfd, flags(1, "--out", "/proc/run"), "/proc/run")
+    refused(capfd, flags(1, "--out", tmp_path / ("x" * 300)), "File name too long")
+    refused(capfd, flags(1, "--cache", file), "Cannot write|Not a directory")
+
+    def read_only(path, *args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "mkdir", read_only)               # root may write anywhere, so the refusal is played
+    refused(capfd, flags(1), "Permission denied: .*run.*choose another folder")
+    file.unlink()
+    assert nothing_in(tmp_path)
+
+
+def test_truncated_caches(cache, flags, tmp_path, capfd):
+    """A text embedding is made anew; a tiny world takes minutes, so its owner decides."""
+    shutil.copytree(cache, tmp_path / "cache")
+    rtdmd.main(flags(1, "--cache", tmp_path / "cache", "--sample_every", 1, "--iterations", 1))
+    for path in (tmp_path / "cache/text").rglob("*.safetensors"):
+        cut(path)
+    rtdmd.main(flags(1, "--cache", tmp_path / "cache", "--sample_every", 1))
+    rtdmd.main(flags(1, "--sample_every", 1, "--out", tmp_path / "whole"))
+    same(tmp_path / "run/stage1", tmp_path / "whole/stage1")
+    cut(tmp_path / "cache/tiny-1.safetensors")
+    refused(capfd, flags(1, "--cache", tmp_path / "cache"), "tiny-1.safetensors is damaged.*delete")
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# 10. Command line
+# -----------------------------------------------------------------------------------------------------------------
+
+WRONG = [line.split(" | ") for line in r"""
+1 --stage 3 | unknown: take one of 1, 2
+1 --stage two | invalid int
+1 --stage | expected one argument
+1 --model sdxl | --model sdxl is unknown
+1 --model | expected one argument
+1 --recipe mine | --recipe mine is unknown
+1 --iteration 3 | unrecognized arguments
+1 --leraning_rate 3 | unrecognized arguments
+1 extra | unrecognized arguments: extra
+1 --no_det=1 | ignored explicit argument
+1 --seed 1.5 | invalid int
+1 --seed -1 | at least 0
+1 --iterations -5 | at least 1
+1 --eta 1.5 | at most 1
+1 --eta -.1 | at least 0
+1 --eta nan | finite
+1 --gamma inf | finite
+1 --gamma -1 | at least 0
+1 --lr -1 | at least 0
+1 --lr fast | invalid float
+1 --lr_fake nan | finite
+1 --grad_clip 0 | above 0
+1 --clip 0 | above 0
+1 --delta 0 | above 0
+1 --delta 2 | at most 1
+1 --ema 1.01 | at most 1
+1 --steps 1 | at least 2
+1 --batch 7 | multiple of --steps
+1 --batch 0 | at least 1
+1 --fake_updates -1 | at least 1
+1 --micro_batch 0 | at least 1
+1 --keep 0 | at least 1
+1 --save_every 0 | at least 1
+1 --sample_every 0 | at least 1
+1 --max_bad_steps 0 | at least 1
+1 --max_prompts 0 | at least 1
+1 --tiny_steps 0 | at least 1
+1 --lora_rank 0 | at least 1
+1 --lora_alpha 0 | at least 1
+1 --resolution 0 | at least 8
+1 --weight_decay -.1 | at least 0
+1 --guidance nan | finite
+1 --dtype fp16 | take one of 'bf16', 'fp32'
+1 --dtype float | take one of
+1 --device tpu | unknown: take cuda, cpu
+1 --device meta | only counts
+1 --kernel gauss | take one of 'posterior', 'cps'
+1 --renoise yes | take one of
+1 --advantage_std batch | take one of
+1 --watch nonsense | no reward is called 'nonsense'
+1 --rewards nonsense | no reward is called 'nonsense'
+2 --rewards attributes=0 | other than 0
+2 --rewards attributes=x | finite number
+2 --rewards attributes,attributes | no name named twice
+2 --rewards no_such_module:score | No module
+2 --group_size 1 | at least 2
+2 --groups 0 | at least 1
+2 --subset_size 0 | at least 1
+2 --subset_size 4 | only 3
+2 --std_floor -1 | at least 0
+2 --inner_epochs 0 | at least 1
+2 --eta 0 | no stochastic step
+2 --no_policy --no_det --no_dmd | nothing to train
+2 --lora_rank 8 | lora_rank 4 -> 8
+2 --lora_alpha 8 | lora_alpha 4 -> 8
+2 --init TMP/nothing | No stage-1 checkpoint
+2 --init TMP/file | No stage-1 checkpoint
+2 --init TMP/cut/checkpoint-000003 | No stage-1 checkpoint
+2 --init TMP/other | model 'sd3m' -> 'tiny'
+2 --init TMP/bare | not of this version
+1 --out TMP/file/run | Not a directory
+1 --prompts TMP/nothing.txt | cannot be read|No such file
+1 --prompts TMP | cannot be read|none of .txt|Is a directory
+1 --prompts TMP/empty.txt | holds no prompt
+1 --prompts TMP/latin.txt | line 2
+1 --prompts TMP/nul.txt | line 2.*NUL
+1 --prompts TMP/long.txt | up to 20,000
+1 --prompts TMP/broken.jsonl | line 1
+1 --prompts TMP/sentence.txt | tiny world (does not know|cannot draw)
+1 --prompts TMP/what.docx | none of .txt
+1 SD3 --pretrained TMP/nothing | neither in .* nor on the hub
+1 SD3 --pretrained TMP/cut | model_index.json of .* is neither in
+""".strip().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def wrong_files(begun, tmp_path_factory):
+    root = tmp_path_factory.mktemp("wrong")
+    contents = {"file": "x", "good.txt": "a cat\n", "empty.txt": "\n \n", "latin.txt": b"a red circle\nna\xefve\n",
+                "nul.txt": b"a red circle\na\x00\n", "long.txt": "x" * 1_000_000, "broken.jsonl": '{"prompt": \n',
+                "sentence.txt": "a cat\n", "what.docx": "x"}
+    for name, content in contents.items():
+        written(root, name, content)
+    shutil.copytree(begun / "stage1", root / "cut")
+    cut(root / "cut/checkpoint-000003" / FILES[1])
+    for name, edit in (("other", lambda saved: saved["config"].update(model="sd3m")), ("bare", dict.clear)):
+        folder = root / name / "checkpoint-000003"
+        shutil.copytree(begun / "stage1/checkpoint-000003", folder)
+        saved = json.loads((folder / FILES[2]).read_text())
+        edit(saved)
+        (folder / FILES[2]).write_text(json.dumps(saved))
+        (folder / FILES[3]).write_text(json.dumps(rtdmd.digests(folder)))
+    return root
+
+
+@pytest.mark.parametrize("line, words", WRONG, ids=[line for line, _ in WRONG])
+def test_wrong_input_is_one_sentence(line, words, flags, wrong_files, cache, tmp_path, capfd):
+    """Exit code 2 and the remedy; no file is written or changed."""
+    sd3 = f"--model sd3m --resolution 64 --prompts TMP/good.txt --rewards {Path(__file__).stem}:mean_colour"
+    stage, *more = line.replace("SD3", sd3).replace("TMP", str(wrong_files)).split()
+    before = snapshot(wrong_files), snapshot(cache)
+    refused(capfd, flags(int(stage), *more), words)
+    assert before == (snapshot(wrong_files), snapshot(cache)) and nothing_in(tmp_path)
+
+
+def test_other_wrong_input(flags, tmp_path, capfd, monkeypatch):
+    """The same for no stage 1 at all, empty values, no GPU and groups that do not split."""
+    argv = ["--stage", "2", "--device", "cpu", "--out", str(tmp_path / "none")]
+    refused(capfd, argv, "No stage-1 checkpoint at .*none/stage1")
+    refused(capfd, flags(2, "--rewards", ""), "write name=weight|no name")
+    refused(capfd, flags(1, "--prompts", ""), "none of .txt|cannot be read|Is a directory")
+    if not torch.cuda.is_available():
+        refused(capfd, flags(1, "--device", "cuda"), "sees 0 here")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    refused(capfd, flags(2), "--groups 4 does not split over 3 processes: take 6")
+    assert nothing_in(tmp_path)
+
+
+@pytest.mark.parametrize("options", [rtdmd.Config, ev.Flags])
+def test_torchrun_does_not_swallow_a_flag(options):
+    """torchrun takes a script's flag for an abbreviation of its own if it can: --run was its --run-path."""
+    from torch.distributed.run import get_args_parser
+    theirs = [name for action in get_args_parser()._actions for name in action.option_strings]
+    ours = [f"--{field.name}" for field in dataclasses.fields(options)]
+    assert not [(a, b) for a in ours for b in theirs if b.startswith(a)]
+
+
+def test_out_of_memory_names_the_knob(monkeypatch, capsys):
+    """A full GPU ends the run with --micro_batch in its sentence."""
+    def full(cfg):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(rtdmd, "prepare", full)
+    with pytest.raises(SystemExit) as stop:
+        rtdmd.main(["--dry_run", "1", "--device", "cpu", "--micro_batch", "8"])
+    assert stop.value.code == 1 and "--micro_batch" in capsys.readouterr().err
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# Appendix. The tiny world
+# -----------------------------------------------------------------------------------------------------------------
+
+def test_tiny_captions_are_disjoint_and_parse():
+    """66 captions are kept from all training; "a below b" is the picture of "b above a"."""
+    train, held_out = rtdmd.tiny_captions(), rtdmd.tiny_captions(held_out=True)
+    assert (len(train), len(held_out), len(set(train) & set(held_out))) == (474, 66, 0)
+    below = rtdmd.parse_caption("a red circle below a blue square")
+    above = rtdmd.parse_caption("a blue square above a red circle")
+    assert torch.equal(below[1], above[1]) and not torch.equal(below[0], above[0])
+    assert rtdmd.parse_caption("a red circle")[1].tolist() == [0, 0, 0, -1, -1]
+    three = "a red circle above a blue square above a red circle"
+    for bad in ("a pink circle", "a red circle above", three, "circle"):
+        with pytest.raises(rtdmd.UsageError, match="cannot draw"):
+            rtdmd.parse_caption(bad)
+
+
+def test_tiny_judge_learns_and_scores():
+    """100 updates teach a judge layouts and colours; only its soft score is differentiable."""
+    torch.manual_seed(0)
+    judge = rtdmd.train_tiny_judge(rtdmd.TinyJudge(16, torch.nn.ReLU), "judge", 100, seed=0)
+    captions = rtdmd.tiny_captions()[12:212]
+    images = (rtdmd.render(captions, rng(1)) / 2 + 0.5).requires_grad_()
+    soft, strict = rtdmd.judge_scores(judge, images, captions)
+    wrong = rtdmd.judge_scores(judge, images, captions[1:] + captions[:1])[0]
+    assert soft.mean() > wrong.mean() + 0.5 and set(strict.unique().tolist()) <= {0.0, 1.0} and strict.mean() > 0.2
+    assert (soft <= 0).all() and (soft >= -4).all()
+    assert torch.autograd.grad(soft.sum(), images)[0].abs().sum() > 0
+    assert rtdmd.TinyReward("strict", judge, 1).differentiable is False
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# eval.py: metrics
+# -----------------------------------------------------------------------------------------------------------------
+
+# ---- Names, files, the table
+
+def test_metric_table_is_complete():
+    """Every metric of the paper's tables with its column, scale, licence and repository."""
+    assert list(ev.METRICS) == ["clipscore", "aesthetic", "pickscore", "hpsv2", "imagereward", "hpsv3",
+                                "geneval", "geneval2", "ocr"]
+    for name, row in ev.METRICS.items():
+        assert {"column", "scale", "licence", "repo"} <= set(row), name
+        if "scorer" in row:
+            assert row["scorer"].name == name
+            assert row["scorer"].differentiable == (name in ("aesthetic", "imagereward"))
+    with pytest.raises(rtdmd.UsageError, match="clipscore"):
+        ev.load_metric("clip", settings())
+
+
+def test_parse_rewards():
+    """name=weight,... with 1 as the weight that is not named; negative ones and user's modules."""
+    assert ev.parse_rewards("hpsv2=1, clipscore=.5,my_module:score=2,pickscore", ()) == [
+        ("hpsv2", 1.), ("clipscore", .5), ("my_module:score", 2.), ("pickscore", 1.)]
+    assert ev.parse_rewards("judge=-1e-1", extra={"judge": None}) == [("judge", -.1)]
+
+
+@pytest.mark.parametrize("text, words", [
+    ("", "write name=weight"), ("hpsv2=1,", "write name=weight"), ("=2", "write name=weight"),
+    ("hpsv2=x", "hpsv2=x"), ("hpsv2=", "finite"), ("hpsv2=1,hpsv2=2", "twice"), ("hpsv2=0", "other than 0"),
+    ("hpsv2=nan", "finite"), ("hpsv2=inf", "finite"), ("hpsv9=1", "hpsv9.*hpsv2")])
+def test_parse_rewards_complains(text, words):
+    """Each mistake in --rewards has its own words."""
+    with pytest.raises(rtdmd.UsageError, match=words):
+        ev.parse_rewards(text)
+
+
+def test_missing_files_are_one_sentence(tmp_path):
+    """It names the file, where it was looked for, and --weights_dir."""
+    cfg = settings(tmp_path)
+    missing = {"hpsv2": "HPS_v2.1_compressed.pt", "imagereward": "ImageReward.pt", "hpsv3": "hpsv3",
+               "aesthetic": "model.safetensors", "clipscore": "config.json", "pickscore": "config.json",
+               "geneval": "config.json", "geneval2": "config.json", "ocr": "preprocessor_config.json"}
+    assert set(missing) == set(ev.METRICS)
+    for name, file in missing.items():
+        with pytest.raises(rtdmd.UsageError) as caught:
+            ev.load_metric(name, cfg)
+        text = str(caught.value)
+        assert file in text and str(tmp_path) in text and "weights_dir" in text and "\n" not in text, text
+
+
+def load(name, folder, prompts=None):
+    return ev.load_metric(name, settings(folder, prompts))
+
+
+# ---- Aesthetic
+
+def head_state(prefix):
+    sizes = {0: (1024, 768), 2: (128, 1024), 4: (64, 128), 6: (16, 64), 7: (1, 16)}
+    return {f"{prefix}{i}.{part}": torch.randn(shape if part == "weight" else shape[:1]) * .1
+            for i, shape in sizes.items() for part in ("weight", "bias")}
+
+
+def test_aesthetic_is_affine_in_the_unit_embedding():
+    """Against its five layers written out; a head that lacks a bias is refused."""
+    clip = clip_net(768).eval()
+    state = head_state("layers.")
+    scorer = ev.Aesthetic(clip, ev.score_head(state, "layers."))
+    images = torch.rand(2, 3, 50, 40)
+    with torch.no_grad():
+        text = dict(input_ids=torch.tensor([[1, 63]]))
+        e = clip(pixel_values=rtdmd.square_crop(images), **text).image_embeds     # transformers: of unit length
+        for i in (0, 2, 4, 6, 7):
+            e = e @ state[f"layers.{i}.weight"].T + state[f"layers.{i}.bias"]
+        torch.testing.assert_close(scorer(images), e[:, 0], atol=1e-5, rtol=1e-5)
+    del state["layers.4.bias"]
+    with pytest.raises(RuntimeError, match="4.bias"):
+        ev.score_head(state, "layers.")
+
+
+def test_load_aesthetic(tmp_path):
+    """From the hub copy's safetensors and from LAION's own file: the same scores."""
+    from safetensors.torch import save_file
+    clip_net(768).save_pretrained(tmp_path / "clip-vit-large-patch14")
+    state = head_state("layers.")
+    (tmp_path / "sac-logos-ava1-l14-linearMSE").mkdir()
+    save_file(state, tmp_path / "sac-logos-ava1-l14-linearMSE" / "model.safetensors")
+    images = torch.rand(2, 3, 30, 30)
+    scores = load("aesthetic", tmp_path)(images)
+    (tmp_path / "sac-logos-ava1-l14-linearMSE" / "model.safetensors").unlink()
+    torch.save(state, tmp_path / "sac+logos+ava1-l14-linearMSE.pth")
+    assert torch.equal(scores, load("aesthetic", tmp_path)(images))
+
+
+# ---- ImageReward
+
+VISION = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+TEXT = dict(vocab_size=50, hidden_size=768, intermediate_size=32, num_hidden_layers=2)
+
+
+def imagereward_state():
+    """ImageReward.pt at small size: the original's names (timm's ViT, BLIP's med.py) and random values."""
+    torch.manual_seed(0)
+    shapes = {"visual_encoder.cls_token": (1, 1, 32), "visual_encoder.pos_embed": (1, 197, 32),
+              "visual_encoder.patch_embed.proj.weight": (32, 3, 16, 16),
+              "visual_encoder.patch_embed.proj.bias": (32,),
+              "text_encoder.embeddings.word_embeddings.weight": (50, 768),
+              "text_encoder.embeddings.position_embeddings.weight": (512, 768),
+              "vision_proj.weight": (8, 32), "text_proj.weight": (8, 768)}   # the last two: to be left out
+
+    def linear(name, out, into):
+        shapes.update({f"{name}.weight": (out, into), f"{name}.bias": (out,)})
+
+    def norm(name, width):
+        shapes.update({f"{name}.weight": (width,), f"{name}.bias": (width,)})
+
+    norm("visual_encoder.norm", 32)
+    norm("text_encoder.embeddings.LayerNorm", 768)
+    parts = {"attn.qkv": (96, 32), "attn.proj": (32, 32), "mlp.fc1": (64, 32), "mlp.fc2": (32, 64)}
+    for i in range(2):
+        block = f"visual_encoder.blocks.{i}"
+        for part, size in parts.items():
+            linear(f"{block}.{part}", *size)
+        norm(f"{block}.norm1", 32)
+        norm(f"{block}.norm2", 32)
+        layer = f"text_encoder.encoder.layer.{i}"
+        for way, width in (("attention", 768), ("crossattention", 32)):
+            for part, into in (("query", 768), ("key", width), ("value", width)):
+                linear(f"{layer}.{way}.self.{part}", 768, into)
+            linear(f"{layer}.{way}.output.dense", 768, 768)
+            norm(f"{layer}.{way}.output.LayerNorm", 768)
+        linear(f"{layer}.intermediate.dense", 32, 768)
+        linear(f"{layer}.output.dense", 768, 32)
+        norm(f"{layer}.output.LayerNorm", 768)
+    state = {f"blip.{name}": torch.randn(shape) * (.05 if name.startswith("text") else .2)
+             for name, shape in shapes.items()}
+    state.update({name: 1 + tensor for name, tensor in state.items() if name.lower().endswith("norm.weight")})
+    state["blip.text_encoder.embeddings.position_ids"] = torch.arange(512)[None]
+    return {**state, **head_state("mlp.layers.")}
+
+
+class LetterTokenizer:
+    """Stands for BERT's: [CLS] is 1, a letter a token, padded with 0 to max_length."""
+
+    def __call__(self, prompts, padding, max_length, truncation, return_tensors):
+        from transformers import BatchEncoding
+        ids = [([1] + [2 + ord(c) % 40 for c in p])[:max_length] for p in prompts]
+        full = torch.tensor([i + [0] * (max_length - len(i)) for i in ids])
+        return BatchEncoding({"input_ids": full, "attention_mask": (full > 0).long()})
+
+
+def test_imagereward_loads_the_originals_names_strictly():
+    """Each tensor finds its place; one too few or too many is refused."""
+    state = imagereward_state()
+    vision, text, head = ev.ImageReward.networks(state, VISION, TEXT)
+    ours = vision.encoder.layers[1].self_attn.projection.weight
+    assert torch.equal(ours, state["blip.visual_encoder.blocks.1.attn.proj.weight"])
+    assert torch.equal(vision.post_layernorm.weight, state["blip.visual_encoder.norm.weight"])
+    assert torch.equal(head[7].weight, state["mlp.layers.7.weight"])
+    assert vision.post_layernorm.eps == 1e-6 and text.config.num_attention_heads == 12
+    for name in ("visual_encoder.norm.weight", "text_encoder.encoder.layer.1.crossattention.self.key.bias"):
+        lacking = {k: v for k, v in state.items() if k != f"blip.{name}"}
+        with pytest.raises(RuntimeError, match="Missing key"):
+            ev.ImageReward.networks(lacking, VISION, TEXT)
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        ev.ImageReward.networks({**state, "blip.text_encoder.surprise": torch.zeros(1)}, VISION, TEXT)
+
+
+def slow_vit(state, pixels):
+    """timm's ViT forward from ImageReward's own names: what vision.last_hidden_state must be."""
+    def get(name):
+        return state["blip.visual_encoder." + name]
+
+    def norm(x, name):
+        return F.layer_norm(x, (32,), get(name + ".weight"), get(name + ".bias"), 1e-6)
+
+    x = F.conv2d(pixels, get("patch_embed.proj.weight"), get("patch_embed.proj.bias"), stride=16)
+    x = x.flatten(2).mT
+    x = torch.cat([get("cls_token").expand(len(x), -1, -1), x], 1) + get("pos_embed")
+    for i in range(2):
+        b = f"blocks.{i}."
+        qkv = F.linear(norm(x, b + "norm1"), get(b + "attn.qkv.weight"), get(b + "attn.qkv.bias"))
+        q, k, v = qkv.view(len(x), 197, 3, 2, 16).permute(2, 0, 3, 1, 4)
+        mixed = ((q @ k.mT / 4).softmax(-1) @ v).transpose(1, 2).flatten(2)
+        x = x + F.linear(mixed, get(b + "attn.proj.weight"), get(b + "attn.proj.bias"))
+        inner = F.gelu(F.linear(norm(x, b + "norm2"), get(b + "mlp.fc1.weight"), get(b + "mlp.fc1.bias")))
+        x = x + F.linear(inner, get(b + "mlp.fc2.weight"), get(b + "mlp.fc2.bias"))
+    return norm(x, "norm")
+
+
+def test_imagereward_scores():
+    """Against the vision network written out; text padding is not seen, gradients reach the pixels."""
+    state = imagereward_state()
+    vision, text, head = (net.eval() for net in ev.ImageReward.networks(state, VISION, TEXT))
+    scorer = ev.ImageReward(vision, text, head, LetterTokenizer())
+    images = torch.rand(2, 3, 60, 50, requires_grad=True)
+    scores = scorer(images, ["a cat", "a very long prompt"])
+    assert (scores[0] - scores[1]).abs() > .01   # the random networks do tell prompts apart
+    assert scores.shape == (2,) and torch.autograd.grad(scores.sum(), images)[0].abs().sum() > 0
+    with torch.no_grad():
+        seen = slow_vit(state, rtdmd.square_crop(images))
+        ours = vision(pixel_values=rtdmd.square_crop(images)).last_hidden_state
+        torch.testing.assert_close(ours, seen, atol=1e-4, rtol=1e-4)
+        words = torch.tensor([[1] + [2 + ord(c) % 40 for c in "a cat"]])
+        read = text(input_ids=words, encoder_hidden_states=seen[:1])
+        by_hand = (head(read.last_hidden_state[:, 0]) - .16717362830052426) / 1.0333394966054072
+    torch.testing.assert_close(scores[:1], by_hand[:, 0], atol=1e-4, rtol=1e-4)
+
+
+def test_load_imagereward(tmp_path, monkeypatch):
+    """From ImageReward.pt and BERT's words: lower case, [CLS] first, a long prompt cut."""
+    from transformers import BertTokenizer
+    networks = ev.ImageReward.networks
+    monkeypatch.setattr(ev.ImageReward, "networks", staticmethod(lambda state: networks(state, VISION, TEXT)))
+    (tmp_path / "ImageReward").mkdir()
+    torch.save(imagereward_state(), tmp_path / "ImageReward" / "ImageReward.pt")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "fox"]
+    BertTokenizer(vocab={w: i for i, w in enumerate(words)}).save_pretrained(tmp_path / "bert-base-uncased")
+    scorer = load("imagereward", tmp_path)
+    assert scorer.tokenizer("A red fox")["input_ids"] == [2, 5, 6, 7, 3]      # lower case, [CLS] first
+    assert scorer(torch.rand(2, 3, 30, 30), ["a red fox", "a fox " * 40]).isfinite().all()
+
+
+# ---- HPSv3
+
+def tiny_qwen2(vocabulary=60, image=5):
+    from transformers import Qwen2VLConfig
+    text = dict(vocab_size=vocabulary, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+                num_attention_heads=4, num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+                rope_parameters={"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4})
+    vision = dict(depth=1, embed_dim=16, hidden_size=32, num_heads=2, mlp_ratio=2)
+    return Qwen2VLConfig(text_config=text, vision_config=vision, image_token_id=image, video_token_id=6,
+                         vision_start_token_id=7, vision_end_token_id=8)
+
+
+def hpsv3_state(config):
+    """HPSv3.safetensors at small size: transformers 4.45's names, and one token more than the base has."""
+    from transformers import Qwen2VLModel
+    torch.manual_seed(0)
+    config.text_config.vocab_size += 1
+    state = {k.replace("language_model.", "model."): torch.randn(v.shape) * .4
+             for k, v in Qwen2VLModel(config).state_dict().items()}
+    for i, (out, into) in {0: (1024, 32), 3: (16, 1024), 5: (2, 16)}.items():
+        state[f"rm_head.{i}.weight"] = torch.randn(out, into) * .1
+        state[f"rm_head.{i}.bias"] = torch.randn(out)
+    config.text_config.vocab_size -= 1
+    return {**state, "lm_head.weight": torch.randn(config.text_config.vocab_size + 1, 32)}
+
+
+def test_hpsv3_loads_the_originals_names_strictly():
+    """Each tensor finds its place; one too few or too many is refused."""
+    config, state = tiny_qwen2(), hpsv3_state(tiny_qwen2())
+    net, head = ev.HPSv3.networks(dict(state), config, torch.float32)
+    assert torch.equal(net.language_model.embed_tokens.weight, state["model.embed_tokens.weight"])   # 61 rows
+    assert torch.equal(net.visual.blocks[0].attn.qkv.weight, state["visual.blocks.0.attn.qkv.weight"])
+    assert torch.equal(head[5].weight, state["rm_head.5.weight"]) and head[0].weight.dtype == torch.float32
+    for name in ("visual.merger.ln_q.weight", "model.layers.1.mlp.up_proj.weight"):
+        with pytest.raises(rtdmd.UsageError, match="HPSv3.safetensors"):
+            ev.HPSv3.networks({k: v for k, v in state.items() if k != name}, tiny_qwen2(), torch.float32)
+    with pytest.raises(rtdmd.UsageError, match="surprise"):
+        ev.HPSv3.networks({**state, "model.surprise": torch.zeros(1)}, tiny_qwen2(), torch.float32)
+
+
+def hpsv3_inputs():
+    from transformers import Qwen2VLImageProcessor
+    patches = Qwen2VLImageProcessor(size={"shortest_edge": 56 * 56, "longest_edge": 56 * 56})(
+        images=[torch.rand(3, 90, 90), torch.rand(3, 90, 90)], do_rescale=False, return_tensors="pt")
+    ids = torch.tensor([[7, 5, 5, 5, 5, 8, 11, 12, 60, 13], [7, 5, 5, 5, 5, 8, 14, 60, 0, 0]])
+    return ids, (ids > 0).long(), patches["pixel_values"], patches["image_grid_thw"]
+
+
+def test_hpsv3_uses_plain_positions():
+    """Explicit positions 0, 1, 2, .. give the same states; the full model's own multi-axis ones do not."""
+    net, head = (n.eval() for n in ev.HPSv3.networks(hpsv3_state(tiny_qwen2()), tiny_qwen2(), torch.float32))
+    scorer = ev.HPSv3(net, head, None, "", 60)
+    ids, mask, pixels, grid = hpsv3_inputs()
+    with torch.no_grad():
+        scores = scorer.read(ids, mask, pixels, grid)
+
+        def through_the_full_model(positions):
+            states = net(input_ids=ids, attention_mask=mask, pixel_values=pixels, image_grid_thw=grid,
+                         position_ids=positions, mm_token_type_ids=(ids == 5).int()).last_hidden_state
+            return head(states[[0, 1], [8, 7]])[:, 0]
+
+        plain = torch.arange(10).expand(3, 2, -1)
+        torch.testing.assert_close(scores, through_the_full_model(plain), atol=1e-5, rtol=1e-4)
+        assert (scores - through_the_full_model(None)).abs().max() > 1e-3
+        alone = scorer.read(ids[1:, :8], mask[1:, :8], pixels[16:], grid[1:])   # padding is not seen
+    torch.testing.assert_close(scores[1:], alone, atol=1e-5, rtol=1e-4)
+
+
+def test_hpsv3_instruction_is_read_and_not_run(tmp_path):
+    """The question comes from the repository's source, none of which is run."""
+    (tmp_path / "HPSv3").mkdir()
+    (tmp_path / "HPSv3" / "data_collator_qwen.py").write_text(
+        'import a_package_that_is_not_there\nINSTRUCTION = """Rate. Prompt - {text_prompt}"""\n'
+        'prompt_with_special_token = """ <|Reward|>"""\nraise SystemExit\n')
+    cfg = settings(tmp_path)
+    assert ev.hpsv3_instruction(cfg).format(text_prompt="a fox") == "Rate. Prompt - a fox <|Reward|>"
+
+
+def qwen_processor(number):
+    """Qwen2-VL's or Qwen3-VL's real processor, over a tokenizer that knows only bytes and special tokens."""
+    import transformers
+    tokenizer = transformers.Qwen2Tokenizer(vocab={c: i for i, c in enumerate(BYTES)}, merges=[])
+    marks = ("im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"<|{mark}|>" for mark in marks]})
+    template = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.content %}"
+                "{% if c.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c.text }}"
+                "{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+                "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    view = transformers.Qwen2VLImageProcessor(patch_size={2: 14, 3: 16}[number])
+    video = getattr(transformers, f"Qwen{number}VLVideoProcessor")()
+    return getattr(transformers, f"Qwen{number}VLProcessor")(view, tokenizer, video, chat_template=template)
+
+
+def test_hpsv3_through_the_real_processor():
+    """256 image tokens whatever the size, and a score that the padding does not change."""
+    processor = qwen_processor(2)
+    processor.tokenizer.add_special_tokens({"additional_special_tokens": ["<|Reward|>"]})
+    token_id, image_id = processor.tokenizer.convert_tokens_to_ids(["<|Reward|>", "<|image_pad|>"])
+    config = tiny_qwen2(token_id, image_id)
+    net, head = (n.eval() for n in ev.HPSv3.networks(hpsv3_state(config), config, torch.float32))
+    scorer, seen = ev.HPSv3(net, head, processor, "rate {text_prompt} <|Reward|>!", token_id), []
+    read = scorer.read
+    scorer.read = lambda ids, *rest: seen.append(ids) or read(ids, *rest)
+    images = torch.rand(2, 3, 96, 96)
+    scores = scorer(images, ["a", "a longer prompt"])
+    assert [(ids == image_id).sum(1).tolist() for ids in seen] == [[256, 256]]
+    assert "<|vision_end|>rate a <|Reward|>!<|im_end|>" in processor.tokenizer.decode(seen[0][0])
+    torch.testing.assert_close(scores[:1], scorer(images[:1], ["a"]), atol=1e-5, rtol=1e-4)
+
+
+def test_load_hpsv3(tmp_path):
+    """From Qwen2-VL's folder, HPSv3's tensors and the source with its question."""
+    from safetensors.torch import save_file
+    processor = qwen_processor(2)
+    config = tiny_qwen2(len(processor.tokenizer), processor.tokenizer.convert_tokens_to_ids("<|image_pad|>"))
+    for folder in ("Qwen2-VL-7B-Instruct", "HPSv3"):
+        (tmp_path / folder).mkdir()
+    processor.save_pretrained(tmp_path / "Qwen2-VL-7B-Instruct")
+    config.save_pretrained(tmp_path / "Qwen2-VL-7B-Instruct")
+    save_file(hpsv3_state(config), tmp_path / "HPSv3" / "HPSv3.safetensors")
+    (tmp_path / "HPSv3" / "data_collator_qwen.py").write_text(
+        'INSTRUCTION = "rate {text_prompt}"\nprompt_with_special_token = " <|Reward|>"\n')
+    scores = load("hpsv3", tmp_path)(torch.rand(2, 3, 30, 30), ["a", "longer"])
+    assert scores.shape == (2,) and scores.dtype == torch.float32 and scores.isfinite().all()
+
+
+# ---- GenEval
+
+def seen(name, score, box=(0, 0, 10, 10)):
+    mask = torch.zeros(100, 100, dtype=torch.bool)
+    mask[box[1]:box[3], box[0]:box[2]] = True
+    return ev.Detection(ev.COCO.index(name), score, box, mask)
+
+
+def judge(detections, row, colours=None, threshold=.3):
+    """(official, partial, strict) with a stub colour judge: a dict from box to colour name."""
+    def names(found, name):
+        return [(colours or {}).get(d.box, "red") for d in found]
+
+    objects = ev.objects_of(detections, threshold)
+    return (ev.geneval_official(objects, row, names), *ev.geneval_partial(objects, row, names))
+
+
+A, B, C = (0, 0, 10, 10), (50, 0, 60, 10), (0, 50, 10, 60)
+
+
+def test_geneval_single_and_two_objects():
+    """Officially at least as many as asked, strictly as many; partial credit is a mean of terms."""
+    one = {"include": [{"class": "dog", "count": 1}]}
+    two = {"include": [{"class": "dog", "count": 1}, {"class": "tv remote", "count": 1}]}
+    assert judge([seen("dog", .31)], one) == (True, 1, True)
+    assert judge([seen("dog", .3)], one) == (False, 0, False)                        # above .3, not at it
+    assert judge([seen("dog", .9, A), seen("dog", .9, B)], one) == (True, 0, False)   # one too many
+    assert judge([seen("dog", .9), seen("tv remote", .8, B)], two) == (True, 1, True)
+    assert judge([seen("dog", .9)], two) == (False, .5, False)
+    assert judge([seen("dog", .9, (i, 0, i + 5, 5)) for i in range(3)], one)[1] == -1   # may be negative
+
+
+def test_geneval_counting_is_exact_through_exclude():
+    row = {"include": [{"class": "cat", "count": 3}], "exclude": [{"class": "cat", "count": 4}]}
+    cats = [seen("cat", .95, (10 * i, 0, 10 * i + 5, 5)) for i in range(4)]
+    assert judge(cats[:3], row, threshold=.9) == (True, 1, True)
+    assert judge(cats, row, threshold=.9) == (False, 1 - 1 / 3, False)
+    assert judge(cats[:2], row, threshold=.9) == (False, 1 - 1 / 3, False)
+    assert judge(cats[:3] + [seen("cat", .89, B)], row, threshold=.9)[0] is True   # below .9
+
+
+def test_geneval_keeps_sixteen_of_a_class_the_best_first():
+    found = ev.objects_of([seen("cat", .31 + i / 100) for i in range(30)] + [seen("dog", .2)], .3)
+    assert set(found) == {"cat"} and len(found["cat"]) == 16
+    assert [d.score for d in found["cat"]] == sorted((.31 + i / 100 for i in range(14, 30)), reverse=True)
+
+
+def test_geneval_colours_look_at_the_best_objects_only():
+    row = {"include": [{"class": "car", "count": 1, "color": "blue"}]}
+    pair = [seen("car", .9, A), seen("car", .5, B)]
+    assert judge(pair[:1], row, {A: "blue"}) == (True, 1, True)
+    assert judge(pair[:1], row, {A: "green"}) == (False, .5, False)
+    assert judge(pair, row, {A: "green", B: "blue"})[0] is False      # the better one counts
+    assert judge(pair, row, {A: "blue", B: "green"}) == (True, 0, False)   # terms: 1 - 1/1 and 0
+    assert judge([], row) == (False, 0, False)
+
+
+def test_geneval_colour_of_two_objects():
+    """Each object is asked for its own colour: swapped ones are wrong."""
+    row = {"include": [{"class": "car", "count": 1, "color": "blue"},
+                       {"class": "cup", "count": 1, "color": "red"}]}
+    pair = [seen("car", .9, A), seen("cup", .9, B)]
+    assert judge(pair, row, {A: "blue", B: "red"}) == (True, 1, True)
+    assert judge(pair, row, {A: "red", B: "blue"}) == (False, .5, False)   # attributes swapped
+
+
+def test_geneval_position():
+    """The relation is to the anchor: without one its term is 0."""
+    row = {"include": [{"class": "dog", "count": 1},
+                       {"class": "cat", "count": 1, "position": ["right of", 0]}]}
+    assert judge([seen("dog", .9, A), seen("cat", .9, B)], row) == (True, 1, True)
+    assert judge([seen("dog", .9, B), seen("cat", .9, A)], row) == (False, .75, False)   # terms 1, 1, 0, 1
+    assert judge([seen("dog", .9, A), seen("cat", .9, C)], row)[0] is False
+    assert judge([seen("cat", .9, B)], row) == (False, 1 / 3, False)          # no anchor: terms 0, 1, 0
+    assert judge([seen("dog", .9, A)], row) == (False, 1 / 3, False)          # terms 1, 0, 0
+
+
+@pytest.mark.parametrize("box, expected", [
+    ((100, 0, 110, 10), {"right of"}), ((-100, 0, -90, 10), {"left of"}), ((0, -50, 10, -40), {"above"}),
+    ((0, 50, 10, 60), {"below"}), ((50, 50, 60, 60), {"right of", "below"}), ((0, 0, 10, 10), set()),
+    ((2, 0, 12, 10), set()),                # 2 = .1 (10 + 10): nothing is left of the offset
+    ((2.1, 0, 12.1, 10), set()),            # .1 / 2.1 is less than half
+    ((4.1, 0, 14.1, 10), {"right of"}),     # 2.1 / 4.1 is more than half
+    ((30, 100, 40, 110), {"below"}),        # 28 / 104 is less than half
+])
+def test_relations_and_their_margin(box, expected):
+    """GenEval's rule: beyond a tenth of both sizes, and more than half of the way in that direction."""
+    assert ev.relations(box, (0, 0, 10, 10)) == expected
+
+
+def test_colour_is_judged_on_the_masked_crop():
+    """A stub CLIP that sees mean colour: what is around the mask, or outside the box, must not count."""
+    class Mean(nn.Module):
+        palette = dict(zip(ev.COLOURS, torch.tensor([
+            [1, 0, 0], [1, .5, 0], [1, 1, 0], [0, .6, 0], [0, 0, 1], [.5, 0, .5], [1, .6, .7], [.5, .25, 0],
+            [0, 0, 0], [1, 1, 1]])))
+
+        def __init__(self):
+            super().__init__()
+            self.dummy = nn.Parameter(torch.zeros(()))
+
+        def encode_image(self, pixels):
+            rgb = pixels * torch.tensor(rtdmd.CLIP_STD).view(3, 1, 1) + torch.tensor(rtdmd.CLIP_MEAN).view(3, 1, 1)
+            return rgb.mean((2, 3)) - .6   # the grey #999 is the origin
+
+        def encode_text(self, tokens):
+            return torch.stack([self.palette[ev.COLOURS[t]] - .6 for t in tokens])
+
+    def tokenise(texts):
+        assert texts[:3] == [f"a photo of a red{words}" for words in (" car", "-colored car", " object")]
+        return torch.tensor([ev.COLOURS.index(next(c for c in ev.COLOURS if f"a {c}" in t)) for t in texts])
+
+    image = torch.zeros(3, 100, 100)
+    image[1] = .6                                     # green everywhere
+    image[:, 20:40, 20:40] = torch.tensor([0., 0, 1]).view(3, 1, 1)
+    blue = seen("car", .9, (20, 20, 40, 40))
+    wide = ev.Detection(blue.label, .9, (10, 10, 50, 50), blue.mask)   # a wide box around the same mask
+    names = ev.ColourNames(Mean(), tokenise)
+    assert names(image, [blue, wide], "car") == ["blue", "blue"]
+    broad = torch.zeros(3, 100, 300)                  # at the edge: a centre crop of all would miss it
+    broad[2, 20:40, :20] = 1
+    mask = broad[2] > 0
+    assert names(broad, [ev.Detection(2, .9, (0, 20, 20, 40), mask)], "car") == ["blue"]
+    everything = ev.Detection(blue.label, .9, (0, 0, 100, 100), torch.ones(100, 100, dtype=torch.bool))
+    assert names(image, [everything], "car") == ["green"]
+
+
+def slow_instances(class_logits, mask_logits, padded, resized, original):
+    """The detector's steps word by word: every one of the 100 best (query, class) pairs, no shortcut."""
+    full = F.interpolate(mask_logits[None], size=padded, mode="bilinear", align_corners=False)
+    full = full[..., :resized[0], :resized[1]]
+    full = F.interpolate(full, size=original, mode="bilinear", align_corners=False)[0]
+    p, found = class_logits.softmax(-1)[:, :80], []
+    pairs = sorted(((p[q, c].item(), q, c) for q in range(len(p)) for c in range(80)), reverse=True)[:100]
+    for value, q, c in pairs:
+        mask = full[q] > 0
+        if not mask.any():
+            continue
+        pixels = [(y, x) for y in range(original[0]) for x in range(original[1]) if mask[y, x]]
+        sure = sum(full[q, y, x].sigmoid().item() for y, x in pixels) / (len(pixels) + 1e-6)
+        ys, xs = [y for y, _ in pixels], [x for _, x in pixels]
+        found.append((c, value * sure, (min(xs), min(ys), max(xs) + 1, max(ys) + 1), mask))
+    return sorted((f for f in found if f[1] > .3), key=lambda f: -f[1])
+
+
+def test_detector_outputs_against_a_literal_version():
+    """Two classes for one query, overlapping masks, padding, resizing, a query without a mask."""
+    torch.manual_seed(0)
+    classes, masks = torch.randn(5, 81), torch.full((5, 8, 12), -6.)
+    classes[0, 3] = classes[0, 7] = 12        # one query, two classes at nearly one half each
+    classes[0, 3] += .3
+    classes[1, 3] = classes[2, 70] = 15
+    classes[3, 80] = 15                       # nothing, whatever its mask
+    classes[4, 9] = 15                        # sure of a class, and an empty mask
+    masks[0, 1:5, 2:7] = 4.
+    masks[1, 2:6, 4:10] = 1.5                 # overlaps the first, and the padding
+    masks[2, 5:8, 0:3] = masks[3, 0:3, 0:3] = 3.
+    shape = dict(padded=(32, 48), resized=(28, 41), original=(35, 50))
+    ours = ev.instances(classes, masks, **shape)
+    ours = [d for d in ours if d.score > .3]
+    theirs = slow_instances(classes, masks, **shape)
+    assert [d.label for d in ours] == [t[0] for t in theirs] and {3, 7, 70} <= {d.label for d in ours}
+    for d, (_, score, box, mask) in zip(ours, theirs):
+        assert d.score == pytest.approx(score, rel=1e-4) and d.box == box and torch.equal(d.mask, mask)
+
+
+def tiny_detector(labels=80):
+    from transformers import Mask2FormerConfig, SwinConfig
+    swin = SwinConfig(embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 1, 1], window_size=4, image_size=64,
+                      out_features=["stage1", "stage2", "stage3", "stage4"])
+    return Mask2FormerConfig(backbone_config=swin, feature_size=32, mask_feature_size=32, hidden_dim=32,
+                             encoder_feedforward_dim=16, encoder_layers=1, decoder_layers=2, num_queries=6,
+                             num_attention_heads=2, dim_feedforward=16, num_labels=labels)
+
+
+def test_detector_is_mask2former(tmp_path, monkeypatch):
+    """Same outputs as transformers' own class, from files that it wrote; without scipy."""
+    from transformers.models.mask2former import modeling_mask2former as theirs
+    monkeypatch.setattr(theirs, "requires_backends", lambda *_: None)
+    torch.manual_seed(0)
+    whole = theirs.Mask2FormerForUniversalSegmentation(tiny_detector()).eval()
+    folder = tmp_path / "mask2former-swin-small-coco-instance"
+    whole.save_pretrained(folder)
+    cfg = settings(tmp_path)
+    net = ev.load_net(ev.detector_class(), "facebook/mask2former-swin-small-coco-instance", cfg)
+    pixels = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        out, (classes, masks) = whole(pixels), net(pixels)
+    assert torch.equal(out.class_queries_logits, classes) and torch.equal(out.masks_queries_logits, masks)
+    state = whole.state_dict()
+    del state["class_predictor.weight"]
+    whole.save_pretrained(folder, state_dict=state)
+    with pytest.raises(rtdmd.UsageError, match="class_predictor.weight"):   # never random weights in silence
+        ev.load_net(ev.detector_class(), "facebook/mask2former-swin-small-coco-instance", cfg)
+
+
+@pytest.mark.parametrize("size, seen_size, padded", [
+    ((512, 512), (800, 800), (800, 800)), ((512, 1024), (667, 1333), (672, 1344)),
+    ((1024, 768), (1067, 800), (1088, 800))])
+def test_detector_view(size, seen_size, padded):
+    """At most 800 x 1333, padded with zeros to multiples of 32."""
+    pixels, resized = ev.detector_view(torch.rand(1, 3, *size))
+    assert resized == seen_size and tuple(pixels.shape[-2:]) == padded
+    assert pixels[..., resized[0]:, :].abs().sum() == 0 and pixels[..., resized[1]:].abs().sum() == 0
+
+
+def test_geneval_end_to_end_with_a_stub_detector(monkeypatch):
+    """Two images through the real calls; the stub detector reports a dog, surely or half so, then a cat."""
+    def detector(pixels):
+        classes, masks = torch.zeros(2, 3, 81), torch.full((2, 3, 16, 16), -9.)
+        classes[..., 80] = 20
+        classes[0, 0, 16], classes[0, 0, 80] = 20, doubt
+        classes[1, 1, 15], classes[1, 1, 80] = 20, 0
+        masks[0, 0, 4:8, 4:8] = masks[1, 1, 4:8, 4:8] = 9
+        return classes, masks
+
+    doubt = 0
+
+    monkeypatch.setattr(ev, "detector_view", lambda images: (torch.zeros(2, 3, 64, 64), (64, 64)))
+    row = {"tag": "single_object", "include": [{"class": "dog", "count": 1}], "prompt": "a photo of a dog"}
+    scorer = ev.GenEval(detector, None, known={row["prompt"]: row})
+    assert scorer(torch.rand(2, 3, 32, 32), [row, "a photo of a dog"]).tolist() == [1, 0]
+    assert {k: v.tolist() for k, v in scorer.details(torch.rand(2, 3, 32, 32), [row, row]).items()} == {
+        "geneval": [1, 0], "geneval_partial": [1, 0], "geneval_strict": [1, 0]}
+    doubt = 20   # the dog's score is one half: enough, but not for counting
+    assert scorer(torch.rand(2, 3, 32, 32), [row, row]).tolist() == [1, 0]
+    assert scorer(torch.rand(2, 3, 32, 32), [{**row, "tag": "counting"}, row]).tolist() == [0, 0]
+    with pytest.raises(rtdmd.UsageError, match="a photo of a cow"):
+        scorer(torch.rand(2, 3, 32, 32), [row, "a photo of a cow"])
+
+
+def test_geneval_summary_is_the_mean_of_the_tasks():
+    rows = [{"tag": "colors"}] * 3 + [{"tag": "counting"}]
+    assert ev.geneval_summary([1, 1, 0, 0], rows) == {"colors": 2 / 3, "counting": 0, "geneval": 1 / 3}
+
+
+def test_geneval_metadata_and_training_prompts(tmp_path):
+    """Rows survive the file; training prompts repeat by seed and meet no evaluation prompt."""
+    evaluation = [ev.geneval_row(task, random.Random(i)) for task in ev.TASKS for i in range(40)]
+    evaluation += [{"tag": "single_object", "include": [{"class": name, "count": 1}],
+                    "prompt": f"a photo of {'an' if name[0] in 'aeiou' else 'a'} {name}"} for name in ev.COCO]
+    file = tmp_path / "evaluation_metadata.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in evaluation))
+    assert ev.read_geneval_metadata(file) == evaluation
+    rows = ev.geneval_training_prompts(300, 7, evaluation)
+    prompts = [row["prompt"] for row in rows]
+    assert len(set(prompts)) == 300 and not set(prompts) & {row["prompt"] for row in evaluation}
+    assert rows == ev.geneval_training_prompts(300, 7, evaluation)
+    assert rows != ev.geneval_training_prompts(300, 8, evaluation)
+    assert {row["tag"] for row in rows} == set(ev.TASKS) - {"single_object"}   # all 80 are evaluation prompts
+    assert {row["tag"] for row in ev.geneval_training_prompts(12, 7, ())} == set(ev.TASKS)
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert ev.read_geneval_metadata(tmp_path / "train.jsonl") == rows
+    with pytest.raises(rtdmd.UsageError, match="only 80"):
+        ev.geneval_training_prompts(90, 0, (), ["single_object"])
+
+
+@pytest.mark.parametrize("line, words", [
+    ("{oops", "line 2.*JSON"), ('{"tag": "colors", "prompt": "x"}', "line 2.*include"),
+    ('{"tag": "colors", "prompt": "x", "include": [{"class": "elf", "count": 1}]}', "elf"),
+    ('{"tag": "colour", "prompt": "x", "include": []}', "colour")])
+def test_geneval_metadata_complains(tmp_path, line, words):
+    """A bad row is named by its line, its field or its class."""
+    good = json.dumps(ev.geneval_row("counting", random.Random(0)))
+    (tmp_path / "rows.jsonl").write_text(good + "\n" + line + "\n")
+    with pytest.raises(rtdmd.UsageError, match=words):
+        ev.read_geneval_metadata(tmp_path / "rows.jsonl")
+
+
+def test_load_geneval(tmp_path, monkeypatch):
+    """The detector from files; CLIP's weights from the file that open_clip is handed; rows from --prompts."""
+    import open_clip
+    from transformers.models.mask2former import modeling_mask2former as theirs
+    monkeypatch.setattr(theirs, "requires_backends", lambda *_: None)
+    theirs.Mask2FormerForUniversalSegmentation(tiny_detector()).save_pretrained(
+        tmp_path / "mask2former-swin-small-coco-instance")
+    (tmp_path / "open_clip_model.safetensors").touch()
+    asked = []
+    monkeypatch.setattr(open_clip, "create_model", lambda *a, **k: asked.append((a, k)) or nn.Linear(1, 1))
+    row = ev.geneval_row("counting", random.Random(0))
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    scorer = load("geneval", tmp_path, str(tmp_path / "rows.jsonl"))
+    assert asked == [(("ViT-L-14-quickgelu",), {"pretrained": str(tmp_path / "open_clip_model.safetensors")})]
+    assert scorer(torch.rand(1, 3, 64, 64), [row["prompt"]]).tolist() == [0]
+    cfg = settings(tmp_path)
+    assert (scorer.rule, ev.load_metric("geneval", cfg, training=True).rule) == ("geneval", "geneval_partial")
+
+
+# ---- GenEval2
+
+def test_accepted_answers():
+    """Digits and words, blanks and capitals, count as one answer."""
+    three = ["3", " 3", "three", " three", "Three", " Three"]
+    assert ev.accepted_answers("How many dogs are there?", "three") == three
+    assert ev.accepted_answers("How many dogs are there?", "3") == three
+    assert ev.accepted_answers("Is the dog blue?", "Yes") == ["yes", " yes", "Yes", " Yes"]
+
+
+@pytest.mark.parametrize("p, am, gm", [([.5, .5], .5, .5), ([1., .25], .625, .5), ([1., 0.], .5, 0.),
+                                       ([.9], .9, .9), ([.1, .2, .4], .7 / 3, .2)])
+def test_soft_tifa(p, am, gm):
+    """The arithmetic and the geometric mean of the answers' probabilities."""
+    assert ev.soft_tifa(p) == pytest.approx((am, gm))
+
+
+def test_geneval2_sums_the_answers_probability_at_the_last_token():
+    """A stub network whose states are one-hot in the question's last token, behind padding; known logits."""
+    from transformers import BatchEncoding
+    vocabulary = ["<pad>", "?", "yes", "Yes", " yes", " Yes", "no", "3", "three", "Three", " three", " Three",
+                  " "]
+    p = torch.tensor([.01, .01, .3, .2, .1, .05, .1, .08, .04, .03, .02, .01, .05])
+
+    class Processor:
+        tokenizer = SimpleNamespace(encode=lambda text, add_special_tokens: [
+            vocabulary.index(text) if text in vocabulary else vocabulary.index(text[0])])
+
+        def apply_chat_template(self, talks, tokenize, add_generation_prompt):
+            return [talk[0]["content"][1]["text"] for talk in talks]
+
+        def __call__(self, text, images, padding, padding_side, return_tensors):
+            assert all(t.endswith("Answer in one word.") for t in text) and len(images) == len(text)
+            mask = torch.zeros(len(text), 9, dtype=torch.long)
+            for row, t in zip(mask, text):
+                row[:3 + len(t) % 5] = 1
+            return BatchEncoding({"attention_mask": mask})
+
+    class Net:
+        lm_head = staticmethod(lambda states: torch.where(states > 0, p.log(), torch.zeros(())))
+
+        def model(self, attention_mask):
+            last = attention_mask.sum(1) - 1
+            return SimpleNamespace(last_hidden_state=F.one_hot(last, 9)[..., None].float())
+
+    questions = [["Is there a dog?", "Yes"], ["How many dogs?", "three"], ["Is it?", "Yes"]]
+    row = {"prompt": "three dogs", "vqa_list": questions}
+    scorer = ev.GenEval2(Net(), Processor(), {"three dogs": row})
+    details = scorer.details(torch.rand(2, 3, 8, 8), [row, "three dogs"])
+    yes, three = .65, .08 + .05 + .04 + .03 + .02 + .01     # " 3" begins with the bare blank
+    torch.testing.assert_close(details["geneval2_am"], torch.full((2,), (2 * yes + three) / 3))
+    torch.testing.assert_close(details["geneval2"], torch.full((2,), (yes * yes * three) ** (1 / 3)))
+    torch.testing.assert_close(scorer(torch.rand(1, 3, 8, 8), [row]), details["geneval2"][:1])
+
+
+def tiny_qwen3(processor):
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+    torch.manual_seed(0)
+    text = dict(vocab_size=270, hidden_size=32, intermediate_size=32, num_hidden_layers=2, head_dim=8,
+                num_attention_heads=4, num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+                rope_parameters={"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4})
+    vision = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=32,
+                  patch_size=16, num_position_embeddings=16, deepstack_visual_indexes=[0])
+    marks = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>",
+             "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}
+    marks = {name: processor.tokenizer.convert_tokens_to_ids(token) for name, token in marks.items()}
+    config = Qwen3VLConfig(text_config=text, vision_config=vision, **marks)
+    return Qwen3VLForConditionalGeneration(config).eval()
+
+
+def test_geneval2_on_a_tiny_qwen3vl():
+    """Padding changes nothing, and the answer is what generate's first step would see."""
+    processor = qwen_processor(3)
+    net = tiny_qwen3(processor)
+    scorer = ev.GenEval2(net, processor)
+    images = torch.rand(2, 3, 80, 80)
+    both = scorer.first_word(ev.as_bytes(images), ["dog?", "a much longer one?"])
+    alone = scorer.first_word(ev.as_bytes(images)[:1], ["dog?"])
+    torch.testing.assert_close(both[:1], alone, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(both.sum(-1), torch.ones(2))
+    talk = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "dog?"}]}]
+    text = processor.apply_chat_template([talk], tokenize=False, add_generation_prompt=True)
+    inputs = processor(text=text, images=list(ev.as_bytes(images)[:1]), return_tensors="pt")
+    step = net.generate(**inputs, max_new_tokens=1, do_sample=False, output_scores=True,
+                        return_dict_in_generate=True)
+    torch.testing.assert_close(both[:1], step.scores[0].softmax(-1), atol=1e-5, rtol=1e-4)
+    row = {"prompt": "dogs", "vqa_list": [["Is there a dog?", "Yes"], ["How many dogs?", "two"]]}
+    assert scorer(images, [row, row]).shape == (2,)
+
+
+def test_load_geneval2(tmp_path):
+    """From a saved Qwen3-VL and its processor."""
+    processor, folder = qwen_processor(3), tmp_path / "Qwen3-VL-8B-Instruct"
+    tiny_qwen3(processor).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    row = {"prompt": "dogs", "vqa_list": [["Is there a dog?", "Yes"], ["How many dogs?", "two"]]}
+    details = load("geneval2", tmp_path).details(torch.rand(1, 3, 64, 64), [row])
+    assert 0 < details["geneval2"] <= details["geneval2_am"] < 1
+
+
+# ---- OCR
+
+@pytest.mark.parametrize("a, b, distance", [
+    ("", "", 0), ("a", "", 1), ("", "abc", 3), ("abc", "abc", 0), ("kitten", "sitting", 3),
+    ("flaw", "lawn", 2), ("intention", "execution", 5), ("saturday", "sunday", 3), ("abc", "acb", 2),
+    ("open", "0pen", 1)])
+def test_edit_distance(a, b, distance):
+    assert ev.edit_distance(a, b) == ev.edit_distance(b, a) == distance
+
+
+def test_text_score():
+    """1 where the quoted text is read, blanks and case aside; never negative."""
+    assert ev.text_score("OPEN", "open") == 1 and ev.text_score("we are O P E N today", "Open") == 1
+    assert ev.text_score("opne", "open") == .5 and ev.text_score("", "open") == 0
+    assert ev.text_score("something else entirely", "open") == 0       # capped: never negative
+    assert ev.quoted_text('a sign "Open 24h" and "no"') == "Open 24h"
+    assert ev.quoted_text("a sign “Olá”") == "Olá"
+    with pytest.raises(rtdmd.UsageError, match="a sign without"):
+        ev.quoted_text("a sign without a text")
+
+
+def test_components_against_flood_fill():
+    draw = np.random.default_rng(0)
+    for density in (.1, .3, .45, .6):
+        mask = draw.random((23, 31)) < density
+        ours = {frozenset((y, x) for y, start, end in region for x in range(start, end))
+                for region in ev.components(mask)}
+        todo, theirs = {(y, x) for y, x in zip(*np.nonzero(mask))}, set()
+        while todo:
+            stack, region = [todo.pop()], set()
+            while stack:
+                y, x = stack.pop()
+                region.add((int(y), int(x)))
+                near = {(y + i, x + j) for i in (-1, 0, 1) for j in (-1, 0, 1)} & todo
+                todo -= near
+                stack += near
+            theirs.add(frozenset(region))
+        assert ours == theirs
+
+
+def test_text_boxes():
+    """Sure and thick regions alone, grown as PP-OCR does and scaled to the picture."""
+    heat = np.zeros((100, 200), np.float32)
+    heat[20:30, 40:100] = .9            # a word
+    heat[22:30, 120:180] = .9           # another on the same line
+    heat[60:70, 10:60] = .45            # visible, and not sure enough
+    heat[80:82, 10:60] = .9             # too thin
+    heat[50:60, 30:90] = .2             # below the threshold
+    boxes = ev.text_boxes(heat, 200, 400)
+    grow = 1.5 * 600 / 140              # 10 x 60 cells
+    assert len(boxes) == 2 and boxes[0][0] < boxes[1][0]
+    assert boxes[0] == tuple(round(2 * v) for v in (40 - grow, 20 - grow, 100 + grow, 30 + grow))
+
+
+def test_reading_order():
+    """Lines from above, the words of a line from the left."""
+    boxes = [(200, 103, 1, 1), (10, 108, 1, 1), (90, 20, 1, 1), (10, 25, 1, 1), (10, 300, 1, 1)]
+    assert ev.reading_order(boxes) == [boxes[3], boxes[2], boxes[1], boxes[0], boxes[4]]
+
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
+
+
+def written_rows(text, at, canvas=(160, 320), size=28):
+    """Black letters on white, with wide gaps between them: uint8 (3,H,W)."""
+    image = Image.new("RGB", (canvas[1], canvas[0]), "white")
+    font = ImageFont.load_default(size)
+    for i, letter in enumerate(text):
+        ImageDraw.Draw(image).text((at[0] + 26 * i, at[1]), letter, fill="black", font=font)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+class InkDetector:
+    """Stands for the network: heat where ink is, filled between letters and shrunk as PP-OCR's map is."""
+
+    def __call__(self, pixels):
+        ink = (pixels.mean(1, keepdim=True) < 0).float()
+        wide = F.max_pool2d(ink, (9, 31), 1, (4, 15))             # letters of a line become one block
+        core = -F.max_pool2d(-wide, (15, 33), 1, (7, 16))         # and the block shrinks to its core
+        return SimpleNamespace(last_hidden_state=core * .95)
+
+
+class TemplateReader:
+    """Stands for the network: compares the crop's letters with rendered ones; CTC outputs, blank = 0."""
+    templates = []
+
+    def __call__(self, pixels):
+        ink = pixels[0].mean(0) < 0
+        columns, steps = ink.any(0).tolist(), [0]
+        starts = [x for x in range(len(columns)) if columns[x] and (x == 0 or not columns[x - 1])]
+        for x in starts:
+            end = next((i for i in range(x, len(columns)) if not columns[i]), len(columns))
+            letter = self.nearest(ink[:, x:end])
+            steps += [letter, letter, 0]                          # repeated, then a blank: CTC must merge
+        sure = F.one_hot(torch.tensor(steps), len(LETTERS) + 1)[None].float()
+        return SimpleNamespace(last_hidden_state=sure)
+
+    def nearest(self, glyph):
+        def fit(ink):
+            rows, columns = ink.any(1).nonzero().flatten(), ink.any(0).nonzero().flatten()
+            tight = ink[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
+            return F.interpolate(tight[None, None].float(), (16, 12), mode="area").flatten()
+
+        if not self.templates:
+            self.templates += [fit(written_rows(c, (8, 8), (60, 60)).float().mean(0) < 128) for c in LETTERS]
+        return 1 + int(torch.stack([(fit(glyph) - t).square().sum() for t in self.templates]).argmin())
+
+
+def ocr_with_stubs():
+    from transformers import PPOCRV5ServerDetImageProcessor, PPOCRV5ServerRecImageProcessor
+    reader_view = PPOCRV5ServerRecImageProcessor(character_list=["blank", *LETTERS])
+    return ev.OCR(InkDetector(), PPOCRV5ServerDetImageProcessor(), TemplateReader(), reader_view)
+
+
+def test_ocr_reads_rendered_text():
+    """Real processors around stub networks: boxes found, scaled back, cropped, read and decoded in order."""
+    image = torch.minimum(written_rows("HELLO", (30, 20)), written_rows("W0RLD", (60, 100)))
+    scorer = ocr_with_stubs()
+    assert scorer.read(image) == "HELLOW0RLD"
+    prompts = ['a sign "Hello"', 'a sign "hello world"', 'a sign "xyz"']
+    scores = scorer(image[None].expand(3, -1, -1, -1) / 255, prompts)
+    assert scores.tolist() == pytest.approx([1, .9, 0])
+    assert scorer.read(torch.full((3, 64, 64), 255, dtype=torch.uint8)) == ""      # nothing written
+    assert scorer(torch.ones(1, 3, 64, 64), ['"HI"']).tolist() == [0]
+
+
+def test_ocr_drops_lines_it_is_unsure_of():
+    scorer = ocr_with_stubs()
+    sure = scorer.reader
+    scorer.reader = lambda pixels: SimpleNamespace(last_hidden_state=sure(pixels).last_hidden_state * .49)
+    assert scorer.read(written_rows("HELLO", (30, 20))) == ""
+
+
+def test_ocr_lays_upright_lines_down():
+    """A crop much higher than wide is turned, one a little higher is not."""
+    shapes = []
+    scorer = ocr_with_stubs()
+    scorer.reader_view = lambda images, return_tensors: shapes.append(tuple(images[0].shape)) or 1 / 0
+    for size, expected in (((3, 60, 20), (3, 20, 60)), ((3, 25, 20), (3, 25, 20))):
+        with pytest.raises(ZeroDivisionError):
+            scorer.line(torch.zeros(size, dtype=torch.uint8))
+        assert shapes[-1] == expected
+
+
+def test_load_ocr(tmp_path, monkeypatch):
+    """The networks' outputs are what the code takes them for. The detector is the server one's small twin,
+    since the server one takes its layers from the hub's configuration."""
+    import transformers as t
+    views = (t.PPOCRV5ServerDetImageProcessor(),
+             t.PPOCRV5ServerRecImageProcessor(character_list=["-", *LETTERS]))
+    nets = (t.PPOCRV5MobileDetForObjectDetection(t.PPOCRV5MobileDetConfig()),
+            t.PPOCRV5ServerRecForTextRecognition(t.PPOCRV5ServerRecConfig(head_out_channels=37)))
+    for part, net, view in zip(("det", "rec"), nets, views):
+        net.save_pretrained(tmp_path / f"PP-OCRv5_server_{part}_safetensors")
+        view.save_pretrained(tmp_path / f"PP-OCRv5_server_{part}_safetensors")
+    monkeypatch.setattr(t, "PPOCRV5ServerDetForObjectDetection", t.PPOCRV5MobileDetForObjectDetection)
+    scorer = load("ocr", tmp_path)
+    assert scorer.reader_view.character_list[1:] == list(LETTERS)
+    assert scorer(torch.rand(1, 3, 64, 64), ['"A"']).shape == (1,)
+    with torch.no_grad():
+        heat = scorer.detector(torch.randn(1, 3, 64, 96)).last_hidden_state
+        sure = scorer.reader(torch.randn(1, 3, 48, 320)).last_hidden_state
+    assert heat.shape == (1, 1, 64, 96) and 0 <= heat.min() and heat.max() <= 1   # a probability by pixel
+    torch.testing.assert_close(sure.sum(-1), torch.ones(1, 40))                   # and by letter
+    assert isinstance(scorer.line(torch.randint(0, 255, (3, 20, 90), dtype=torch.uint8)), str)
+
+
+# ---- Scoring many pictures
+
+def test_one_bad_image_does_not_stop_an_evaluation():
+    """It costs its own score and one sentence; so does a score of nan."""
+    class Picky:
+        name = "picky"
+
+        def __call__(self, images, prompts):
+            if "bad" in prompts:
+                raise ValueError("broken picture")
+            values = images.mean((1, 2, 3))
+            values[[p == "nan" for p in prompts]] = math.nan
+            return values
+
+    images = [torch.full((3, 8, 8), i / 10) for i in range(5)] + [torch.full((3, 6, 8), .5)]
+    scores, failures = ev.run_metric(Picky(), images, ["a", "bad", "c", "nan", "e", "other size"], batch=3)
+    values = scores["picky"]
+    assert [round(v, 4) for i, v in enumerate(values) if i not in (1, 3)] == [0, .2, .4, .5]
+    assert math.isnan(values[1]) and math.isnan(values[3]) and len(failures) == 2
+    assert "picky" in failures[0] and "'bad'" in failures[0] and "broken picture" in failures[0]
+    assert "picky is nan" in failures[1] and "'nan'" in failures[1]
+
+
+def test_an_unreadable_file_is_counted(tmp_path):
+    """Images from files, read one by one; a broken and a missing one cost nothing but their own scores."""
+    class Folder:
+        def __getitem__(self, i):
+            return tensor(np.array(Image.open(tmp_path / f"{i}.png")))[0]
+
+    scorer = SimpleNamespace(name="mean", details=lambda images, rows: {"mean": images.mean((1, 2, 3))})
+    for i in (0, 3):
+        Image.fromarray(picture(8, 8, i)).save(tmp_path / f"{i}.png")
+    (tmp_path / "1.png").write_bytes(b"not a picture")
+    rows = [{"prompt": f"prompt {i}", "tag": "colors"} for i in range(4)]
+    scores, failures = ev.run_metric(scorer, Folder(), rows)
+    assert [math.isnan(v) for v in scores["mean"]] == [False, True, True, False]
+    assert len(failures) == 2 and "'prompt 1'" in failures[0] and "2.png" in failures[1]
+
+
+def test_run_metric_returns_every_number_that_a_scorer_knows():
+    """details() names several; a picture that fails is nan in all."""
+    class Two:
+        name = "two"
+
+        def details(self, images, prompts):
+            if "bad" in prompts:
+                raise ValueError("broken")
+            return {"two": images.mean((1, 2, 3)), "two_max": images.amax((1, 2, 3))}
+
+    scores, failures = ev.run_metric(Two(), torch.rand(4, 3, 4, 4), ["a", "b", "bad", "d"], batch=2)
+    assert set(scores) == {"two", "two_max"} and len(failures) == 1
+    assert ev.run_metric(Two(), torch.rand(1, 3, 4, 4), ["bad"])[0].keys() == {"two"}
+    for values in scores.values():
+        assert [math.isnan(v) for v in values] == [False, False, True, False]
+
+
+def test_mean_and_error_counts_prompts_not_pictures():
+    """Two prompts of two pictures each: the error is over the two means; nan pictures are left out."""
+    mean, error = ev.mean_and_error([1.0, 3.0, 5.0, 7.0], 2)
+    assert (mean, error) == (4.0, pytest.approx(2.0))
+    assert ev.mean_and_error([1.0, math.nan, 5.0, 7.0], 2)[0] == 3.5
+    assert math.isnan(ev.mean_and_error([math.nan], 1)[0])
+
+
+def test_frechet_and_spread_against_known_values():
+    """Two Gaussians whose distance is |m|^2 + sum (s_a - s_b)^2; points whose mean distance is known."""
+    g = rng(0)
+    a, b = torch.randn(200_000, 3, generator=g), torch.randn(200_000, 3, generator=g) * 2 + 1
+    assert abs(ev.frechet(a, b) - 6) < 0.1 and abs(ev.frechet(a, a)) < 1e-6
+    assert ev.spread(torch.tensor([[0.0], [3.0], [10.0], [10.0]]), 2) == 1.5
+
+
+# ---- Prompts
+
+GOOD = {
+    "plain.txt": "a cat\na dog\n",
+    "no end.txt": "a cat\na dog",
+    "windows.txt": b"\xef\xbb\xbfa cat\r\n\r\n  a dog \r\na cat\r\n",
+    "UPPER.TXT": "a cat\na dog\n",
+    "geneval.jsonl": '{"tag": "two_object", "prompt": "a cat"}\n\n{"caption": "a dog"}\n',
+    "strings.jsonl": '"a cat"\n"a dog"\n',
+    "table.csv": 'id,Prompt\n1,a cat\n2,"a dog"\n3,\n',
+    "table.tsv": "Category\tPrompt\nx\ta cat\ny\ta dog\n",
+    "mark.csv": "\ufeffPrompts,Category\na cat,x\na dog,y\n",
+    "text.csv": "text\na cat\na dog\n",
+}
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_prompt_files(tmp_path, name):
+    """Text, JSON lines, CSV and TSV, with marks, blanks and duplicates: the same two prompts."""
+    path = written(tmp_path, name, GOOD[name])
+    assert ev.read_prompts(path) == sorted(ev.read_prompts(path, seed=0)) == ["a cat", "a dog"]
+
+
+def test_prompt_parquet(tmp_path):
+    """A caption or prompt column is found; none, an unknown codec and a broken file are one sentence."""
+    import pandas
+    path = tmp_path / "p.parquet"
+    pandas.DataFrame({"url": ["u"] * 4, "caption": ["a cat", None, "a dog", "a cat"]}).to_parquet(path)
+    assert ev.read_prompts(str(path)) == ["a cat", "a dog"]
+    pandas.DataFrame({"url": ["u"]}).to_parquet(path)
+    with pytest.raises(rtdmd.UsageError, match="no column or key"):
+        ev.read_prompts(str(path))
+    pandas.DataFrame({"Prompt ": ["a cat", "a dog"]}).rename(columns=str.strip).to_parquet(path)
+    assert ev.read_prompts(str(path)) == ["a cat", "a dog"]
+    from pyarrow import parquet
+
+    def refuse(*args):
+        raise __import__("pyarrow").ArrowNotImplementedError("Support for codec 'x' not built")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parquet, "ParquetFile", refuse)
+        with pytest.raises(rtdmd.UsageError, match="not built"):
+            ev.read_prompts(str(path))
+    path.write_bytes(b"PAR1 no parquet")
+    with pytest.raises(rtdmd.UsageError) as error:
+        ev.read_prompts(str(path))
+    sentence(error)
+
+
+def test_prompts_are_counted_and_shuffled_by_seed(tmp_path, capsys, flags):
+    """Blanks and duplicates are told; the order depends on the seed and each text alone."""
+    texts = [f"prompt {i}" for i in range(200)]
+    path = written(tmp_path, "p.txt", "\n".join(texts + ["", "  ", "prompt 5"]))
+    order = ev.read_prompts(path, seed=1)
+    assert "200 from" in (out := "".join(capsys.readouterr())) and "2 blank" in out and "1 duplicates" in out
+    assert order == ev.read_prompts(path, seed=1) != ev.read_prompts(path, seed=2)
+    assert sorted(order) == sorted(texts) and order != texts
+    more = ev.read_prompts(written(tmp_path, "q.txt", "\n".join(["new one"] + texts)), seed=1)
+    assert [text for text in more if text != "new one"] == order      # one line more moves no other
+    doubled = written(tmp_path, "p.txt", "a red circle\na red circle\n\na blue square\n")
+    rtdmd.main(flags(1, "--prompts", doubled, "--iterations", 1))
+    assert "2 from" in (out := capsys.readouterr().err) and "1 duplicates" in out
+
+
+BAD = {
+    "latin.txt": (b"a cat\nna\xefve\n", "line 2"),
+    "utf16.txt": ("a cat".encode("utf-16"), "line 1"),
+    "nul.txt": (b"a cat\na\x00dog\n", "line 2.*without NUL"),
+    "long.txt": (b"a cat\n\n" + b"x" * 1_000_001 + b"\n", "line 3.*up to 20,000 characters"),
+    "empty.txt": (b"", "no prompt"),
+    "blank.txt": (b"\n \n", "no prompt"),
+    "broken.jsonl": (b'{"prompt": "a"}\n{"prompt": \n', "line 2"),
+    "list.jsonl": (b"[1, 2]\n", "line 1.*\\[1, 2"),
+    "number.jsonl": (b'"a"\n{"prompt": 7}\n', "line 2.*: 7"),
+    "surrogate.jsonl": (b'{"prompt": "\\ud800"}\n', "line 1"),
+    "other.jsonl": (b'{"prompt": "a"}\n{"id": 3}\n', "line 2.*no column"),
+    "deep.jsonl": (b"[" * 100_000 + b"\n", "line 1"),
+    "other.csv": (b"id,name\n1,x\n", "no column"),
+    "wide.csv": (b"prompt\nx\n" + b"y" * 200_000 + b"\n", "line 3"),
+    "empty.csv": (b"", "no prompt"),
+    "what.docx": (b"", "none of .txt"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_broken_prompt_files_are_named_by_line(tmp_path, name):
+    """One sentence with the line, or with what the file lacks."""
+    content, words = BAD[name]
+    with pytest.raises(rtdmd.UsageError, match=words) as error:
+        ev.read_prompts(written(tmp_path, name, content))
+    sentence(error)
+
+
+def test_prompts_that_are_not_there(tmp_path):
+    """No file, a folder, a misspelt name, a set that was not downloaded: one sentence each."""
+    (tmp_path / "folder.txt").mkdir()
+    for name in (tmp_path / "no.txt", tmp_path / "folder.txt", "pickapick", "pickapic", "drawbench", "hpdv2"):
+        with pytest.raises(rtdmd.UsageError) as error:
+            ev.read_prompts(str(name))
+        sentence(error)
+
+
+def test_known_prompts(tmp_path, monkeypatch):
+    """The sets of the paper from their own files, and the tiny world's captions."""
+    import hpsv2
+    import huggingface_hub
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repository, **options: str(tmp_path))
+    written(tmp_path, "DrawBench Prompts - Sheet1.csv", "Prompts,Category\nA red colored car.,Colors\n")
+    written(tmp_path, "PartiPrompts.tsv", "Prompt\tCategory\tChallenge\tNote\nbond\tAbstract\tBasic\t\n")
+    monkeypatch.setattr(hpsv2, "benchmark_prompts", lambda style: {"anime": ["a"], "photo": ["b", "a"]})
+    assert ev.read_prompts("drawbench") == ["A red colored car."]
+    assert ev.read_prompts("partiprompts") == ["bond"]
+    assert ev.read_prompts("hpdv2") == ["a", "b"]
+    assert ev.read_prompts("tiny") == rtdmd.tiny_captions()
+    assert ev.read_prompts("tiny-test") == rtdmd.tiny_captions(held_out=True)
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# eval.py: reports
+# -----------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def tiny_report(tmp_path_factory):
+    """eval.py on a tiny world with a teacher of ten updates and no training: its folder, and its flags."""
+    folder = tmp_path_factory.mktemp("eval")
+    flags = ["--run_folder", str(folder / "run"), "--cache", str(folder / "cache"), "--tiny_steps", "10",
+             "--max_prompts", "4", "--per_prompt", "2"]
+    ev.main(flags)
+    return folder, flags
+
+
+def test_report_has_the_contracts_rows(tiny_report):
+    """report.json: rows, metrics, a score per picture; a grid with the same prompts in every row."""
+    folder, _ = tiny_report
+    report = json.loads((folder / "run/report.json").read_text())
+    assert list(report["rows"]) == ["teacher", "teacher_cfg", "student_init"]
+    for row in report["rows"].values():
+        assert set(row) == {*ev.TINY_COLUMNS, "seconds_per_image"}
+        assert all(math.isfinite(value) for value in row.values())
+    assert len(report["scores"]["teacher"]["attributes"]) == 8 and len(report["prompts"]) == 4
+    assert Image.open(folder / "run/grid.png").size == (4 * 62, 3 * 62)
+
+
+def test_untrained_student_is_the_teacher_without_steps(tiny_report):
+    """A generator with B = 0 is the teacher; a picture depends on its key, not on batch, order or row."""
+    folder, flags = tiny_report
+    parsed, cfg = ev.parse(flags)
+    rows = ev.plan(parsed, cfg)
+    sampler = ev.Sampler(cfg, rows, ["a red circle", "a blue square"])
+    teacher = dict(rows["teacher"], nfe=4)
+    together = sampler.batch(teacher, ["a red circle", "a blue square"], [1, 2])
+    alone = sampler.batch(dict(teacher, role="generator"), ["a blue square"], [2])
+    close(together[1:], alone, 1e-5)
+
+
+def test_compare_and_images_read_what_eval_writes(tiny_report, capsys):
+    """--save_images, then --images on that folder; --compare of a report with itself is 0 +- 0."""
+    folder, flags = tiny_report
+    ev.main([*flags, "--save_images"])
+    files, prompts = ev.read_folder(folder / "run/images/student_init")
+    assert len(files) == 8 and prompts[0] == prompts[1] != prompts[2]
+    report = str(folder / "run/report.json")
+    capsys.readouterr()
+    ev.main(["--compare", report, report])
+    assert "0.000+-0.000" in capsys.readouterr().out
+
+
+def test_eval_prompt_makes_one_picture(tiny_report):
+    """--prompt needs no checkpoint."""
+    folder, flags = tiny_report
+    ev.main(["--prompt", "a red circle", *flags[2:6], "--out", str(folder / "one")])
+    assert Image.open(folder / "one/prompt.png").size == (62, 62)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--lora", "nowhere"], "no checkpoint"), ([], "what to evaluate"), (["--teacher", "--nfe", "0"], "--nfe"),
+    (["--teacher", "--metrics", "beauty"], "beauty"),
+    (["--teacher", "--metrics", "geneval"], "FILE.jsonl"), (["--images", "nowhere"], "not a folder"),
+    (["--compare", "a"], "2 arguments"), (["--compare", "a", "b"], "report.json"),
+    (["--teacher", "--model", "sd4"], "sd4"), (["--colour", "red"], "--colour"),
+    (["--teacher", "--prompts", "nowhere.txt"], "nowhere.txt")])
+def test_eval_refuses_in_one_sentence(flags, words, capsys, tmp_path, monkeypatch):
+    """Exit code 2 and the remedy; no file is written."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        ev.main(flags)
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and words in error and "Traceback" not in error and len(error.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# eval.py: costs (rtdmd.py --dry_run)
+# -----------------------------------------------------------------------------------------------------------------
+
+SMALL_NETS = {"sd3m": dict(rtdmd.SD3_NET, num_layers=2, num_attention_heads=2, caption_projection_dim=128),
+              "flux2-4b": dict(rtdmd.K4_NET, num_layers=1, num_single_layers=1, num_attention_heads=2)}
+
+
+def dry_run(tmp_path, monkeypatch, name, stage, *flags):
+    """dry_run.json of a network of few layers on `meta`, and the run."""
+    monkeypatch.setitem(rtdmd.BACKBONES[name], "net", SMALL_NETS[name])
+    seen, prepare = [], rtdmd.prepare
+    monkeypatch.setattr(rtdmd, "prepare", lambda cfg: seen.append(prepare(cfg)) or seen[-1])
+    rtdmd.main(["--stage", str(stage), "--model", name, "--device", "meta", "--random_weights", "--dry_run", "1",
+                "--resolution", "64", "--text_length", "32", "--out", str(tmp_path), "--cache", str(tmp_path),
+                *flags])
+    return json.loads((tmp_path / f"stage{stage}/dry_run.json").read_text()), seen[-1]
+
+
+def tflop_by_hand(run, role, gradient):
+    """TFLOP of one forward, and of its backward pass, from the layers' shapes: hooks on linears and convolutions,
+    a formula for attention.
+
+    A linear of (n, i) -> (n, o) is 2 n i o; the same again for the gradient of its input, and for that of its
+    weight, where needed.
+    """
+    cost, hooks = dict(forward=0, backward=0), []
+
+    def linear(layer, inputs, result):
+        one = 2 * result.numel() * layer.weight[0].numel()
+        cost["forward"] += one
+        cost["backward"] += one * (inputs[0].requires_grad + layer.weight.requires_grad)
+
+    net = run.roles.nets[role]
+    for module in net.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            hooks.append(module.register_forward_hook(linear))
+    attention = F.scaled_dot_product_attention
+
+    def counted(query, key, value, **options):
+        products = 4 * query.numel() * key.shape[2]                # of q and k, of the weights and v: 2 n m d each
+        cost["forward"] += products
+        cost["backward"] += 2 * products * query.requires_grad
+        return attention(query, key, value, **options)
+
+    x, cond = torch.empty(1, *run.backbone.latent_shape, device="meta"), run.text.batch(run.prompts[:1], "meta")
+    F.scaled_dot_product_attention = counted
+    with torch.set_grad_enabled(gradient):
+        run.roles.velocity(role, x, torch.ones(1, device="meta"), cond)
+    F.scaled_dot_product_attention = attention
+    for hook in hooks:
+        hook.remove()
+    return cost["forward"] / 1e12, cost["backward"] / 1e12 if gradient else 0.0
+
+
+@pytest.mark.parametrize("name, stage", [("sd3m", 1), ("sd3m", 2), ("flux2-4b", 1)])
+def test_counted_costs_are_those_on_paper(tmp_path, monkeypatch, name, stage):
+    """Forwards. Stage 1, F fake updates: F of the rollout, 3 F of the fake score (2 with gradient), (K-1)/2 + 1 of
+    the generator, for Eq. 9 2 of the guided teacher and 1 of the fake score. Stage 2: K, 3, M + 1 and again 3."""
+    flags = "--batch 4 --fake_updates 1" if stage == 1 else "--groups 1 --group_size 4 --rewards hpsv2=1"
+    if stage == 2:
+        monkeypatch.setitem(rtdmd.eval_module().CLIP_SIZES, "hpsv2", "ViT-B-32")
+    costs, run = dry_run(tmp_path, monkeypatch, name, stage, *flags.split())
+    forwards = {n: f for n, f in costs["forwards"].items() if not n.startswith(("decoder", "hpsv2"))}
+    plain, graded = {1: (2.5, 1), 2: (4, 3)}[stage]
+    assert forwards == pytest.approx({"generator": plain, "generator with gradient": graded, "fake": 2,
+                                      "fake with gradient": 2, "teacher": 2})
+    by_hand = 0.0
+    for role, number in forwards.items():
+        forward, backward = tflop_by_hand(run, role.split()[0], "gradient" in role)
+        by_hand += number * (forward + backward)
+    assert costs["tflop_by_part"]["network"] == pytest.approx(by_hand, rel=1e-3)
+    if stage == 2:
+        assert costs["forwards"]["decoder"] == 1 and costs["forwards"]["hpsv2 with gradient"] == 1
+        assert costs["tflop_by_part"]["decoder"] > 2 * costs["phases"]["reward"]["tflop_by_part"]["decoder"]
+
+
+def test_checkpointing_saves_memory_and_costs_a_forward(tmp_path, monkeypatch):
+    """--checkpointing, as --dry_run counts it."""
+    plain, _ = dry_run(tmp_path, monkeypatch, "sd3m", 1, "--batch", "4", "--fake_updates", "1")
+    less, _ = dry_run(tmp_path, monkeypatch, "sd3m", 1, "--batch", "4", "--fake_updates", "1", "--checkpointing")
+    assert less["phases"]["generator"]["peak_bytes"] < 0.95 * plain["phases"]["generator"]["peak_bytes"]
+    assert plain["tflop_per_sample"] < less["tflop_per_sample"] < 1.5 * plain["tflop_per_sample"]
+
+
+def test_the_peak_is_what_a_gpu_would_hold(tmp_path, monkeypatch):
+    """Beside the weights, and nothing twice: the table has Adam's moments and the average by themselves. The norm
+    of q and k keeps no fp32 copy of them, as its CUDA kernel does not."""
+    costs, run = dry_run(tmp_path, monkeypatch, "flux2-4b", 1, "--batch", "4", "--fake_updates", "1")
+    assert run.live["now"] < 0.01 * costs["bytes"]["adapters"]           # all that is left over: the log's numbers
+    x = torch.empty(1, 64, 2, 128, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    meter = rtdmd.eval_module().CostMeter
+    norm, before = nn.RMSNorm(128, device="meta", dtype=torch.bfloat16).requires_grad_(False), run.live["now"]
+    run.done = 0
+    with meter(run, "norm"):
+        y = norm(x)
+        kept = run.live["now"] - before
+        y.sum().backward()
+    assert kept == y.nbytes == x.nbytes and x.grad.shape == x.shape
+
+
+def test_flux2_4b_trains_on_a_24_gb_card(tmp_path):
+    """Stage 1, full size, 512 x 512, no recomputation; the peak is one sample's, so few steps suffice."""
+    rtdmd.main(f"--stage 1 --model flux2-4b --device meta --random_weights --dry_run 1 --steps 2 --batch 2 "
+               f"--fake_updates 1 --micro_batch 1 --out {tmp_path} --cache {tmp_path}".split())
+    assert json.loads((tmp_path / "stage1/dry_run.json").read_text())["peak_bytes"] < 24e9
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_dry_run_keeps_nothing_but_its_report(folders, tmp_path, monkeypatch, stage):
+    """On the CPU with a real repository: the contract's keys, finite numbers, no checkpoint and no log."""
+    monkeypatch.chdir(tmp_path)
+    Path("vivid_judge.py").write_text(JUDGE)
+    Path("prompts.txt").write_text("\n".join(PROMPTS))
+    rtdmd.main(["--stage", str(stage), "--model", "sd3m", "--pretrained", folders["sd3m"], "--dry_run", "2",
+                "--out", "run", "--cache", "cache", *REAL_FLAGS.split()])
+    costs = json.loads(Path(f"run/stage{stage}/dry_run.json").read_text())
+    wanted = {"tflop_per_sample", "seconds", "peak_bytes"}
+    assert all(costs[n] > 0 for n in wanted | {"weight_bytes"}) and sum(costs["forwards"].values()) > 5
+    assert all(wanted | {"forwards"} <= phase.keys() for phase in costs["phases"].values())
+    assert [p.name for p in Path(f"run/stage{stage}").iterdir()] == ["dry_run.json"]
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# eval.py: ablations, and the experiments beyond the paper
+# -----------------------------------------------------------------------------------------------------------------
+
+def test_every_row_of_the_ablations_parses():
+    """Flags that rtdmd.py knows and variants that exist; no two rows share a result file."""
+    tables = ((1, ev.STAGE1_ROWS), (2, ev.STAGE2_ROWS))
+    rows = [(stage, row, words) for stage, table in tables for question in table.values()
+            for row, words in question.items()]
+    assert len({ev.result_of(Path(), row, 0) for _, row, _ in rows}) == len(rows)
+    for stage, _, words in rows:
+        known = [word for word in words.split() if word[0] != "@"]
+        rtdmd.resolve(rtdmd.parse_flags(["--stage", str(stage), *known]))
+        assert all(word[1:] in ev.VARIANTS for word in words.split() if word[0] == "@")
+
+
+def test_ablations_go_on_where_they_were_stopped(flags, tmp_path, monkeypatch, cache, capsys):
+    """A second call trains nothing, and a row that fails is one sentence."""
+    small = " ".join(SMALL[2:])                                   # without --device, which the runner hands on
+    first, second = "Table 3: the consistency term", "Table 4: the hybrid policy gradient"
+    monkeypatch.setattr(ev, "STAGE1_ROWS", {first: {ev.BASE: small}})
+    monkeypatch.setattr(ev, "STAGE2_ROWS", {second: {"DM only": f"{small} --no_policy --no_det"}})
+    line = ["--ablations", "--seeds", "1", "--jobs", "2", "--cache", str(cache), "--tiny_steps", "1",
+            "--device", "cpu", "--out", str(tmp_path / "abl")]
+    ev.main(line)
+    table = capsys.readouterr().out
+    assert f"### {first}" in table and re.search(r"\| DM only \| 1 \| -\d", table)
+    results = json.loads((tmp_path / "abl/results.json").read_text())
+    assert set(results) == {ev.BASE, "DM only"} and all(len(rows) == 1 for rows in results.values())
+    assert Image.open(tmp_path / "abl/curves.png").size[0] == 2 * 560
+    result = ev.result_of(tmp_path / "abl", ev.BASE, 0)
+    trained = result.stat().st_mtime_ns
+    ev.main(line)
+    assert capsys.readouterr().out == table and result.stat().st_mtime_ns == trained
+    cfg = rtdmd.resolve(dict(cache=str(cache), tiny_steps=1, device="cpu"))
+    with pytest.raises(rtdmd.UsageError, match="bad row.*no reward is called"):
+        ev.ablation(tmp_path / "abl", cfg, 2, "bad row", f"{small} --rewards beauty=1", 0)
+
+
+def test_antithetic_noise(flags):
+    """The other half of a group has minus the noise where it is drawn anew, Eq. 16; shared noise stays shared."""
+    cfg = rtdmd.resolve(rtdmd.parse_flags(flags(2, "--group_size", 4)))
+    run = SimpleNamespace(cfg=cfg, device="cpu", backbone=SimpleNamespace(latent_shape=(3, 5, 5)))
+    plain = rtdmd.group_draws(run, 0, range(6))
+    with ev.replaced(["antithetic"], None):
+        first, noise, subsets = rtdmd.group_draws(run, 0, range(6))
+    assert torch.equal(subsets, plain[2]) and rtdmd.group_draws(run, 0, range(6))[1].equal(plain[1])
+    first, noise = first.unflatten(0, (6, 4)), noise.unflatten(1, (6, 4))
+    assert torch.equal(first[:, 2:], -first[:, :2])
+    for g in range(6):
+        for k in (1, 2, 3):
+            if k in subsets[4 * g]:
+                assert torch.equal(noise[k - 1, g, 2:], -noise[k - 1, g, :2])
+            else:
+                assert torch.equal(noise[k - 1, g], noise[k - 1, g, :1].expand_as(noise[k - 1, g]))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_pathwise_through_more_steps_is_the_gradient_with_fixed_noise(steps, flags):
+    """Eq. 15 through the last steps of a rollout against central differences of the mean reward, noise held
+    fixed, along one direction; states before those steps held fixed as well."""
+    run = prepared(flags(2, "--no_policy", "--no_dmd", "--advantage_std", "none"))
+    cfg, groups = run.cfg, rtdmd.share(run.cfg.groups)
+    smooth = lambda images, prompts: torch.tanh(images.flatten(1).double() @ weights).float()   # no clamp anywhere
+    weights = torch.randn(432, generator=rng(9)).double() / 20
+    smooth.differentiable, run.backbone.decode, run.rewards = True, lambda x: x, dict(smooth=(smooth, 1.0))
+    b = SimpleNamespace(ids=list(range(12)), prompts=[p for p in run.prompts[:4] for _ in range(3)])
+    start, noise, b.subsets = rtdmd.group_draws(run, 0, groups)
+    b.states, b.predictions = rtdmd.roll_out(run, start, noise, b.prompts)
+    run.terms = {}
+    rtdmd.judge_groups(run, b)
+    params = run.roles.parameters("generator")
+    direction = [torch.randn(p.shape, generator=rng(i)) * p.norm() / p.numel() ** 0.5
+                 for i, p in enumerate(params)]
+    with ev.replaced([f"pathwise_{steps}"] if steps > 1 else [], None):
+        rtdmd.reinforce_slot(run, b, cfg.subset_size, True, list(range(12)), [], noise[0], noise[0], True, 12)
+    slope = -sum((p.grad * d).sum() for p, d in zip(params, direction)).item()
+    k = cfg.steps - steps
+
+    def reward(size):
+        for p, d in zip(params, direction):
+            p.data += size * d
+        times = run.times[k:]
+        with torch.no_grad():
+            cond = run.text.batch(b.prompts, "cpu")
+            velocity = lambda x, t: run.roles.velocity("generator", x, t, cond)
+            states, _ = rtdmd.rollout(velocity, b.states[k], noise[k:], times, cfg.eta)
+        value = smooth(states[-1], b.prompts).double().mean().item()
+        for p, d in zip(params, direction):
+            p.data -= size * d
+        return cfg.beta * cfg.det_weight * value / b.states[0, 0].numel()
+    truth = (reward(0.02) - reward(-0.02)) / 0.04
+    assert abs(slope - truth) < 0.01 * abs(truth), (slope, truth)
+
+
+def test_a_fake_score_that_knows_k(flags, tmp_path):
+    """DEPARTURE 18: its vectors begin at zero, where it is the plain fake score, and learn; the null has no k."""
+    rtdmd.main(flags(1, "--out", tmp_path / "plain", "--iterations", 1))
+    with ev.replaced(["fake_knows_k"], None):
+        rtdmd.main(flags(1, "--out", tmp_path / "knows", "--iterations", 1))
+    plain, knows = rows_of(tmp_path / "plain/stage1")[0], rows_of(tmp_path / "knows/stage1")[0]
+    vectors = state_of(tmp_path / "knows/stage1")["fake.steps"]
+    assert plain["dsm"] == knows["dsm"] and vectors[1:].any(1).all() and not vectors[0].any()
+
+
+def test_a_fake_score_that_starts_from_zero(flags, begun):
+    """The generator is the trained one, averaged; the fake score is the teacher."""
+    with ev.replaced(["fake_from_zero"], begun / "stage1"):
+        run = prepared(flags(1))
+    trained = state_of(begun / "stage1")
+    assert all(torch.equal(p, trained[f"ema.{n}"]) for n, p in run.roles.named["generator"].items())
+    assert all(torch.equal(a, b) for a, b in zip(run.ema, run.roles.parameters("generator")))
+    assert not any(p.any() for n, p in run.roles.named["fake"].items() if "lora_B" in n)
+
+
+def test_the_held_out_judge_chooses_a_checkpoint(tmp_path):
+    """Its score is averaged with the neighbours of a panel: one lucky panel does not win."""
+    scores = {10: -.5, 20: -.4, 25: -.38, 30: -.3, 40: -.1, 50: -.6, 60: -.6}
+    lines = [json.dumps(dict(iteration=i, watch_heldout=score)) for i, score in scores.items()]
+    written(tmp_path, "metrics.jsonl", "\n".join(lines) + "\n")
+    for i in (20, 30, 50, 60):
+        (tmp_path / f"checkpoint-{i:06d}").mkdir()
+    assert ev.best_checkpoint(tmp_path).name == "checkpoint-000030"
+
+
+def test_curves(tmp_path):
+    """One panel beside the other; a level curve and a single point have an axis too."""
+    panels = {"a": {"x": [(1, 0.0), (2, 1.0)], "y": [(1, 1.0), (2, 0.0)]}, "b": {"x": [(1, 3.0)]}}
+    ev.draw_curves(tmp_path / "c.png", panels)
+    pixels = np.array(Image.open(tmp_path / "c.png"))
+    assert pixels.shape[1] == 1120 and all((pixels == colour).all(2).any() for colour in ev.LINE_COLOURS[:2])
+
+
+# -----------------------------------------------------------------------------------------------------------------
 # The 1-D laboratory: `python test_rtdmd.py lab`. Measurements, not tests: they say how much, whoever wins.
-# ------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
+
+# ---- (a) The variance of the policy gradient
 
 def table(title, rows):
     """Prints a list of dicts as columns under a title and hands it back."""
@@ -1121,6 +4633,8 @@ def lab_variance(dims=DIMS, groups=24_000, size=12, steps=4):
     return table(f"(a) {groups} groups of {size}, K = {steps}, {dims} dimensions. variance: one group, so at "
                  "equal rollouts; variance x M: at equal backward passes", rows)
 
+
+# ---- (b) Does the consistency term help the fake score to follow?
 
 def network(runs, width, g):
     """Weights of `runs` independent MLPs (x, t) -> v."""
@@ -1222,6 +4736,8 @@ def tracking_row(name, gamma, kernel, error, base):
             "change +-": float(change.std() / n)}
 
 
+# ---- (c) What the printed std of re-noising does
+
 def lab_renoise():
     """(c) Eq. 8, student = teacher: the state's variance and its W1 to the teacher's marginal, exactly."""
     teacher, x, rows = Mixture(), torch.linspace(-8, 8, 16_001, dtype=torch.float64), []
@@ -1237,6 +4753,8 @@ def lab_renoise():
     return table("(c) Variance of the re-noised state and its W1 to the teacher's marginal at level t", rows)
 
 
+# ---- All of it
+
 def lab(out=None):
     """Runs the laboratory, prints its tables, returns them; `out` also gets them as JSON."""
     torch.set_num_threads(1)
@@ -1247,3081 +4765,9 @@ def lab(out=None):
     return tables
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 2. Rewards and metrics
-# ------------------------------------------------------------------------------------------------------------
-
-CFG = SimpleNamespace(weights_dir=None, device="cpu", prompts=None)
-
-
-def picture(height, width, seed=0):
-    """A smooth random image with edges in it, uint8 (H,W,3): noise alone would hide a wrong resize."""
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[:height, :width]
-    waves = [np.sin(x / rng.uniform(3, 40) + c) * np.cos(y / rng.uniform(3, 40)) for c in range(3)]
-    image = (np.stack(waves, -1) * 100 + 128).astype(np.uint8)
-    image[height // 4:height // 2, width // 3:width // 2] = (220, 40, 60)
-    return image
-
-
-def tensor(image):
-    return torch.from_numpy(image).permute(2, 0, 1)[None] / 255
-
-
-def tiny_clip():
-    """A CLIPModel of two layers and a tokenizer of letters."""
-    from transformers import CLIPConfig, CLIPModel
-    torch.manual_seed(0)
-    part = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
-    net = CLIPModel(CLIPConfig(text_config=dict(part, vocab_size=64, eos_token_id=63), projection_dim=8,
-                               vision_config=dict(part, image_size=224, patch_size=56)))
-
-    def embed_text(prompts):
-        ids = torch.tensor([[ord(c) % 60 for c in (p + " " * 20)[:20]] + [63] for p in prompts])
-        return net.get_text_features(input_ids=ids).pooler_output
-
-    return net, lambda pixels: net.get_image_features(pixel_values=pixels).pooler_output, embed_text
-
-
-# ------------------------------------------------------------------ preprocessing
-
-
-@pytest.mark.parametrize("size", [(256, 256), (512, 384), (300, 700), (224, 224)])
-@pytest.mark.parametrize("mode", ["bicubic", "bilinear"])
-def test_square_crop_is_pils(size, mode):
-    from torchvision import transforms as T
-    image = picture(*size)
-    way = T.InterpolationMode.BICUBIC if mode == "bicubic" else T.InterpolationMode.BILINEAR
-    theirs = T.Compose([T.Resize(224, way), T.CenterCrop(224), T.ToTensor(),
-                        T.Normalize(rt.CLIP_MEAN, rt.CLIP_STD)])
-    error = (rt.square_crop(tensor(image), mode=mode)[0] - theirs(Image.fromarray(image))).abs()
-    error = error * torch.tensor(rt.CLIP_STD).view(3, 1, 1) * 255   # in units of 1/255
-    assert error.max() < 2.05 and error.mean() < .35   # all of it is PIL's rounding to 8 bits
-
-
-def test_square_crop_clips_overshoots():
-    """Black and white squares: without the clamp bicubic would go far below black and above white."""
-    board = torch.from_numpy(np.kron(np.indices((20, 20)).sum(0) % 2, np.ones((15, 15)))).expand(1, 3, -1, -1)
-    pixels = rt.square_crop(board)
-    pixels = pixels * torch.tensor(rt.CLIP_STD).view(3, 1, 1) + torch.tensor(rt.CLIP_MEAN).view(3, 1, 1)
-    assert -1e-6 < pixels.min() and pixels.max() < 1 + 1e-6
-    assert rt.resize(board, 224, 224).min() < -.02
-
-
-def test_square_crop_without_antialias_would_be_far_off():
-    """The yardstick of the test above: a plain bicubic resize is off by tens of grey levels."""
-    image = tensor(picture(1024, 1024))
-    plain = F.interpolate(image, (224, 224), mode="bicubic", align_corners=False)
-    assert (plain - rt.resize(image, 224, 224)).abs().max() * 255 > 20
-
-
-def test_square_crop_is_transformers_processor():
-    from transformers import CLIPImageProcessorPil
-    image = picture(400, 300)
-    theirs = CLIPImageProcessorPil()(images=[Image.fromarray(image)], return_tensors="pt")["pixel_values"]
-    assert (rt.square_crop(tensor(image)) - theirs).abs().max() < .035
-
-
-@pytest.mark.parametrize("size", [(512, 512), (1024, 1024), (768, 512), (300, 512), (224, 224), (100, 60)])
-def test_letterbox_is_hpsv2s(size):
-    """ToTensor, tensor bicubic resize of the longest side, zero pad, normalise: the same numbers."""
-    from torchvision.transforms import InterpolationMode
-    from torchvision.transforms import functional as T
-    image = tensor(picture(*size))[0]
-    scale = 224 / max(size)
-    small = [round(side * scale) for side in size]
-    rows, columns = 224 - small[0], 224 - small[1]
-    theirs = T.resize(image, small, InterpolationMode.BICUBIC, antialias=True) if scale != 1 else image
-    theirs = T.pad(theirs, [columns // 2, rows // 2, columns - columns // 2, rows - rows // 2], fill=0)
-    theirs = T.normalize(theirs, rt.CLIP_MEAN, rt.CLIP_STD)
-    torch.testing.assert_close(rt.letterbox(image[None])[0], theirs, atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize("view", [rt.square_crop, rt.letterbox, rt.REWARDS["clipscore"]["view"]])
-def test_preprocessing_gradient_is_finite_differences(view):
-    torch.manual_seed(0)
-    image = (torch.rand(1, 3, 20, 30) * .6 + .2).requires_grad_()   # away from 0 and 1, where the clamp bends
-    weight, way = torch.randn(1, 3, 224, 224), torch.randn(1, 3, 20, 30)
-
-    def value(x):
-        return (view(x).double() * weight).sum()
-
-    slope = (torch.autograd.grad(value(image), image)[0].double() * way).sum()
-    step = 1e-3
-    with torch.no_grad():
-        measured = (value(image + step * way) - value(image - step * way)) / (2 * step)
-    assert measured == pytest.approx(slope.item(), rel=2e-3)
-
-
-def test_which_reward_sees_what():
-    """The tables' CLIPScore was resized bilinearly, PickScore as CLIP itself, HPSv2 in a letterbox."""
-    image = tensor(picture(300, 500))
-    views = {name: row["view"](image) for name, row in rt.REWARDS.items()}
-    assert torch.equal(views["clipscore"], rt.square_crop(image, mode="bilinear"))
-    assert torch.equal(views["pickscore"], rt.square_crop(image, mode="bicubic"))
-    assert torch.equal(views["hpsv2"], rt.letterbox(image))
-
-
-def test_half_precision_images_are_resized_in_fp32():
-    image = tensor(picture(64, 48)).bfloat16()
-    assert rt.square_crop(image).dtype == torch.float32 and rt.letterbox(image).dtype == torch.float32
-
-
-# ------------------------------------------------------------------ the CLIP family
-
-
-def test_hpsv2_is_strictly_loadable_into_open_clip():
-    """The checkpoint is known by 686 names; the shapes here were read from hpsv2's own network."""
-    import open_clip
-    with torch.device("meta"):
-        state = open_clip.create_model("ViT-H-14", pretrained=None, device="meta").state_dict()
-    assert len(state) == 686 and sum(t.numel() for t in state.values()) == 986_109_441
-    shapes = {"logit_scale": (), "positional_embedding": (77, 1024), "text_projection": (1024, 1024),
-              "visual.proj": (1280, 1024), "visual.conv1.weight": (1280, 3, 14, 14),
-              "visual.positional_embedding": (257, 1280), "token_embedding.weight": (49408, 1024),
-              "visual.transformer.resblocks.31.attn.in_proj_weight": (3840, 1280),
-              "transformer.resblocks.23.mlp.c_proj.weight": (1024, 4096), "ln_final.bias": (1024,)}
-    assert {name: tuple(state[name].shape) for name in shapes} == shapes
-
-
-def test_hpsv2_host_loads_strictly_and_scores_a_cosine(tmp_path, monkeypatch):
-    import open_clip
-    from hpsv2.utils import hps_version_map
-    small = open_clip.CLIP(embed_dim=8, vision_cfg=dict(layers=1, width=64, image_size=224, patch_size=56),
-                           text_cfg=dict(layers=1, width=16, heads=2, vocab_size=49408, context_length=77))
-    monkeypatch.setattr(open_clip, "create_model", lambda arch, pretrained: type(small)(
-        embed_dim=8, vision_cfg=dict(layers=1, width=64, image_size=224, patch_size=56),
-        text_cfg=dict(layers=1, width=16, heads=2, vocab_size=49408, context_length=77)))
-    cfg = SimpleNamespace(weights_dir=str(tmp_path), device="cpu", prompts=None)
-    file = tmp_path / "HPSv2" / hps_version_map["v2.1"]
-    file.parent.mkdir()
-    torch.save({"state_dict": small.state_dict()}, file)
-    reward = rt.load_reward("hpsv2", cfg)
-    images, prompts = torch.rand(2, 3, 40, 30), ["a cat", "“two” dogs"]
-    tokens = open_clip.get_tokenizer("ViT-H-14")(prompts)
-    with torch.no_grad():
-        seen, read = small.eval().encode_image(rt.letterbox(images)), small.encode_text(tokens)
-        theirs = F.cosine_similarity(seen, read)
-    torch.testing.assert_close(reward(images, prompts), theirs, atol=1e-6, rtol=0)
-    lacking = dict(small.state_dict())
-    del lacking["visual.proj"]
-    torch.save({"state_dict": lacking}, file)
-    with pytest.raises(RuntimeError, match="visual.proj"):
-        rt.load_reward("hpsv2", cfg)
-
-
-def test_clip_rewards_match_transformers_logits():
-    """clipscore = logits / exp(logit_scale); pickscore = logits, about 100 times as much."""
-    host = tiny_clip()
-    images, prompts = torch.rand(3, 3, 64, 48), ["one", "two", "one"]
-    for name in ("clipscore", "pickscore"):
-        reward = rt.ClipReward(name, rt.REWARDS[name], host)
-        ids = torch.tensor([[ord(c) % 60 for c in (p + " " * 20)[:20]] + [63] for p in prompts])
-        with torch.no_grad():
-            out = host[0](input_ids=ids, pixel_values=reward.row["view"](images))
-        logits = out.logits_per_image.diagonal()
-        expected = logits if name == "pickscore" else logits / host[0].logit_scale.exp()
-        torch.testing.assert_close(reward(images, prompts), expected, atol=1e-5, rtol=1e-5)
-        assert reward.differentiable and reward.name == name
-
-
-def test_text_goes_through_the_network_once():
-    net, embed_image, embed_text = tiny_clip()
-    calls = []
-
-    def counting(prompts):
-        calls.append(list(prompts))
-        return embed_text(prompts)
-
-    reward = rt.ClipReward("clipscore", rt.REWARDS["clipscore"], (net, embed_image, counting))
-    reward(torch.rand(3, 3, 32, 32), ["a", "b", "a"])
-    reward(torch.rand(2, 3, 32, 32), ["b", "c"])
-    assert calls == [["a", "b"], ["c"]]
-
-
-def test_reward_gradient_reaches_images_and_not_weights():
-    torch.manual_seed(1)
-    reward = rt.ClipReward("pickscore", rt.REWARDS["pickscore"], tiny_clip())
-    images = (torch.rand(2, 3, 32, 40) * .5 + .25).requires_grad_()
-    gradient = torch.autograd.grad(reward(images, ["x", "y"]).sum(), images)[0]
-    way, step = gradient / gradient.norm(), .05
-    with torch.no_grad():
-        up, down = (reward(images + sign * step * way, ["x", "y"]).sum() for sign in (1, -1))
-    rise = (up - down) / (2 * step)
-    assert rise.item() == pytest.approx(gradient.norm().item(), rel=.02)
-    assert not any(p.requires_grad for p in reward.net.parameters())
-
-
-def test_transformers_host_loads_a_folder(tmp_path):
-    """A saved CLIPModel and a tokenizer made from open_clip's own vocabulary: real files, real tokens."""
-    import open_clip
-    from transformers import CLIPTokenizer
-    net = tiny_clip()[0]
-    net.config.text_config.vocab_size = 49408
-    net = type(net)(net.config)
-    folder = tmp_path / "clip-vit-large-patch14"
-    net.save_pretrained(folder)
-    cfg = SimpleNamespace(weights_dir=str(tmp_path), device="cpu", prompts=None)
-    with pytest.raises(rt.UsageError, match="tokenizer.json"):   # not a tokenizer without a vocabulary
-        rt.load_reward("clipscore", cfg)
-    base = open_clip.tokenizer.SimpleTokenizer()
-    start, end = "<start_of_text>", "<end_of_text>"
-    CLIPTokenizer(vocab=base.encoder, merges=list(base.bpe_ranks), bos_token=start, eos_token=end,
-                  unk_token=end, pad_token=end).save_pretrained(folder)
-    reward = rt.load_reward("clipscore", cfg)
-    assert reward(torch.rand(2, 3, 32, 32), ["a red fox", "snow " * 200]).shape == (2,)   # one is cut
-
-
-# ------------------------------------------------------------------ choosing rewards
-
-
-def test_parse_rewards():
-    assert ev.parse_rewards("hpsv2=1, clipscore=.5,my_module:score=2,pickscore", ()) == [
-        ("hpsv2", 1.), ("clipscore", .5), ("my_module:score", 2.), ("pickscore", 1.)]
-    assert ev.parse_rewards("judge=-1e-1", extra={"judge": None}) == [("judge", -.1)]
-
-
-@pytest.mark.parametrize("text, words", [
-    ("", "write name=weight"), ("hpsv2=1,", "write name=weight"), ("=2", "write name=weight"), ("hpsv2=x", "hpsv2=x"), ("hpsv2=", "finite"),
-    ("hpsv2=1,hpsv2=2", "twice"), ("hpsv2=0", "other than 0"), ("hpsv2=nan", "finite"),
-    ("hpsv2=inf", "finite"), ("hpsv9=1", "hpsv9.*hpsv2")])
-def test_parse_rewards_complains(text, words):
-    with pytest.raises(rt.UsageError, match=words):
-        ev.parse_rewards(text)
-
-
-def test_user_rewards(tmp_path, monkeypatch):
-    (tmp_path / "my_rewards.py").write_text("""
-def brightness(images, prompts):
-    return images.mean((1, 2, 3))
-class Judge:
-    differentiable = True
-    def __init__(self, strength=2): self.strength = strength
-    def __call__(self, images, prompts): return images.mean((1, 2, 3)) * self.strength
-judge = Judge(3)
-class Broken:
-    def __init__(self): raise RuntimeError("no\\ngood")
-""")
-    monkeypatch.chdir(tmp_path)
-    images = torch.rand(2, 3, 4, 4)
-    for name, factor, differentiable in (("brightness", 1, False), ("Judge", 2, True), ("judge", 3, True)):
-        reward = rt.load_reward(f"my_rewards:{name}", CFG)
-        torch.testing.assert_close(rt.score(reward, images, ["", ""]), images.mean((1, 2, 3)) * factor)
-        assert reward.differentiable is differentiable and reward.name == f"my_rewards:{name}"
-    for name, words in (("my_rewards:nothing", "nothing"), ("no_such_module:x", "no_such_module"),
-                        ("my_rewards:Broken", r"RuntimeError.*no\\ngood.*mend")):
-        with pytest.raises(rt.UsageError, match=words):
-            rt.load_reward(name, CFG)
-    own = object()
-    assert rt.load_reward("judge", CFG, extra={"judge": own}) is own
-
-
-def test_score_names_reward_and_prompt():
-    def picky(images, prompts):
-        if "bad" in prompts:
-            raise ValueError("cannot look at this")
-        return images.mean((1, 2, 3))
-
-    picky.name = "picky"
-    images = torch.rand(3, 3, 4, 4)
-    assert rt.score(picky, images, ["a", "b", "c"]).shape == (3,)
-    with pytest.raises(rt.UsageError, match="picky.*'bad'.*cannot look"):
-        rt.score(picky, images, ["good", "bad", "fine"])
-    for wrong in (lambda i, p: i.mean(), lambda i, p: i[:, :1, 0, 0], lambda i, p: i[:2, 0, 0, 0]):
-        wrong.name = "misshapen"
-        with pytest.raises(rt.UsageError, match="misshapen.*shape"):
-            rt.score(wrong, images, ["a", "b", "c"])
-    assert rt.score(lambda i, p: i[:, 0, 0, 0] * math.nan, images, ["a"] * 3).isnan().all()   # as it is
-
-
-def test_missing_files_are_one_sentence(tmp_path):
-    cfg = SimpleNamespace(weights_dir=str(tmp_path), device="cpu", prompts=None)
-    missing = {"hpsv2": "HPS_v2.1_compressed.pt", "imagereward": "ImageReward.pt", "hpsv3": "hpsv3",
-               "aesthetic": "model.safetensors", "clipscore": "config.json", "pickscore": "config.json",
-               "geneval": "config.json", "geneval2": "config.json", "ocr": "preprocessor_config.json"}
-    assert set(missing) == set(ev.METRICS)
-    for name, file in missing.items():
-        with pytest.raises(rt.UsageError) as caught:
-            ev.load_metric(name, cfg)
-        text = str(caught.value)
-        assert file in text and str(tmp_path) in text and "weights_dir" in text and "\n" not in text, text
-
-
-def test_weights_dir_comes_before_the_hub(tmp_path):
-    cfg = SimpleNamespace(weights_dir=str(tmp_path), device="cpu", prompts=None)
-    (tmp_path / "file.pt").touch()
-    assert rt.find_weights("some/repo", "file.pt", cfg) == tmp_path / "file.pt"
-    (tmp_path / "repo").mkdir()
-    (tmp_path / "repo" / "file.pt").touch()
-    assert rt.find_weights("some/repo", "file.pt", cfg) == tmp_path / "repo" / "file.pt"
-
-
-# ------------------------------------------------------------------ Aesthetic, ImageReward, HPSv3
-
-
-def head_state(prefix):
-    sizes = {0: (1024, 768), 2: (128, 1024), 4: (64, 128), 6: (16, 64), 7: (1, 16)}
-    return {f"{prefix}{i}.{part}": torch.randn(shape if part == "weight" else shape[:1]) * .1
-            for i, shape in sizes.items() for part in ("weight", "bias")}
-
-
-def wide_clip():
-    from transformers import CLIPConfig, CLIPModel
-    torch.manual_seed(0)
-    part = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-    return CLIPModel(CLIPConfig(text_config=dict(part, vocab_size=64, eos_token_id=63), projection_dim=768,
-                                vision_config=dict(part, image_size=224, patch_size=56)))
-
-
-def test_aesthetic_is_affine_in_the_unit_embedding():
-    clip = wide_clip().eval()
-    state = head_state("layers.")
-    scorer = ev.Aesthetic(clip, ev.score_head(state, "layers."))
-    images = torch.rand(2, 3, 50, 40)
-    with torch.no_grad():
-        text = dict(input_ids=torch.tensor([[1, 63]]))
-        e = clip(pixel_values=rt.square_crop(images), **text).image_embeds     # transformers: of unit length
-        for i in (0, 2, 4, 6, 7):
-            e = e @ state[f"layers.{i}.weight"].T + state[f"layers.{i}.bias"]
-        torch.testing.assert_close(scorer(images), e[:, 0], atol=1e-5, rtol=1e-5)
-    del state["layers.4.bias"]
-    with pytest.raises(RuntimeError, match="4.bias"):
-        ev.score_head(state, "layers.")
-
-
-VISION = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
-TEXT = dict(vocab_size=50, hidden_size=768, intermediate_size=32, num_hidden_layers=2)
-
-
-def imagereward_state():
-    """ImageReward.pt at small size: the original's names (timm's ViT, BLIP's med.py) and random values."""
-    torch.manual_seed(0)
-    shapes = {"visual_encoder.cls_token": (1, 1, 32), "visual_encoder.pos_embed": (1, 197, 32),
-              "visual_encoder.patch_embed.proj.weight": (32, 3, 16, 16),
-              "visual_encoder.patch_embed.proj.bias": (32,),
-              "text_encoder.embeddings.word_embeddings.weight": (50, 768),
-              "text_encoder.embeddings.position_embeddings.weight": (512, 768),
-              "vision_proj.weight": (8, 32), "text_proj.weight": (8, 768)}   # the last two: to be left out
-
-    def linear(name, out, into):
-        shapes.update({f"{name}.weight": (out, into), f"{name}.bias": (out,)})
-
-    def norm(name, width):
-        shapes.update({f"{name}.weight": (width,), f"{name}.bias": (width,)})
-
-    norm("visual_encoder.norm", 32)
-    norm("text_encoder.embeddings.LayerNorm", 768)
-    parts = {"attn.qkv": (96, 32), "attn.proj": (32, 32), "mlp.fc1": (64, 32), "mlp.fc2": (32, 64)}
-    for i in range(2):
-        block = f"visual_encoder.blocks.{i}"
-        for part, size in parts.items():
-            linear(f"{block}.{part}", *size)
-        norm(f"{block}.norm1", 32)
-        norm(f"{block}.norm2", 32)
-        layer = f"text_encoder.encoder.layer.{i}"
-        for way, width in (("attention", 768), ("crossattention", 32)):
-            for part, into in (("query", 768), ("key", width), ("value", width)):
-                linear(f"{layer}.{way}.self.{part}", 768, into)
-            linear(f"{layer}.{way}.output.dense", 768, 768)
-            norm(f"{layer}.{way}.output.LayerNorm", 768)
-        linear(f"{layer}.intermediate.dense", 32, 768)
-        linear(f"{layer}.output.dense", 768, 32)
-        norm(f"{layer}.output.LayerNorm", 768)
-    state = {f"blip.{name}": torch.randn(shape) * (.05 if name.startswith("text") else .2)
-             for name, shape in shapes.items()}
-    state.update({name: 1 + tensor for name, tensor in state.items() if name.lower().endswith("norm.weight")})
-    state["blip.text_encoder.embeddings.position_ids"] = torch.arange(512)[None]
-    return {**state, **head_state("mlp.layers.")}
-
-
-class LetterTokenizer:
-    """Stands for BERT's: [CLS] is 1, a letter a token, padded with 0 to max_length."""
-
-    def __call__(self, prompts, padding, max_length, truncation, return_tensors):
-        from transformers import BatchEncoding
-        ids = [([1] + [2 + ord(c) % 40 for c in p])[:max_length] for p in prompts]
-        full = torch.tensor([i + [0] * (max_length - len(i)) for i in ids])
-        return BatchEncoding({"input_ids": full, "attention_mask": (full > 0).long()})
-
-
-def test_imagereward_loads_the_originals_names_strictly():
-    state = imagereward_state()
-    vision, text, head = ev.ImageReward.networks(state, VISION, TEXT)
-    ours = vision.encoder.layers[1].self_attn.projection.weight
-    assert torch.equal(ours, state["blip.visual_encoder.blocks.1.attn.proj.weight"])
-    assert torch.equal(vision.post_layernorm.weight, state["blip.visual_encoder.norm.weight"])
-    assert torch.equal(head[7].weight, state["mlp.layers.7.weight"])
-    assert vision.post_layernorm.eps == 1e-6 and text.config.num_attention_heads == 12
-    for name in ("visual_encoder.norm.weight", "text_encoder.encoder.layer.1.crossattention.self.key.bias"):
-        lacking = {k: v for k, v in state.items() if k != f"blip.{name}"}
-        with pytest.raises(RuntimeError, match="Missing key"):
-            ev.ImageReward.networks(lacking, VISION, TEXT)
-    with pytest.raises(RuntimeError, match="Unexpected key"):
-        ev.ImageReward.networks({**state, "blip.text_encoder.surprise": torch.zeros(1)}, VISION, TEXT)
-
-
-def test_imagereward_scores():
-    """Against the vision network written out; text padding is not seen, gradients reach the pixels."""
-    state = imagereward_state()
-    vision, text, head = (net.eval() for net in ev.ImageReward.networks(state, VISION, TEXT))
-    scorer = ev.ImageReward(vision, text, head, LetterTokenizer())
-    images = torch.rand(2, 3, 60, 50, requires_grad=True)
-    scores = scorer(images, ["a cat", "a very long prompt"])
-    assert (scores[0] - scores[1]).abs() > .01   # the random networks do tell prompts apart
-    assert scores.shape == (2,) and torch.autograd.grad(scores.sum(), images)[0].abs().sum() > 0
-    with torch.no_grad():
-        seen = slow_vit(state, rt.square_crop(images))
-        ours = vision(pixel_values=rt.square_crop(images)).last_hidden_state
-        torch.testing.assert_close(ours, seen, atol=1e-4, rtol=1e-4)
-        words = torch.tensor([[1] + [2 + ord(c) % 40 for c in "a cat"]])
-        read = text(input_ids=words, encoder_hidden_states=seen[:1])
-        by_hand = (head(read.last_hidden_state[:, 0]) - .16717362830052426) / 1.0333394966054072
-    torch.testing.assert_close(scores[:1], by_hand[:, 0], atol=1e-4, rtol=1e-4)
-
-
-def slow_vit(state, pixels):
-    """timm's ViT forward from ImageReward's own names: what vision.last_hidden_state must be."""
-    def get(name):
-        return state["blip.visual_encoder." + name]
-
-    def norm(x, name):
-        return F.layer_norm(x, (32,), get(name + ".weight"), get(name + ".bias"), 1e-6)
-
-    x = F.conv2d(pixels, get("patch_embed.proj.weight"), get("patch_embed.proj.bias"), stride=16)
-    x = x.flatten(2).mT
-    x = torch.cat([get("cls_token").expand(len(x), -1, -1), x], 1) + get("pos_embed")
-    for i in range(2):
-        b = f"blocks.{i}."
-        qkv = F.linear(norm(x, b + "norm1"), get(b + "attn.qkv.weight"), get(b + "attn.qkv.bias"))
-        q, k, v = qkv.view(len(x), 197, 3, 2, 16).permute(2, 0, 3, 1, 4)
-        mixed = ((q @ k.mT / 4).softmax(-1) @ v).transpose(1, 2).flatten(2)
-        x = x + F.linear(mixed, get(b + "attn.proj.weight"), get(b + "attn.proj.bias"))
-        inner = F.gelu(F.linear(norm(x, b + "norm2"), get(b + "mlp.fc1.weight"), get(b + "mlp.fc1.bias")))
-        x = x + F.linear(inner, get(b + "mlp.fc2.weight"), get(b + "mlp.fc2.bias"))
-    return norm(x, "norm")
-
-
-def tiny_qwen2(vocabulary=60, image=5):
-    from transformers import Qwen2VLConfig
-    text = dict(vocab_size=vocabulary, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
-                num_attention_heads=4, num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-                rope_parameters={"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4})
-    vision = dict(depth=1, embed_dim=16, hidden_size=32, num_heads=2, mlp_ratio=2)
-    return Qwen2VLConfig(text_config=text, vision_config=vision, image_token_id=image, video_token_id=6,
-                         vision_start_token_id=7, vision_end_token_id=8)
-
-
-def hpsv3_state(config):
-    """HPSv3.safetensors at small size: transformers 4.45's names, and one token more than the base has."""
-    from transformers import Qwen2VLModel
-    torch.manual_seed(0)
-    config.text_config.vocab_size += 1
-    state = {k.replace("language_model.", "model."): torch.randn(v.shape) * .4
-             for k, v in Qwen2VLModel(config).state_dict().items()}
-    for i, (out, into) in {0: (1024, 32), 3: (16, 1024), 5: (2, 16)}.items():
-        state[f"rm_head.{i}.weight"] = torch.randn(out, into) * .1
-        state[f"rm_head.{i}.bias"] = torch.randn(out)
-    config.text_config.vocab_size -= 1
-    return {**state, "lm_head.weight": torch.randn(config.text_config.vocab_size + 1, 32)}
-
-
-def test_hpsv3_loads_the_originals_names_strictly():
-    config, state = tiny_qwen2(), hpsv3_state(tiny_qwen2())
-    net, head = ev.HPSv3.networks(dict(state), config, torch.float32)
-    assert torch.equal(net.language_model.embed_tokens.weight, state["model.embed_tokens.weight"])   # 61 rows
-    assert torch.equal(net.visual.blocks[0].attn.qkv.weight, state["visual.blocks.0.attn.qkv.weight"])
-    assert torch.equal(head[5].weight, state["rm_head.5.weight"]) and head[0].weight.dtype == torch.float32
-    for name in ("visual.merger.ln_q.weight", "model.layers.1.mlp.up_proj.weight"):
-        with pytest.raises(rt.UsageError, match="HPSv3.safetensors"):
-            ev.HPSv3.networks({k: v for k, v in state.items() if k != name}, tiny_qwen2(), torch.float32)
-    with pytest.raises(rt.UsageError, match="surprise"):
-        ev.HPSv3.networks({**state, "model.surprise": torch.zeros(1)}, tiny_qwen2(), torch.float32)
-
-
-def hpsv3_inputs():
-    from transformers import Qwen2VLImageProcessor
-    patches = Qwen2VLImageProcessor(size={"shortest_edge": 56 * 56, "longest_edge": 56 * 56})(
-        images=[torch.rand(3, 90, 90), torch.rand(3, 90, 90)], do_rescale=False, return_tensors="pt")
-    ids = torch.tensor([[7, 5, 5, 5, 5, 8, 11, 12, 60, 13], [7, 5, 5, 5, 5, 8, 14, 60, 0, 0]])
-    return ids, (ids > 0).long(), patches["pixel_values"], patches["image_grid_thw"]
-
-
-def test_hpsv3_uses_plain_positions():
-    """Explicit positions 0, 1, 2, .. give the same states; the full model's own multi-axis ones do not."""
-    net, head = (n.eval() for n in ev.HPSv3.networks(hpsv3_state(tiny_qwen2()), tiny_qwen2(), torch.float32))
-    scorer = ev.HPSv3(net, head, None, "", 60)
-    ids, mask, pixels, grid = hpsv3_inputs()
-    with torch.no_grad():
-        scores = scorer.read(ids, mask, pixels, grid)
-
-        def through_the_full_model(positions):
-            states = net(input_ids=ids, attention_mask=mask, pixel_values=pixels, image_grid_thw=grid,
-                         position_ids=positions, mm_token_type_ids=(ids == 5).int()).last_hidden_state
-            return head(states[[0, 1], [8, 7]])[:, 0]
-
-        plain = torch.arange(10).expand(3, 2, -1)
-        torch.testing.assert_close(scores, through_the_full_model(plain), atol=1e-5, rtol=1e-4)
-        assert (scores - through_the_full_model(None)).abs().max() > 1e-3
-        alone = scorer.read(ids[1:, :8], mask[1:, :8], pixels[16:], grid[1:])   # padding is not seen
-    torch.testing.assert_close(scores[1:], alone, atol=1e-5, rtol=1e-4)
-
-
-def test_hpsv3_instruction_is_read_and_not_run(tmp_path):
-    (tmp_path / "HPSv3").mkdir()
-    (tmp_path / "HPSv3" / "data_collator_qwen.py").write_text(
-        'import a_package_that_is_not_there\nINSTRUCTION = """Rate. Prompt - {text_prompt}"""\n'
-        'prompt_with_special_token = """ <|Reward|>"""\nraise SystemExit\n')
-    cfg = SimpleNamespace(weights_dir=str(tmp_path), device="cpu", prompts=None)
-    assert ev.hpsv3_instruction(cfg).format(text_prompt="a fox") == "Rate. Prompt - a fox <|Reward|>"
-
-
-def qwen_processor(number):
-    """Qwen2-VL's or Qwen3-VL's real processor, over a tokenizer that knows only bytes and special tokens."""
-    import transformers
-    from tokenizers.pre_tokenizers import ByteLevel
-    alphabet = {c: i for i, c in enumerate(sorted(ByteLevel.alphabet()))}
-    tokenizer = transformers.Qwen2Tokenizer(vocab=alphabet, merges=[])
-    marks = ("im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")
-    tokenizer.add_special_tokens({"additional_special_tokens": [f"<|{mark}|>" for mark in marks]})
-    template = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.content %}"
-                "{% if c.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c.text }}"
-                "{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
-                "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-    view = transformers.Qwen2VLImageProcessor(patch_size={2: 14, 3: 16}[number])
-    video = getattr(transformers, f"Qwen{number}VLVideoProcessor")()
-    return getattr(transformers, f"Qwen{number}VLProcessor")(view, tokenizer, video, chat_template=template)
-
-
-def test_hpsv3_through_the_real_processor():
-    """256 image tokens whatever the size, and a score that the padding does not change."""
-    processor = qwen_processor(2)
-    processor.tokenizer.add_special_tokens({"additional_special_tokens": ["<|Reward|>"]})
-    token_id, image_id = processor.tokenizer.convert_tokens_to_ids(["<|Reward|>", "<|image_pad|>"])
-    config = tiny_qwen2(token_id, image_id)
-    net, head = (n.eval() for n in ev.HPSv3.networks(hpsv3_state(config), config, torch.float32))
-    scorer, seen = ev.HPSv3(net, head, processor, "rate {text_prompt} <|Reward|>!", token_id), []
-    read = scorer.read
-    scorer.read = lambda ids, *rest: seen.append(ids) or read(ids, *rest)
-    images = torch.rand(2, 3, 96, 96)
-    scores = scorer(images, ["a", "a longer prompt"])
-    assert [(ids == image_id).sum(1).tolist() for ids in seen] == [[256, 256]]
-    assert "<|vision_end|>rate a <|Reward|>!<|im_end|>" in processor.tokenizer.decode(seen[0][0])
-    torch.testing.assert_close(scores[:1], scorer(images[:1], ["a"]), atol=1e-5, rtol=1e-4)
-
-
-# ------------------------------------------------------------------ GenEval
-
-
-def seen(name, score, box=(0, 0, 10, 10)):
-    mask = torch.zeros(100, 100, dtype=torch.bool)
-    mask[box[1]:box[3], box[0]:box[2]] = True
-    return ev.Detection(ev.COCO.index(name), score, box, mask)
-
-
-def judge(detections, row, colours=None, threshold=.3):
-    """(official, partial, strict) with a stub colour judge: a dict from box to colour name."""
-    def names(found, name):
-        return [(colours or {}).get(d.box, "red") for d in found]
-
-    objects = ev.objects_of(detections, threshold)
-    return (ev.geneval_official(objects, row, names), *ev.geneval_partial(objects, row, names))
-
-
-A, B, C = (0, 0, 10, 10), (50, 0, 60, 10), (0, 50, 10, 60)
-
-
-def test_geneval_single_and_two_objects():
-    one = {"include": [{"class": "dog", "count": 1}]}
-    two = {"include": [{"class": "dog", "count": 1}, {"class": "tv remote", "count": 1}]}
-    assert judge([seen("dog", .31)], one) == (True, 1, True)
-    assert judge([seen("dog", .3)], one) == (False, 0, False)                        # above .3, not at it
-    assert judge([seen("dog", .9, A), seen("dog", .9, B)], one) == (True, 0, False)   # one too many
-    assert judge([seen("dog", .9), seen("tv remote", .8, B)], two) == (True, 1, True)
-    assert judge([seen("dog", .9)], two) == (False, .5, False)
-    assert judge([seen("dog", .9, (i, 0, i + 5, 5)) for i in range(3)], one)[1] == -1   # may be negative
-
-
-def test_geneval_counting_is_exact_through_exclude():
-    row = {"include": [{"class": "cat", "count": 3}], "exclude": [{"class": "cat", "count": 4}]}
-    cats = [seen("cat", .95, (10 * i, 0, 10 * i + 5, 5)) for i in range(4)]
-    assert judge(cats[:3], row, threshold=.9) == (True, 1, True)
-    assert judge(cats, row, threshold=.9) == (False, 1 - 1 / 3, False)
-    assert judge(cats[:2], row, threshold=.9) == (False, 1 - 1 / 3, False)
-    assert judge(cats[:3] + [seen("cat", .89, B)], row, threshold=.9)[0] is True   # below .9
-
-
-def test_geneval_keeps_sixteen_of_a_class_the_best_first():
-    found = ev.objects_of([seen("cat", .31 + i / 100) for i in range(30)] + [seen("dog", .2)], .3)
-    assert set(found) == {"cat"} and len(found["cat"]) == 16
-    assert [d.score for d in found["cat"]] == sorted((.31 + i / 100 for i in range(14, 30)), reverse=True)
-
-
-def test_geneval_colours_look_at_the_best_objects_only():
-    row = {"include": [{"class": "car", "count": 1, "color": "blue"}]}
-    pair = [seen("car", .9, A), seen("car", .5, B)]
-    assert judge(pair[:1], row, {A: "blue"}) == (True, 1, True)
-    assert judge(pair[:1], row, {A: "green"}) == (False, .5, False)
-    assert judge(pair, row, {A: "green", B: "blue"})[0] is False      # the better one counts
-    assert judge(pair, row, {A: "blue", B: "green"}) == (True, 0, False)   # terms: 1 - 1/1 and 0
-    assert judge([], row) == (False, 0, False)
-
-
-def test_geneval_colour_of_two_objects():
-    row = {"include": [{"class": "car", "count": 1, "color": "blue"},
-                       {"class": "cup", "count": 1, "color": "red"}]}
-    pair = [seen("car", .9, A), seen("cup", .9, B)]
-    assert judge(pair, row, {A: "blue", B: "red"}) == (True, 1, True)
-    assert judge(pair, row, {A: "red", B: "blue"}) == (False, .5, False)   # attributes swapped
-
-
-def test_geneval_position():
-    row = {"include": [{"class": "dog", "count": 1},
-                       {"class": "cat", "count": 1, "position": ["right of", 0]}]}
-    assert judge([seen("dog", .9, A), seen("cat", .9, B)], row) == (True, 1, True)
-    assert judge([seen("dog", .9, B), seen("cat", .9, A)], row) == (False, .75, False)   # terms 1, 1, 0, 1
-    assert judge([seen("dog", .9, A), seen("cat", .9, C)], row)[0] is False
-    assert judge([seen("cat", .9, B)], row) == (False, 1 / 3, False)          # no anchor: terms 0, 1, 0
-    assert judge([seen("dog", .9, A)], row) == (False, 1 / 3, False)          # terms 1, 0, 0
-
-
-@pytest.mark.parametrize("box, expected", [
-    ((100, 0, 110, 10), {"right of"}), ((-100, 0, -90, 10), {"left of"}), ((0, -50, 10, -40), {"above"}),
-    ((0, 50, 10, 60), {"below"}), ((50, 50, 60, 60), {"right of", "below"}), ((0, 0, 10, 10), set()),
-    ((2, 0, 12, 10), set()),                # 2 = .1 (10 + 10): nothing is left of the offset
-    ((2.1, 0, 12.1, 10), set()),            # .1 / 2.1 is less than half
-    ((4.1, 0, 14.1, 10), {"right of"}),     # 2.1 / 4.1 is more than half
-    ((30, 100, 40, 110), {"below"}),        # 28 / 104 is less than half
-])
-def test_relations_and_their_margin(box, expected):
-    assert ev.relations(box, (0, 0, 10, 10)) == expected
-
-
-def test_colour_is_judged_on_the_masked_crop():
-    """A stub CLIP that sees mean colour: what is around the mask, or outside the box, must not count."""
-    class Mean(nn.Module):
-        palette = dict(zip(ev.COLOURS, torch.tensor([
-            [1, 0, 0], [1, .5, 0], [1, 1, 0], [0, .6, 0], [0, 0, 1], [.5, 0, .5], [1, .6, .7], [.5, .25, 0],
-            [0, 0, 0], [1, 1, 1]])))
-
-        def __init__(self):
-            super().__init__()
-            self.dummy = nn.Parameter(torch.zeros(()))
-
-        def encode_image(self, pixels):
-            rgb = pixels * torch.tensor(rt.CLIP_STD).view(3, 1, 1) + torch.tensor(rt.CLIP_MEAN).view(3, 1, 1)
-            return rgb.mean((2, 3)) - .6   # the grey #999 is the origin
-
-        def encode_text(self, tokens):
-            return torch.stack([self.palette[ev.COLOURS[t]] - .6 for t in tokens])
-
-    def tokenise(texts):
-        assert texts[:3] == [f"a photo of a red{words}" for words in (" car", "-colored car", " object")]
-        return torch.tensor([ev.COLOURS.index(next(c for c in ev.COLOURS if f"a {c}" in t)) for t in texts])
-
-    image = torch.zeros(3, 100, 100)
-    image[1] = .6                                     # green everywhere
-    image[:, 20:40, 20:40] = torch.tensor([0., 0, 1]).view(3, 1, 1)
-    blue = seen("car", .9, (20, 20, 40, 40))
-    wide = ev.Detection(blue.label, .9, (10, 10, 50, 50), blue.mask)   # a wide box around the same mask
-    names = ev.ColourNames(Mean(), tokenise)
-    assert names(image, [blue, wide], "car") == ["blue", "blue"]
-    broad = torch.zeros(3, 100, 300)                  # at the edge: a centre crop of all would miss it
-    broad[2, 20:40, :20] = 1
-    mask = broad[2] > 0
-    assert names(broad, [ev.Detection(2, .9, (0, 20, 20, 40), mask)], "car") == ["blue"]
-    everything = ev.Detection(blue.label, .9, (0, 0, 100, 100), torch.ones(100, 100, dtype=torch.bool))
-    assert names(image, [everything], "car") == ["green"]
-
-
-def slow_instances(class_logits, mask_logits, padded, resized, original):
-    """The detector's steps word by word: every one of the 100 best (query, class) pairs, no shortcut."""
-    full = F.interpolate(mask_logits[None], size=padded, mode="bilinear", align_corners=False)
-    full = full[..., :resized[0], :resized[1]]
-    full = F.interpolate(full, size=original, mode="bilinear", align_corners=False)[0]
-    p, found = class_logits.softmax(-1)[:, :80], []
-    pairs = sorted(((p[q, c].item(), q, c) for q in range(len(p)) for c in range(80)), reverse=True)[:100]
-    for value, q, c in pairs:
-        mask = full[q] > 0
-        if not mask.any():
-            continue
-        pixels = [(y, x) for y in range(original[0]) for x in range(original[1]) if mask[y, x]]
-        sure = sum(full[q, y, x].sigmoid().item() for y, x in pixels) / (len(pixels) + 1e-6)
-        ys, xs = [y for y, _ in pixels], [x for _, x in pixels]
-        found.append((c, value * sure, (min(xs), min(ys), max(xs) + 1, max(ys) + 1), mask))
-    return sorted((f for f in found if f[1] > .3), key=lambda f: -f[1])
-
-
-def test_detector_outputs_against_a_literal_version():
-    """Two classes for one query, overlapping masks, padding, resizing, a query without a mask."""
-    torch.manual_seed(0)
-    classes, masks = torch.randn(5, 81), torch.full((5, 8, 12), -6.)
-    classes[0, 3] = classes[0, 7] = 12        # one query, two classes at nearly one half each
-    classes[0, 3] += .3
-    classes[1, 3] = classes[2, 70] = 15
-    classes[3, 80] = 15                       # nothing, whatever its mask
-    classes[4, 9] = 15                        # sure of a class, and an empty mask
-    masks[0, 1:5, 2:7] = 4.
-    masks[1, 2:6, 4:10] = 1.5                 # overlaps the first, and the padding
-    masks[2, 5:8, 0:3] = masks[3, 0:3, 0:3] = 3.
-    shape = dict(padded=(32, 48), resized=(28, 41), original=(35, 50))
-    ours = ev.instances(classes, masks, **shape)
-    ours = [d for d in ours if d.score > .3]
-    theirs = slow_instances(classes, masks, **shape)
-    assert [d.label for d in ours] == [t[0] for t in theirs] and {3, 7, 70} <= {d.label for d in ours}
-    for d, (_, score, box, mask) in zip(ours, theirs):
-        assert d.score == pytest.approx(score, rel=1e-4) and d.box == box and torch.equal(d.mask, mask)
-
-
-def tiny_detector(labels=80):
-    from transformers import Mask2FormerConfig, SwinConfig
-    swin = SwinConfig(embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 1, 1], window_size=4, image_size=64,
-                      out_features=["stage1", "stage2", "stage3", "stage4"])
-    return Mask2FormerConfig(backbone_config=swin, feature_size=32, mask_feature_size=32, hidden_dim=32,
-                             encoder_feedforward_dim=16, encoder_layers=1, decoder_layers=2, num_queries=6,
-                             num_attention_heads=2, dim_feedforward=16, num_labels=labels)
-
-
-def test_detector_is_mask2former(tmp_path, monkeypatch):
-    """Same outputs as transformers' own class, from files that it wrote; without scipy."""
-    from transformers.models.mask2former import modeling_mask2former as theirs
-    monkeypatch.setattr(theirs, "requires_backends", lambda *_: None)
-    torch.manual_seed(0)
-    whole = theirs.Mask2FormerForUniversalSegmentation(tiny_detector()).eval()
-    folder = tmp_path / "mask2former-swin-small-coco-instance"
-    whole.save_pretrained(folder)
-    cfg = SimpleNamespace(weights_dir=str(tmp_path), device="cpu", prompts=None)
-    net = ev.load_net(ev.detector_class(), "facebook/mask2former-swin-small-coco-instance", cfg)
-    pixels = torch.randn(1, 3, 64, 96)
-    with torch.no_grad():
-        out, (classes, masks) = whole(pixels), net(pixels)
-    assert torch.equal(out.class_queries_logits, classes) and torch.equal(out.masks_queries_logits, masks)
-    state = whole.state_dict()
-    del state["class_predictor.weight"]
-    whole.save_pretrained(folder, state_dict=state)
-    with pytest.raises(rt.UsageError, match="class_predictor.weight"):   # never random weights in silence
-        ev.load_net(ev.detector_class(), "facebook/mask2former-swin-small-coco-instance", cfg)
-
-
-@pytest.mark.parametrize("size, seen_size, padded", [
-    ((512, 512), (800, 800), (800, 800)), ((512, 1024), (667, 1333), (672, 1344)),
-    ((1024, 768), (1067, 800), (1088, 800))])
-def test_detector_view(size, seen_size, padded):
-    pixels, resized = ev.detector_view(torch.rand(1, 3, *size))
-    assert resized == seen_size and tuple(pixels.shape[-2:]) == padded
-    assert pixels[..., resized[0]:, :].abs().sum() == 0 and pixels[..., resized[1]:].abs().sum() == 0
-
-
-def test_geneval_end_to_end_with_a_stub_detector(monkeypatch):
-    """Two images through the real calls; the stub detector reports a dog, surely or half so, then a cat."""
-    def detector(pixels):
-        classes, masks = torch.zeros(2, 3, 81), torch.full((2, 3, 16, 16), -9.)
-        classes[..., 80] = 20
-        classes[0, 0, 16], classes[0, 0, 80] = 20, doubt
-        classes[1, 1, 15], classes[1, 1, 80] = 20, 0
-        masks[0, 0, 4:8, 4:8] = masks[1, 1, 4:8, 4:8] = 9
-        return classes, masks
-
-    doubt = 0
-
-    monkeypatch.setattr(ev, "detector_view", lambda images: (torch.zeros(2, 3, 64, 64), (64, 64)))
-    row = {"tag": "single_object", "include": [{"class": "dog", "count": 1}], "prompt": "a photo of a dog"}
-    scorer = ev.GenEval(detector, None, known={row["prompt"]: row})
-    assert scorer(torch.rand(2, 3, 32, 32), [row, "a photo of a dog"]).tolist() == [1, 0]
-    assert {k: v.tolist() for k, v in scorer.details(torch.rand(2, 3, 32, 32), [row, row]).items()} == {
-        "geneval": [1, 0], "geneval_partial": [1, 0], "geneval_strict": [1, 0]}
-    doubt = 20   # the dog's score is one half: enough, but not for counting
-    assert scorer(torch.rand(2, 3, 32, 32), [row, row]).tolist() == [1, 0]
-    assert scorer(torch.rand(2, 3, 32, 32), [{**row, "tag": "counting"}, row]).tolist() == [0, 0]
-    with pytest.raises(rt.UsageError, match="a photo of a cow"):
-        scorer(torch.rand(2, 3, 32, 32), [row, "a photo of a cow"])
-
-
-def test_geneval_summary_is_the_mean_of_the_tasks():
-    rows = [{"tag": "colors"}] * 3 + [{"tag": "counting"}]
-    assert ev.geneval_summary([1, 1, 0, 0], rows) == {"colors": 2 / 3, "counting": 0, "geneval": 1 / 3}
-
-
-def test_geneval_metadata_and_training_prompts(tmp_path):
-    evaluation = [ev.geneval_row(task, random.Random(i)) for task in ev.TASKS for i in range(40)]
-    evaluation += [{"tag": "single_object", "include": [{"class": name, "count": 1}],
-                    "prompt": f"a photo of {'an' if name[0] in 'aeiou' else 'a'} {name}"} for name in ev.COCO]
-    file = tmp_path / "evaluation_metadata.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in evaluation))
-    assert ev.read_geneval_metadata(file) == evaluation
-    rows = ev.geneval_training_prompts(300, 7, evaluation)
-    prompts = [row["prompt"] for row in rows]
-    assert len(set(prompts)) == 300 and not set(prompts) & {row["prompt"] for row in evaluation}
-    assert rows == ev.geneval_training_prompts(300, 7, evaluation)
-    assert rows != ev.geneval_training_prompts(300, 8, evaluation)
-    assert {row["tag"] for row in rows} == set(ev.TASKS) - {"single_object"}   # all 80 are evaluation prompts
-    assert {row["tag"] for row in ev.geneval_training_prompts(12, 7, ())} == set(ev.TASKS)
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert ev.read_geneval_metadata(tmp_path / "train.jsonl") == rows
-    with pytest.raises(rt.UsageError, match="only 80"):
-        ev.geneval_training_prompts(90, 0, (), ["single_object"])
-
-
-@pytest.mark.parametrize("line, words", [
-    ("{oops", "line 2.*JSON"), ('{"tag": "colors", "prompt": "x"}', "line 2.*include"),
-    ('{"tag": "colors", "prompt": "x", "include": [{"class": "elf", "count": 1}]}', "elf"),
-    ('{"tag": "colour", "prompt": "x", "include": []}', "colour")])
-def test_geneval_metadata_complains(tmp_path, line, words):
-    good = json.dumps(ev.geneval_row("counting", random.Random(0)))
-    (tmp_path / "rows.jsonl").write_text(good + "\n" + line + "\n")
-    with pytest.raises(rt.UsageError, match=words):
-        ev.read_geneval_metadata(tmp_path / "rows.jsonl")
-
-
-# ------------------------------------------------------------------ GenEval2
-
-
-def test_accepted_answers():
-    three = ["3", " 3", "three", " three", "Three", " Three"]
-    assert ev.accepted_answers("How many dogs are there?", "three") == three
-    assert ev.accepted_answers("How many dogs are there?", "3") == three
-    assert ev.accepted_answers("Is the dog blue?", "Yes") == ["yes", " yes", "Yes", " Yes"]
-
-
-@pytest.mark.parametrize("p, am, gm", [([.5, .5], .5, .5), ([1., .25], .625, .5), ([1., 0.], .5, 0.),
-                                       ([.9], .9, .9), ([.1, .2, .4], .7 / 3, .2)])
-def test_soft_tifa(p, am, gm):
-    assert ev.soft_tifa(p) == pytest.approx((am, gm))
-
-
-def test_geneval2_sums_the_answers_probability_at_the_last_token():
-    """A stub network whose states are one-hot in the question's last token, behind padding; known logits."""
-    from transformers import BatchEncoding
-    vocabulary = ["<pad>", "?", "yes", "Yes", " yes", " Yes", "no", "3", "three", "Three", " three", " Three",
-                  " "]
-    p = torch.tensor([.01, .01, .3, .2, .1, .05, .1, .08, .04, .03, .02, .01, .05])
-
-    class Processor:
-        tokenizer = SimpleNamespace(encode=lambda text, add_special_tokens: [
-            vocabulary.index(text) if text in vocabulary else vocabulary.index(text[0])])
-
-        def apply_chat_template(self, talks, tokenize, add_generation_prompt):
-            return [talk[0]["content"][1]["text"] for talk in talks]
-
-        def __call__(self, text, images, padding, padding_side, return_tensors):
-            assert all(t.endswith("Answer in one word.") for t in text) and len(images) == len(text)
-            mask = torch.zeros(len(text), 9, dtype=torch.long)
-            for row, t in zip(mask, text):
-                row[:3 + len(t) % 5] = 1
-            return BatchEncoding({"attention_mask": mask})
-
-    class Net:
-        lm_head = staticmethod(lambda states: torch.where(states > 0, p.log(), torch.zeros(())))
-
-        def model(self, attention_mask):
-            last = attention_mask.sum(1) - 1
-            return SimpleNamespace(last_hidden_state=F.one_hot(last, 9)[..., None].float())
-
-    questions = [["Is there a dog?", "Yes"], ["How many dogs?", "three"], ["Is it?", "Yes"]]
-    row = {"prompt": "three dogs", "vqa_list": questions}
-    scorer = ev.GenEval2(Net(), Processor(), {"three dogs": row})
-    details = scorer.details(torch.rand(2, 3, 8, 8), [row, "three dogs"])
-    yes, three = .65, .08 + .05 + .04 + .03 + .02 + .01     # " 3" begins with the bare blank
-    torch.testing.assert_close(details["geneval2_am"], torch.full((2,), (2 * yes + three) / 3))
-    torch.testing.assert_close(details["geneval2"], torch.full((2,), (yes * yes * three) ** (1 / 3)))
-    torch.testing.assert_close(scorer(torch.rand(1, 3, 8, 8), [row]), details["geneval2"][:1])
-
-
-def tiny_qwen3(processor):
-    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
-    torch.manual_seed(0)
-    text = dict(vocab_size=270, hidden_size=32, intermediate_size=32, num_hidden_layers=2, head_dim=8,
-                num_attention_heads=4, num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-                rope_parameters={"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4})
-    vision = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=32,
-                  patch_size=16, num_position_embeddings=16, deepstack_visual_indexes=[0])
-    marks = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>",
-             "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}
-    marks = {name: processor.tokenizer.convert_tokens_to_ids(token) for name, token in marks.items()}
-    config = Qwen3VLConfig(text_config=text, vision_config=vision, **marks)
-    return Qwen3VLForConditionalGeneration(config).eval()
-
-
-def test_geneval2_on_a_tiny_qwen3vl():
-    """Padding changes nothing, and the answer is what generate's first step would see."""
-    processor = qwen_processor(3)
-    net = tiny_qwen3(processor)
-    scorer = ev.GenEval2(net, processor)
-    images = torch.rand(2, 3, 80, 80)
-    both = scorer.first_word(ev.as_bytes(images), ["dog?", "a much longer one?"])
-    alone = scorer.first_word(ev.as_bytes(images)[:1], ["dog?"])
-    torch.testing.assert_close(both[:1], alone, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(both.sum(-1), torch.ones(2))
-    talk = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "dog?"}]}]
-    text = processor.apply_chat_template([talk], tokenize=False, add_generation_prompt=True)
-    inputs = processor(text=text, images=list(ev.as_bytes(images)[:1]), return_tensors="pt")
-    step = net.generate(**inputs, max_new_tokens=1, do_sample=False, output_scores=True,
-                        return_dict_in_generate=True)
-    torch.testing.assert_close(both[:1], step.scores[0].softmax(-1), atol=1e-5, rtol=1e-4)
-    row = {"prompt": "dogs", "vqa_list": [["Is there a dog?", "Yes"], ["How many dogs?", "two"]]}
-    assert scorer(images, [row, row]).shape == (2,)
-
-
-# ------------------------------------------------------------------ OCR
-
-
-@pytest.mark.parametrize("a, b, distance", [
-    ("", "", 0), ("a", "", 1), ("", "abc", 3), ("abc", "abc", 0), ("kitten", "sitting", 3),
-    ("flaw", "lawn", 2), ("intention", "execution", 5), ("saturday", "sunday", 3), ("abc", "acb", 2),
-    ("open", "0pen", 1)])
-def test_edit_distance(a, b, distance):
-    assert ev.edit_distance(a, b) == ev.edit_distance(b, a) == distance
-
-
-def test_text_score():
-    assert ev.text_score("OPEN", "open") == 1 and ev.text_score("we are O P E N today", "Open") == 1
-    assert ev.text_score("opne", "open") == .5 and ev.text_score("", "open") == 0
-    assert ev.text_score("something else entirely", "open") == 0       # capped: never negative
-    assert ev.quoted_text('a sign "Open 24h" and "no"') == "Open 24h"
-    assert ev.quoted_text("a sign “Olá”") == "Olá"
-    with pytest.raises(rt.UsageError, match="a sign without"):
-        ev.quoted_text("a sign without a text")
-
-
-def test_components_against_flood_fill():
-    rng = np.random.default_rng(0)
-    for density in (.1, .3, .45, .6):
-        mask = rng.random((23, 31)) < density
-        ours = {frozenset((y, x) for y, start, end in region for x in range(start, end))
-                for region in ev.components(mask)}
-        todo, theirs = {(y, x) for y, x in zip(*np.nonzero(mask))}, set()
-        while todo:
-            stack, region = [todo.pop()], set()
-            while stack:
-                y, x = stack.pop()
-                region.add((int(y), int(x)))
-                near = {(y + i, x + j) for i in (-1, 0, 1) for j in (-1, 0, 1)} & todo
-                todo -= near
-                stack += near
-            theirs.add(frozenset(region))
-        assert ours == theirs
-
-
-def test_text_boxes():
-    heat = np.zeros((100, 200), np.float32)
-    heat[20:30, 40:100] = .9            # a word
-    heat[22:30, 120:180] = .9           # another on the same line
-    heat[60:70, 10:60] = .45            # visible, and not sure enough
-    heat[80:82, 10:60] = .9             # too thin
-    heat[50:60, 30:90] = .2             # below the threshold
-    boxes = ev.text_boxes(heat, 200, 400)
-    grow = 1.5 * 600 / 140              # 10 x 60 cells
-    assert len(boxes) == 2 and boxes[0][0] < boxes[1][0]
-    assert boxes[0] == tuple(round(2 * v) for v in (40 - grow, 20 - grow, 100 + grow, 30 + grow))
-
-
-def test_reading_order():
-    boxes = [(200, 103, 1, 1), (10, 108, 1, 1), (90, 20, 1, 1), (10, 25, 1, 1), (10, 300, 1, 1)]
-    assert ev.reading_order(boxes) == [boxes[3], boxes[2], boxes[1], boxes[0], boxes[4]]
-
-
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
-
-
-def written_rows(text, at, canvas=(160, 320), size=28):
-    """Black letters on white, with wide gaps between them: uint8 (3,H,W)."""
-    image = Image.new("RGB", (canvas[1], canvas[0]), "white")
-    font = ImageFont.load_default(size)
-    for i, letter in enumerate(text):
-        ImageDraw.Draw(image).text((at[0] + 26 * i, at[1]), letter, fill="black", font=font)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-class InkDetector:
-    """Stands for the network: heat where ink is, filled between letters and shrunk as PP-OCR's map is."""
-
-    def __call__(self, pixels):
-        ink = (pixels.mean(1, keepdim=True) < 0).float()
-        wide = F.max_pool2d(ink, (9, 31), 1, (4, 15))             # letters of a line become one block
-        core = -F.max_pool2d(-wide, (15, 33), 1, (7, 16))         # and the block shrinks to its core
-        return SimpleNamespace(last_hidden_state=core * .95)
-
-
-class TemplateReader:
-    """Stands for the network: compares the crop's letters with rendered ones; CTC outputs, blank = 0."""
-    templates = []
-
-    def __call__(self, pixels):
-        ink = pixels[0].mean(0) < 0
-        columns, steps = ink.any(0).tolist(), [0]
-        starts = [x for x in range(len(columns)) if columns[x] and (x == 0 or not columns[x - 1])]
-        for x in starts:
-            end = next((i for i in range(x, len(columns)) if not columns[i]), len(columns))
-            letter = self.nearest(ink[:, x:end])
-            steps += [letter, letter, 0]                          # repeated, then a blank: CTC must merge
-        sure = F.one_hot(torch.tensor(steps), len(LETTERS) + 1)[None].float()
-        return SimpleNamespace(last_hidden_state=sure)
-
-    def nearest(self, glyph):
-        def fit(ink):
-            rows, columns = ink.any(1).nonzero().flatten(), ink.any(0).nonzero().flatten()
-            tight = ink[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
-            return F.interpolate(tight[None, None].float(), (16, 12), mode="area").flatten()
-
-        if not self.templates:
-            self.templates += [fit(written_rows(c, (8, 8), (60, 60)).float().mean(0) < 128) for c in LETTERS]
-        return 1 + int(torch.stack([(fit(glyph) - t).square().sum() for t in self.templates]).argmin())
-
-
-def ocr_with_stubs():
-    from transformers import PPOCRV5ServerDetImageProcessor, PPOCRV5ServerRecImageProcessor
-    reader_view = PPOCRV5ServerRecImageProcessor(character_list=["blank", *LETTERS])
-    return ev.OCR(InkDetector(), PPOCRV5ServerDetImageProcessor(), TemplateReader(), reader_view)
-
-
-def test_ocr_reads_rendered_text():
-    """Real processors around stub networks: boxes found, scaled back, cropped, read and decoded in order."""
-    image = torch.minimum(written_rows("HELLO", (30, 20)), written_rows("W0RLD", (60, 100)))
-    scorer = ocr_with_stubs()
-    assert scorer.read(image) == "HELLOW0RLD"
-    prompts = ['a sign "Hello"', 'a sign "hello world"', 'a sign "xyz"']
-    scores = scorer(image[None].expand(3, -1, -1, -1) / 255, prompts)
-    assert scores.tolist() == pytest.approx([1, .9, 0])
-    assert scorer.read(torch.full((3, 64, 64), 255, dtype=torch.uint8)) == ""      # nothing written
-    assert scorer(torch.ones(1, 3, 64, 64), ['"HI"']).tolist() == [0]
-
-
-def test_ocr_drops_lines_it_is_unsure_of():
-    scorer = ocr_with_stubs()
-    sure = scorer.reader
-    scorer.reader = lambda pixels: SimpleNamespace(last_hidden_state=sure(pixels).last_hidden_state * .49)
-    assert scorer.read(written_rows("HELLO", (30, 20))) == ""
-
-
-def test_ocr_lays_upright_lines_down():
-    shapes = []
-    scorer = ocr_with_stubs()
-    scorer.reader_view = lambda images, return_tensors: shapes.append(tuple(images[0].shape)) or 1 / 0
-    for size, expected in (((3, 60, 20), (3, 20, 60)), ((3, 25, 20), (3, 25, 20))):
-        with pytest.raises(ZeroDivisionError):
-            scorer.line(torch.zeros(size, dtype=torch.uint8))
-        assert shapes[-1] == expected
-
-
-# ------------------------------------------------------------------ loading the real way, from folders
-
-
-def load(name, folder, prompts=None):
-    return ev.load_metric(name, SimpleNamespace(weights_dir=str(folder), device="cpu", prompts=prompts))
-
-
-def test_load_aesthetic(tmp_path):
-    """From the hub copy's safetensors and from LAION's own file: the same scores."""
-    from safetensors.torch import save_file
-    wide_clip().save_pretrained(tmp_path / "clip-vit-large-patch14")
-    state = head_state("layers.")
-    (tmp_path / "sac-logos-ava1-l14-linearMSE").mkdir()
-    save_file(state, tmp_path / "sac-logos-ava1-l14-linearMSE" / "model.safetensors")
-    images = torch.rand(2, 3, 30, 30)
-    scores = load("aesthetic", tmp_path)(images)
-    (tmp_path / "sac-logos-ava1-l14-linearMSE" / "model.safetensors").unlink()
-    torch.save(state, tmp_path / "sac+logos+ava1-l14-linearMSE.pth")
-    assert torch.equal(scores, load("aesthetic", tmp_path)(images))
-
-
-def test_load_imagereward(tmp_path, monkeypatch):
-    from transformers import BertTokenizer
-    networks = ev.ImageReward.networks
-    monkeypatch.setattr(ev.ImageReward, "networks", staticmethod(lambda state: networks(state, VISION, TEXT)))
-    (tmp_path / "ImageReward").mkdir()
-    torch.save(imagereward_state(), tmp_path / "ImageReward" / "ImageReward.pt")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "fox"]
-    BertTokenizer(vocab={w: i for i, w in enumerate(words)}).save_pretrained(tmp_path / "bert-base-uncased")
-    scorer = load("imagereward", tmp_path)
-    assert scorer.tokenizer("A red fox")["input_ids"] == [2, 5, 6, 7, 3]      # lower case, [CLS] first
-    assert scorer(torch.rand(2, 3, 30, 30), ["a red fox", "a fox " * 40]).isfinite().all()
-
-
-def test_load_hpsv3(tmp_path):
-    from safetensors.torch import save_file
-    processor = qwen_processor(2)
-    config = tiny_qwen2(len(processor.tokenizer), processor.tokenizer.convert_tokens_to_ids("<|image_pad|>"))
-    for folder in ("Qwen2-VL-7B-Instruct", "HPSv3"):
-        (tmp_path / folder).mkdir()
-    processor.save_pretrained(tmp_path / "Qwen2-VL-7B-Instruct")
-    config.save_pretrained(tmp_path / "Qwen2-VL-7B-Instruct")
-    save_file(hpsv3_state(config), tmp_path / "HPSv3" / "HPSv3.safetensors")
-    (tmp_path / "HPSv3" / "data_collator_qwen.py").write_text(
-        'INSTRUCTION = "rate {text_prompt}"\nprompt_with_special_token = " <|Reward|>"\n')
-    scores = load("hpsv3", tmp_path)(torch.rand(2, 3, 30, 30), ["a", "longer"])
-    assert scores.shape == (2,) and scores.dtype == torch.float32 and scores.isfinite().all()
-
-
-def test_load_geneval(tmp_path, monkeypatch):
-    """The detector from files; CLIP's weights from the file that open_clip is handed; rows from --prompts."""
-    import open_clip
-    from transformers.models.mask2former import modeling_mask2former as theirs
-    monkeypatch.setattr(theirs, "requires_backends", lambda *_: None)
-    theirs.Mask2FormerForUniversalSegmentation(tiny_detector()).save_pretrained(
-        tmp_path / "mask2former-swin-small-coco-instance")
-    (tmp_path / "open_clip_model.safetensors").touch()
-    asked = []
-    monkeypatch.setattr(open_clip, "create_model", lambda *a, **k: asked.append((a, k)) or nn.Linear(1, 1))
-    row = ev.geneval_row("counting", random.Random(0))
-    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
-    scorer = load("geneval", tmp_path, str(tmp_path / "rows.jsonl"))
-    assert asked == [(("ViT-L-14-quickgelu",), {"pretrained": str(tmp_path / "open_clip_model.safetensors")})]
-    assert scorer(torch.rand(1, 3, 64, 64), [row["prompt"]]).tolist() == [0]
-    cfg = SimpleNamespace(weights_dir=str(tmp_path), device="cpu", prompts=None)
-    assert (scorer.rule, ev.load_metric("geneval", cfg, training=True).rule) == ("geneval", "geneval_partial")
-
-
-def test_load_geneval2(tmp_path):
-    processor, folder = qwen_processor(3), tmp_path / "Qwen3-VL-8B-Instruct"
-    tiny_qwen3(processor).save_pretrained(folder)
-    processor.save_pretrained(folder)
-    row = {"prompt": "dogs", "vqa_list": [["Is there a dog?", "Yes"], ["How many dogs?", "two"]]}
-    details = load("geneval2", tmp_path).details(torch.rand(1, 3, 64, 64), [row])
-    assert 0 < details["geneval2"] <= details["geneval2_am"] < 1
-
-
-def test_load_ocr(tmp_path, monkeypatch):
-    """The networks' outputs are what the code takes them for. The detector is the server one's small twin,
-    since the server one takes its layers from the hub's configuration."""
-    import transformers as t
-    views = (t.PPOCRV5ServerDetImageProcessor(),
-             t.PPOCRV5ServerRecImageProcessor(character_list=["-", *LETTERS]))
-    nets = (t.PPOCRV5MobileDetForObjectDetection(t.PPOCRV5MobileDetConfig()),
-            t.PPOCRV5ServerRecForTextRecognition(t.PPOCRV5ServerRecConfig(head_out_channels=37)))
-    for part, net, view in zip(("det", "rec"), nets, views):
-        net.save_pretrained(tmp_path / f"PP-OCRv5_server_{part}_safetensors")
-        view.save_pretrained(tmp_path / f"PP-OCRv5_server_{part}_safetensors")
-    monkeypatch.setattr(t, "PPOCRV5ServerDetForObjectDetection", t.PPOCRV5MobileDetForObjectDetection)
-    scorer = load("ocr", tmp_path)
-    assert scorer.reader_view.character_list[1:] == list(LETTERS)
-    assert scorer(torch.rand(1, 3, 64, 64), ['"A"']).shape == (1,)
-    with torch.no_grad():
-        heat = scorer.detector(torch.randn(1, 3, 64, 96)).last_hidden_state
-        sure = scorer.reader(torch.randn(1, 3, 48, 320)).last_hidden_state
-    assert heat.shape == (1, 1, 64, 96) and 0 <= heat.min() and heat.max() <= 1   # a probability by pixel
-    torch.testing.assert_close(sure.sum(-1), torch.ones(1, 40))                   # and by letter
-    assert isinstance(scorer.line(torch.randint(0, 255, (3, 20, 90), dtype=torch.uint8)), str)
-
-
-# ------------------------------------------------------------------ running a metric
-
-
-def test_one_bad_image_does_not_stop_an_evaluation():
-    class Picky:
-        name = "picky"
-
-        def __call__(self, images, prompts):
-            if "bad" in prompts:
-                raise ValueError("broken picture")
-            values = images.mean((1, 2, 3))
-            values[[p == "nan" for p in prompts]] = math.nan
-            return values
-
-    images = [torch.full((3, 8, 8), i / 10) for i in range(5)] + [torch.full((3, 6, 8), .5)]
-    scores, failures = ev.run_metric(Picky(), images, ["a", "bad", "c", "nan", "e", "other size"], batch=3)
-    values = scores["picky"]
-    assert [round(v, 4) for i, v in enumerate(values) if i not in (1, 3)] == [0, .2, .4, .5]
-    assert math.isnan(values[1]) and math.isnan(values[3]) and len(failures) == 2
-    assert "picky" in failures[0] and "'bad'" in failures[0] and "broken picture" in failures[0]
-    assert "picky is nan" in failures[1] and "'nan'" in failures[1]
-
-
-def test_an_unreadable_file_is_counted(tmp_path):
-    """Images from files, read one by one; a broken and a missing one cost nothing but their own scores."""
-    class Folder:
-        def __getitem__(self, i):
-            return tensor(np.array(Image.open(tmp_path / f"{i}.png")))[0]
-
-    scorer = SimpleNamespace(name="mean", details=lambda images, rows: {"mean": images.mean((1, 2, 3))})
-    for i in (0, 3):
-        Image.fromarray(picture(8, 8, i)).save(tmp_path / f"{i}.png")
-    (tmp_path / "1.png").write_bytes(b"not a picture")
-    rows = [{"prompt": f"prompt {i}", "tag": "colors"} for i in range(4)]
-    scores, failures = ev.run_metric(scorer, Folder(), rows)
-    assert [math.isnan(v) for v in scores["mean"]] == [False, True, True, False]
-    assert len(failures) == 2 and "'prompt 1'" in failures[0] and "2.png" in failures[1]
-
-
-def test_run_metric_returns_every_number_that_a_scorer_knows():
-    class Two:
-        name = "two"
-
-        def details(self, images, prompts):
-            if "bad" in prompts:
-                raise ValueError("broken")
-            return {"two": images.mean((1, 2, 3)), "two_max": images.amax((1, 2, 3))}
-
-    scores, failures = ev.run_metric(Two(), torch.rand(4, 3, 4, 4), ["a", "b", "bad", "d"], batch=2)
-    assert set(scores) == {"two", "two_max"} and len(failures) == 1
-    assert ev.run_metric(Two(), torch.rand(1, 3, 4, 4), ["bad"])[0].keys() == {"two"}
-    for values in scores.values():
-        assert [math.isnan(v) for v in values] == [False, False, True, False]
-
-
-def test_metric_table_is_complete():
-    assert list(ev.METRICS) == ["clipscore", "aesthetic", "pickscore", "hpsv2", "imagereward", "hpsv3",
-                                "geneval", "geneval2", "ocr"]
-    for name, row in ev.METRICS.items():
-        assert {"column", "scale", "licence", "repo"} <= set(row), name
-        if "scorer" in row:
-            assert row["scorer"].name == name
-            assert row["scorer"].differentiable == (name in ("aesthetic", "imagereward"))
-    with pytest.raises(rt.UsageError, match="clipscore"):
-        ev.load_metric("clip", CFG)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# 3. Backbones
-# ------------------------------------------------------------------------------------------------------------
-
-PROMPTS = ["a red cat", "two blue birds above a très long " + "wooden " * 40 + "fence"]      # CLIP cuts it
-
-
-# ---- Small pipelines, channels as in the real ones: 64 px -> SD3 16 x 8 x 8, FLUX.2 128 x 4 x 4 ----
-
-BYTES = sorted(ByteLevel.alphabet())           # 256 symbols: any text tokenises without a merge
-VAE = dict(in_channels=3, out_channels=3, block_out_channels=[4] * 4, layers_per_block=1, norm_num_groups=1,
-           sample_size=64)
-
-
-def clip_tokenizer():
-    tokens = BYTES + [a + "</w>" for a in BYTES] + ["<|startoftext|>", "<|endoftext|>"]  # EOS: highest id
-    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=77)
-
-
-def t5_tokenizer():
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
-    pieces += [(chr(c), -3.0) for c in range(33, 127)]
-    return T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=512)
-
-
-def qwen_tokenizer():
-    vocab = {token: i for i, token in enumerate(BYTES + ["<|endoftext|>", "<|im_start|>", "<|im_end|>"])}
-    tokenizer = Qwen2TokenizerFast(vocab=vocab, merges=[], eos_token="<|im_end|>", pad_token="<|endoftext|>",
-                                   model_max_length=131072)
-    tokenizer.add_tokens(["<|im_start|>"], special_tokens=True)
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-        "{% if enable_thinking is defined and not enable_thinking %}"
-        "{{ '<think>\n\n</think>\n\n' }}{% endif %}")
-    return tokenizer
-
-
-def small_sd3(dual):
-    torch.manual_seed(0)
-    tokenizer, t5 = clip_tokenizer(), t5_tokenizer()
-    clip = lambda: CLIPTextModelWithProjection(CLIPTextConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, projection_dim=16,
-        vocab_size=len(tokenizer), max_position_embeddings=77, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
-    net = SD3Transformer2DModel(
-        sample_size=8, patch_size=2, in_channels=16, out_channels=16, num_layers=2, attention_head_dim=8,
-        num_attention_heads=2, joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=32,
-        pos_embed_max_size=16, **dict(dual_attention_layers=(0,), qk_norm="rms_norm") if dual else {})
-    vae = AutoencoderKL(
-        **VAE, down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
-        latent_channels=16, use_quant_conv=False, use_post_quant_conv=False, scaling_factor=1.5305,
-        shift_factor=0.0609)
-    encoder = T5EncoderModel(T5Config(
-        d_model=32, d_ff=32, d_kv=8, num_heads=2, num_layers=1, dropout_rate=0.0, vocab_size=len(t5),
-        feed_forward_proj="gated-gelu", pad_token_id=0, eos_token_id=1))
-    return StableDiffusion3Pipeline(
-        transformer=net, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae, text_encoder=clip(),
-        tokenizer=tokenizer, text_encoder_2=clip(), tokenizer_2=clip_tokenizer(), text_encoder_3=encoder,
-        tokenizer_3=t5)
-
-
-def small_klein(distilled):
-    torch.manual_seed(0)
-    tokenizer = qwen_tokenizer()
-    encoder = Qwen3ForCausalLM(Qwen3Config(      # 30 layers: some above the last tap, as in the real one
-        hidden_size=16, intermediate_size=16, num_hidden_layers=30, num_attention_heads=2, head_dim=8,
-        num_key_value_heads=1, vocab_size=len(tokenizer), tie_word_embeddings=True,
-        max_position_embeddings=1024))
-    vae = AutoencoderKLFlux2(**VAE, latent_channels=32)
-    vae.bn.running_mean.normal_(0, .05)         # like the real ones: mistakes would hide behind 0 and 1
-    vae.bn.running_var.uniform_(2.9, 3.5)
-    torch.manual_seed(int(distilled))           # the two repositories differ in this network alone
-    net = Flux2Transformer2DModel(
-        patch_size=1, in_channels=128, num_layers=1, num_single_layers=2, attention_head_dim=16,
-        num_attention_heads=2, joint_attention_dim=48, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False)
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
-    return Flux2KleinPipeline(scheduler=scheduler, vae=vae, text_encoder=encoder, tokenizer=tokenizer,
-                              transformer=net, is_distilled=distilled)
-
-
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory):
-    """Saved pipelines by name; "flux2-4b" is the GENERATOR,TEACHER pair."""
-    root = tmp_path_factory.mktemp("pipelines")
-    for name, pipe in {"sd3m": small_sd3(False), "sd35m": small_sd3(True), "distilled": small_klein(True),
-                       "base": small_klein(False)}.items():
-        pipe.save_pretrained(root / name)
-    return {"sd3m": str(root / "sd3m"), "sd35m": str(root / "sd35m"), "distilled": str(root / "distilled"),
-            "base": str(root / "base"), "flux2-4b": f"{root / 'distilled'},{root / 'base'}"}
-
-
-FAMILIES = ["sd3m", "sd35m", "flux2-4b"]
-
-
-def backbone_of(folders, name, **options):
-    cls = R.Flux2Backbone if name.startswith("flux2") else R.SD3Backbone
-    return cls(R.Config(model=name, pretrained=folders[name], resolution=64, device="cpu", **options))
-
-
-def stock(folder, **options):
-    pipe = DiffusionPipeline.from_pretrained(folder, **options)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def latents(backbone, batch=2):
-    return torch.randn(batch, *backbone.latent_shape, generator=torch.Generator().manual_seed(5))
-
-
-def timesteps(backbone, steps=4):
-    u = torch.linspace(1, 0, steps + 1)
-    return backbone.shift * u / (1 + (backbone.shift - 1) * u)
-
-
-def rollout(backbone, x, cond, eta, generator):
-    """Eq. 21 in four steps, with the noise drawn in the pipeline's layout (FLUX.2: tokens)."""
-    grid = timesteps(backbone)
-    for t, t_next in zip(grid[:-1], grid[1:]):
-        with torch.no_grad():
-            v = backbone.velocity(backbone.nets["generator"], x, t.expand(len(x)), cond)
-        x0, eps = x - t * v, x + (1 - t) * v
-        x = (1 - t_next) * x0 + t_next * math.cos(eta * math.pi / 2) * eps
-        if t_next > 0 and eta > 0:
-            packed = x.shape[1] == 128
-            shape = (len(x), x.shape[2] * x.shape[3], 128) if packed else x.shape
-            noise = torch.randn(shape, generator=generator)
-            noise = noise.transpose(1, 2).unflatten(2, x.shape[2:]) if packed else noise
-            x = x + t_next * math.sin(eta * math.pi / 2) * noise
-    return x
-
-
-def image_of(pipe, x, **options):
-    return pipe(prompt=PROMPTS, height=64, width=64, latents=x.clone(), output_type="pt",
-                **{"num_inference_steps": 4, "guidance_scale": 1.0} | options).images
-
-
-# ---- Sampling ----
-
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("eta", [0.0, 0.9])
-def test_our_rollout_equals_the_stock_pipeline_with_our_scheduler(folders, name, eta):
-    backbone, pipe = backbone_of(folders, name), stock(folders[name].split(",")[0])
-    pipe.scheduler = S.CPSScheduler.from_config(pipe.scheduler.config, eta=eta)
-    pipe.scheduler.generator = torch.Generator().manual_seed(9)
-    x = latents(backbone)
-    theirs = image_of(pipe, x)
-    noise = torch.Generator().manual_seed(9)
-    ours = backbone.decode(rollout(backbone, x, backbone.encode(PROMPTS), eta, noise))
-    torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
-    assert theirs.std() > 1e-3 and (theirs[0] - theirs[1]).abs().max() > 1e-3
-    torch.testing.assert_close(pipe.scheduler.sigmas, timesteps(backbone), atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_eta_0_is_stock_euler_and_eta_1_is_stochastic_sampling(folders, name):
-    pipe = stock(folders[name].split(",")[0])
-    config, x, images = pipe.scheduler.config, latents(backbone_of(folders, name)), {}
-    euler = FlowMatchEulerDiscreteScheduler
-    for label, scheduler in {"euler": euler.from_config(config),
-                             "eta 0": S.CPSScheduler.from_config(config, eta=0.0),
-                             "stochastic": euler.from_config(config, stochastic_sampling=True),
-                             "eta 1": S.CPSScheduler.from_config(config, eta=1.0)}.items():
-        pipe.scheduler = scheduler
-        torch.manual_seed(3)
-        images[label] = image_of(pipe, x, sigmas=[1, .75, .5, .25])
-    torch.testing.assert_close(images["eta 0"], images["euler"], atol=1e-5, rtol=0)
-    torch.testing.assert_close(images["eta 1"], images["stochastic"], atol=1e-5, rtol=0)
-    assert (images["eta 0"] - images["eta 1"]).abs().max() > 1e-3
-
-
-def test_the_scheduler_gives_the_papers_grid_by_default(folders):
-    sd3 = S.CPSScheduler.from_config(stock(folders["sd3m"]).scheduler.config)
-    sd3.set_timesteps(4)
-    assert sd3.eta == 0.9 and sd3.sigmas.tolist() == pytest.approx([1, .9, .75, .5, 0])
-    klein = S.CPSScheduler.from_config(stock(folders["base"]).scheduler.config)
-    for mu, grid in ((2.030690, [1, .958085, .883982, .717497, 0]),
-                     (2.291180, [1, .967384, .908144, .767200, 0])):
-        klein.set_timesteps(4, mu=mu)
-        assert klein.sigmas.tolist() == pytest.approx(grid, abs=1e-6)
-
-
-def test_the_scheduler_keeps_eta_and_repeats_with_a_generator(folders, tmp_path):
-    pipe = stock(folders["sd3m"])
-    pipe.scheduler = S.CPSScheduler.from_config(pipe.scheduler.config, eta=0.7)
-    assert S.CPSScheduler.from_config(pipe.scheduler.config).eta == 0.7
-    pipe.scheduler.save_pretrained(tmp_path)
-    assert S.CPSScheduler.from_pretrained(tmp_path).eta == 0.7
-    x, images = torch.randn(2, 16, 8, 8), []
-    for seed in (1, 1, 2):
-        pipe.scheduler.generator = torch.Generator().manual_seed(seed)
-        images.append(image_of(pipe, x))
-    assert torch.equal(images[0], images[1]) and not torch.equal(images[0], images[2])
-
-
-def test_the_scheduler_stands_alone():
-    """What people copy: the class and four imports, in an empty file."""
-    source = ("import math\nimport torch\nfrom diffusers import FlowMatchEulerDiscreteScheduler\n"
-              "from diffusers.schedulers.scheduling_utils import SchedulerOutput\n"
-              "from diffusers.utils.torch_utils import randn_tensor\n" + inspect.getsource(S.CPSScheduler))
-    names = {}
-    exec(compile(source, "copy", "exec"), names)
-    scheduler = names["CPSScheduler"](shift=3.0)
-    scheduler.set_timesteps(4)
-    x = torch.ones(1, 2)
-    assert scheduler.step(torch.zeros(1, 2), scheduler.timesteps[0], x).prev_sample.shape == x.shape
-
-
-@pytest.mark.parametrize("name, resolution, grid", [
-    ("sd3m", 512, [1, .9, .75, .5, 0]), ("sd35m", 1024, [1, .9, .75, .5, 0]),
-    ("flux2-4b", 512, [1, .958085, .883982, .717497, 0]),
-    ("flux2-4b", 1024, [1, .967384, .908144, .767200, 0])])
-def test_the_grid_by_resolution(folders, name, resolution, grid):
-    backbone = backbone_of(folders, name)
-    side = resolution // (16 if name.startswith("flux2") else 8)
-    backbone.latent_shape = (backbone.latent_shape[0], side, side)
-    backbone.shift = backbone.shift_for(4)
-    assert timesteps(backbone).tolist() == pytest.approx(grid, abs=1e-6)
-
-
-# ---- Velocity ----
-
-@pytest.mark.parametrize("name, folder", [("sd3m", "sd3m"), ("sd35m", "sd35m"), ("flux2-4b", "base")])
-def test_teacher_guidance_equals_the_stock_pipeline(folders, name, folder):
-    backbone, pipe, w = backbone_of(folders, name), stock(folders[folder]), R.MODELS[name]["guidance"]
-    seen, step = [], pipe.scheduler.step
-    pipe.scheduler.step = lambda v, t, x, **options: seen.append((v, t, x)) or step(v, t, x, **options)
-    image_of(pipe, latents(backbone), guidance_scale=w)
-    cond, null = backbone.encode(PROMPTS), backbone.encode(["", ""])
-    both = {name: torch.cat([null[name], cond[name]]) for name in cond}
-    assert len(seen) == 4
-    for v, t, x in seen:
-        if x.dim() == 3:                                          # FLUX.2's tokens (B, h w, 128)
-            v, x = (tokens.transpose(1, 2).unflatten(2, (4, 4)) for tokens in (v, x))
-        with torch.no_grad():
-            out = backbone.velocity(backbone.nets["score"], torch.cat([x, x]), (t / 1000).expand(4), both)
-        u, c = out.chunk(2)
-        torch.testing.assert_close(u + w * (c - u), v, atol=1e-5, rtol=1e-5)
-        assert (c - u).abs().max() > 1e-4
-
-
-def test_flux2_is_told_what_quantise_says(folders):
-    backbone = backbone_of(folders, "flux2-4b", dtype="bf16")
-    told = []
-    hook = lambda module, inputs: told.append(inputs[0].float())
-    backbone.nets["score"].time_guidance_embed.time_proj.register_forward_pre_hook(hook)
-    cond = backbone.encode(PROMPTS[:1])
-    for t in ([1, .958085, .883982, .717497], [1, .967384, .908144, .767200]):
-        t = torch.tensor(t)
-        many = {name: rows.expand(4, -1, -1) for name, rows in cond.items()}
-        backbone.velocity(backbone.nets["score"], latents(backbone, 4), t, many)
-        assert torch.equal(told[-1], (1000 * backbone.quantise(t)).round())
-    assert told[0].tolist() == [1000, 960, 884, 716] and told[1].tolist() == [1000, 968, 908, 768]
-    t = backbone.quantise(torch.rand(100_000))
-    assert torch.equal(backbone.quantise(t), t) and t.max() <= 1      # such a level is told as it is
-    exact = backbone_of(folders, "sd3m", dtype="bf16")
-    assert torch.equal(exact.quantise(t), t)
-
-
-def test_sd3_is_told_the_exact_timestep_even_in_bf16(folders):
-    backbone, told = backbone_of(folders, "sd3m", dtype="bf16"), []
-    net, cond = backbone.nets["score"], backbone.encode(PROMPTS[:1])
-    net.time_text_embed.time_proj.register_forward_pre_hook(lambda module, inputs: told.append(inputs[0]))
-    v = backbone.velocity(net, latents(backbone, 1), torch.tensor([.8125]), cond)
-    assert told[0].item() == 812.5 and v.dtype == torch.float32                    # bf16 would say 812
-
-
-# ---- Text ----
-
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("length", [None, 128])
-def test_encoding_is_the_pipelines_bit_for_bit(folders, name, length):
-    backbone, pipe = backbone_of(folders, name, text_length=length), stock(folders[name].split(",")[0])
-    prompts, options = PROMPTS + [""], {"max_sequence_length": length} if length else {}
-    ours = backbone.encode(prompts)
-    with torch.no_grad():
-        if name.startswith("flux2"):
-            theirs = {"text": pipe.encode_prompt(prompts, **options)[0]}
-        else:
-            rows = pipe.encode_prompt(prompts, None, None, do_classifier_free_guidance=False, **options)
-            theirs = {"text": rows[0], "pooled": rows[2]}
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert ours["text"].shape[1] == (length or 512) if name.startswith("flux2") else 77 + (length or 256)
-    backbone.free_text()
-    assert backbone.text is None
-
-
-def test_qwen_runs_only_to_its_last_tap(folders):
-    backbone = backbone_of(folders, "flux2-4b")
-    backbone.encode([""])
-    assert len(backbone.text.text_encoder.layers) == 27 and not hasattr(backbone.text.text_encoder, "lm_head")
-
-
-# ---- Images ----
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_decode_inverts_the_pipelines_scaling(folders, name):
-    backbone, image = backbone_of(folders, name), torch.rand(2, 3, 64, 64) * 2 - 1
-    vae = backbone.vae
-    z = vae.encode(image).latent_dist.mode()
-    if name.startswith("flux2"):
-        x = stock(folders["base"])._encode_vae_image(image, None)
-    else:
-        x = (z - vae.config.shift_factor) * vae.config.scaling_factor
-    images, decode, seen = None, vae.decode, []
-    vae.decode = lambda z, **options: seen.append(z) or decode(z, **options)
-    images = backbone.decode(x)
-    torch.testing.assert_close(torch.cat(seen), z, atol=1e-5, rtol=1e-5)
-    assert images.shape == (2, 3, 64, 64) and 0 <= images.min() and images.max() <= 1
-
-
-@pytest.mark.parametrize("name", ["sd3m", "flux2-4b"])
-def test_decode_in_chunks_with_gradient_and_checkpointing(folders, name):
-    gradients = []
-    for checkpointing, pixels in ((False, 2**20), (False, 64 * 64), (True, 2**20)):
-        backbone = backbone_of(folders, name, no_vae_checkpointing=not checkpointing)
-        assert backbone.vae.decoder.gradient_checkpointing == checkpointing
-        x = latents(backbone).requires_grad_()
-        z = x if name == "sd3m" else torch.nn.functional.pixel_shuffle(x, 2)
-        R.decode_chunks(backbone.vae, z, pixels=pixels).square().mean().backward()
-        gradients.append(x.grad)
-    assert gradients[0].abs().max() > 0
-    torch.testing.assert_close(gradients[0], gradients[1])
-    torch.testing.assert_close(gradients[0], gradients[2])
-
-
-# ---- Sizes ----
-
-@pytest.mark.parametrize("name, parameters, linears, rank_64", [
-    ("sd3m", 2_028_328_000, 191, 37_552_128), ("sd35m", 2_243_171_520, 243, 47_775_744),
-    ("flux2-4b", 3_875_544_576, 80, 74_711_040), ("flux2-9b", 9_078_581_248, 112, 127_926_272)])
-def test_full_size_networks(name, parameters, linears, rank_64):
-    cls = Flux2Transformer2DModel if name.startswith("flux2") else SD3Transformer2DModel
-    with torch.device("meta"):
-        net = cls(**R.BACKBONES[name]["net"])
-    targets = R.attention_linears(net)
-    assert sum(p.numel() for p in net.parameters()) == parameters and len(targets) == linears
-    modules = dict(net.named_modules())
-    assert sum(64 * (modules[t].in_features + modules[t].out_features) for t in targets) == rank_64
-
-
-def test_full_size_vaes():
-    with torch.device("meta"):
-        sd3, flux2 = AutoencoderKL(**R.SD3_VAE), AutoencoderKLFlux2()
-    assert [round(sum(p.numel() for p in vae.parameters()) / 1e6, 1) for vae in (sd3, flux2)] == [83.8, 84.0]
-    assert (sd3.config.latent_channels, flux2.config.latent_channels) == (16, 32) and flux2.bn.eps == 1e-4
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_random_weights_need_no_repository(folders, name, monkeypatch):
-    tiny = dict(num_layers=2, num_attention_heads=1, caption_projection_dim=64)
-    small = {"sd3m": dict(R.SD3_NET, **tiny),
-             "sd35m": dict(R.SD35_NET, dual_attention_layers=(0,), **tiny),
-             "flux2-4b": dict(R.K4_NET, num_layers=1, num_single_layers=1, num_attention_heads=1)}
-    monkeypatch.setitem(R.BACKBONES[name], "net", small[name])
-    monkeypatch.setattr(R, "SD3_VAE", dict(R.SD3_VAE, block_out_channels=(32,) * 4))
-    cls, state = R.Flux2Backbone if name.startswith("flux2") else R.SD3Backbone, torch.get_rng_state()
-    make = lambda: cls(R.Config(model=name, device="cpu", resolution=64, random_weights=True, text_length=16))
-    a = make()
-    assert torch.equal(state, torch.get_rng_state()) and torch.get_default_dtype() == torch.float32
-    torch.manual_seed(1234)                    # another rank may be anywhere in its random stream
-    b = make()
-    pair = zip(a.nets["score"].parameters(), b.nets["score"].parameters())
-    assert all(torch.equal(p, q) for p, q in pair)
-    cond, again = a.encode(PROMPTS), a.encode(PROMPTS[::-1])
-    assert torch.equal(cond["text"][0], again["text"][1])
-    assert not torch.equal(cond["text"][0], cond["text"][1])
-    assert torch.equal(*a.encode(["twice", "twice"])["text"])
-    v = a.velocity(a.nets["generator"], latents(a), torch.tensor([.9, .5]), cond)
-    assert v.shape == (2, *a.latent_shape) and v.isfinite().all() and v.std() > .01
-    assert a.decode(latents(a)).shape == (2, 3, 64, 64)
-    assert a.text_key != backbone_of(folders, name, text_length=16).text_key
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_meta_device_counts_full_size_networks_without_memory(tmp_path, name):
-    config = R.Config(model=name, device="meta", dtype="bf16", resolution=512, random_weights=True)
-    backbone = R.load_backbone(config)
-    assert type(backbone) is (R.Flux2Backbone if name.startswith("flux2") else R.SD3Backbone)
-    for module in (*backbone.nets.values(), backbone.vae):
-        rows = [*module.parameters(), *module.buffers()]
-        assert all(row.is_meta and row.dtype in (torch.bfloat16, torch.int64) for row in rows)
-    assert torch.get_default_dtype() == torch.float32
-    cond = backbone.encode(PROMPTS)
-    assert all(rows.device.type == "cpu" and rows.dtype == torch.bfloat16 for rows in cond.values())
-    cache = R.TextCache(backbone, tmp_path)
-    cache.prepare(PROMPTS)
-    cond = cache.batch(PROMPTS, "meta")
-    assert all(rows.is_meta and len(rows) == 2 for rows in cond.values())
-    x = torch.randn(2, *backbone.latent_shape, device="meta", requires_grad=True)
-    v = backbone.velocity(backbone.nets["score"], x, torch.rand(2, device="meta"), cond)
-    assert v.is_meta and v.shape == x.shape and v.dtype == torch.float32
-    images = backbone.decode(v)
-    assert images.is_meta and images.shape == (2, 3, 512, 512)
-    images.mean().backward()
-    assert x.grad.is_meta
-
-
-def test_load_backbone_knows_every_model(monkeypatch):
-    for name in ("TinyBackbone", "SD3Backbone", "Flux2Backbone"):
-        monkeypatch.setattr(R, name, lambda cfg, name=name: name)
-    found = {model: R.load_backbone(R.Config(model=model)) for model in ("tiny", *R.BACKBONES)}
-    assert found == {"tiny": "TinyBackbone", "sd3m": "SD3Backbone", "sd35m": "SD3Backbone",
-                     "flux2-4b": "Flux2Backbone", "flux2-9b": "Flux2Backbone"}
-
-
-# ---- Export ----
-
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("rank, alpha", [(64, 32), (32, 64)])
-def test_an_exported_adapter_is_exact_in_the_stock_pipeline(folders, tmp_path, name, rank, alpha):
-    backbone = backbone_of(folders, name)
-    net, x, t = backbone.nets["generator"], latents(backbone), torch.tensor([.9, .5])
-    cond = backbone.encode(PROMPTS)
-    bare = backbone.velocity(net, x, t, cond).detach()
-    net.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=backbone.lora_targets), "generator")
-    torch.manual_seed(1)
-    for parameter in net.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=.05)
-    ours = backbone.velocity(net, x, t, cond).detach()
-    state = get_peft_model_state_dict(net, adapter_name="generator")
-    folder = tmp_path / "checkpoint-000100"
-    R.save_lora(folder, state, rank, alpha, backbone.lora_targets, {"steps": 4, "eta": .9})
-    pipe = stock(backbone.base)
-    pipe.load_lora_weights(folder)
-    assert torch.equal(backbone.velocity(pipe.transformer, x, t, cond), ours)
-    assert (ours - bare).abs().max() > 1e-3
-    loaded, info = R.load_lora(folder)
-    assert loaded.keys() == state.keys() and all(torch.equal(loaded[n], state[n]) for n in state)
-    assert info == dict(steps=4, eta=.9, rank=rank, alpha=alpha, targets=sorted(backbone.lora_targets))
-
-
-def test_adapters_that_cannot_be_loaded(tmp_path):
-    with pytest.raises(R.UsageError, match="missing or damaged"):
-        R.load_lora(tmp_path)
-    from safetensors.torch import save_file
-    save_file({"transformer.x.lora_A.weight": torch.zeros(1)}, tmp_path / R.LORA_FILE)
-    with pytest.raises(R.UsageError, match="rank and alpha"):
-        R.load_lora(tmp_path)
-    path = tmp_path / R.LORA_FILE
-    path.write_bytes(path.read_bytes()[:-2])
-    with pytest.raises(R.UsageError, match="missing or damaged"):
-        R.load_lora(tmp_path)
-
-
-# ---- One sentence for each mistake ----
-
-def sentence(error):
-    text = str(error.value)
-    assert "\n" not in text and text.endswith(".") and len(text) < 400, text
-    return text
-
-
-def test_a_repository_that_cannot_be_used(folders, tmp_path):
-    def attempt(path, model="sd3m"):
-        with pytest.raises(R.UsageError) as error:
-            backbone_of({model: str(path)}, model)
-        return sentence(error)
-
-    for path in (tmp_path / "nowhere", "someone/model-that-is-not-cached", tmp_path):
-        text = attempt(path)
-        assert text.startswith(f"model_index.json of {path} is neither in {path} nor on the hub") and "check name" in text
-    assert "Flux2KleinPipeline" in attempt(folders["base"])
-    assert "StableDiffusion3Pipeline" in attempt(folders["sd3m"], "flux2-4b")
-    broken = tmp_path / "broken"
-    for part in ("vae", "transformer", "scheduler"):
-        shutil.copytree(folders["sd3m"], broken)
-        shutil.rmtree(broken / part)
-        assert re.match(fr"{part}/\S*config.json of {broken} is neither in", attempt(broken))
-        shutil.rmtree(broken)
-    shutil.copytree(folders["sd3m"], broken)
-    weights = broken / "transformer" / "diffusion_pytorch_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])                             # a download that stopped
-    assert f"{broken} is incomplete or damaged" in attempt(broken)
-    index = json.loads((broken / "model_index.json").read_text())
-    (broken / "model_index.json").write_text(json.dumps(index | {"text_encoder_3": [None, None]}))
-    assert "StableDiffusion3Pipeline without text_encoder_3" in attempt(broken)
-
-
-def test_missing_text_encoder_and_gated_repository(folders, tmp_path, monkeypatch):
-    broken = tmp_path / "broken"
-    shutil.copytree(folders["sd3m"], broken)
-    shutil.rmtree(broken / "text_encoder_3")
-    backbone = backbone_of({"sd3m": str(broken)}, "sd3m")
-    with pytest.raises(R.UsageError) as error:
-        backbone.encode(PROMPTS)
-    assert f"{broken} is incomplete or damaged" in sentence(error)
-
-    import huggingface_hub
-    from huggingface_hub.errors import GatedRepoError
-
-    def refuse(*args, **options):
-        raise GatedRepoError("Access to this model is restricted", response=Response())
-
-    class Response:
-        headers, status_code, text, request = {}, 403, "", None
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
-    with pytest.raises(R.UsageError) as error:
-        R.SD3Backbone(R.Config(model="sd3m", device="cpu"))
-    assert re.search("GatedRepoError.*accept the licence on https://huggingface.co/stabilityai/", sentence(error))
-
-
-def test_the_distilled_flux2_is_no_teacher(folders):
-    for path in (folders["distilled"], f"{folders['base']},{folders['distilled']}"):
-        with pytest.raises(R.UsageError) as error:
-            backbone_of({"flux2-4b": path}, "flux2-4b")
-        assert "cannot be the teacher" in sentence(error)
-    backbone = backbone_of({"flux2-4b": folders["base"]}, "flux2-4b")      # one base for both roles is fine
-    assert backbone.nets["generator"] is backbone.nets["score"]
-    pair = backbone_of(folders, "flux2-4b").nets
-    assert pair["generator"] is not pair["score"]
-
-
-def test_a_resolution_that_does_not_fit(folders):
-    for name, resolution in (("sd3m", 100), ("sd3m", 272), ("flux2-4b", 72), ("sd3m", 0)):  # pos_embed: 256
-        backbone = backbone_of(folders, name)
-        cls = type(backbone)
-        with pytest.raises(R.UsageError) as error:
-            cls(replace(backbone.cfg, resolution=resolution))
-        assert "multiple of 16" in sentence(error)
-
-
-# ---- Text cache ----
-
-class Letters:
-    """The least that a backbone must have for the cache."""
-    text_key, calls = "letters 8", 0
-
-    def encode(self, prompts):
-        self.calls += 1
-        rows = [[float(len(p)), *map(float, p.encode()[:7].ljust(7, b"\0"))] for p in prompts]
-        return {"text": torch.tensor(rows), "pooled": torch.tensor(rows)[:, :1].bfloat16()}
-
-    def free_text(self):
-        self.freed = True
-
-
-def test_text_cache(tmp_path, capsys):
-    backbone = Letters()
-    cache = R.TextCache(backbone, tmp_path)
-    prompts = [f"prompt {i}" for i in range(40)] + ["prompt 3", "ünï/..\n\0 odd"]
-    cache.prepare(prompts)
-    files = list(tmp_path.rglob("*.safetensors"))
-    assert backbone.freed and len(files) == 42 and "42 prompts" in "".join(capsys.readouterr())
-    wanted = ["prompt 3", "", "prompt 3", "ünï/..\n\0 odd"]
-    cond, truth = cache.batch(wanted, "cpu"), backbone.encode(wanted)
-    assert all(torch.equal(cond[name], truth[name]) for name in truth)
-    assert cond["pooled"].dtype == torch.bfloat16
-    assert all(path.stat().st_size < 1000 for path in files)      # no file drags its whole batch along
-
-    calls = backbone.calls
-    cache.prepare(prompts)      # nothing to do
-    assert backbone.calls == calls
-    for cut in (slice(0, 0), slice(0, 20), slice(0, -1)):      # empty, within the header, one byte short
-        path = cache.path("prompt 7")
-        path.write_bytes(path.read_bytes()[cut])
-        cache = R.TextCache(backbone, tmp_path)                   # a new process: nothing in memory
-        with pytest.raises(R.UsageError, match="cannot be read"):
-            cache.batch(["prompt 7"], "cpu")
-        cache.prepare(prompts)
-        assert torch.equal(cache.batch(["prompt 7"], "cpu")["text"], backbone.encode(["prompt 7"])["text"])
-    backbone.text_key = "letters 9"
-    assert R.TextCache(backbone, tmp_path).folder != cache.folder
-
-
-def test_text_cache_reads_ahead_each_row_once_and_keeps_the_latest(tmp_path, monkeypatch):
-    backbone, prompts = Letters(), [f"prompt {i}" for i in range(5)]
-    cache, truth, read, go = R.TextCache(backbone, tmp_path), backbone.encode(prompts), [], threading.Event()
-    cache.prepare(prompts)
-    load_file = R.load_file
-    monkeypatch.setattr(R, "load_file", lambda path: go.wait(60) and read.append(path) or load_file(path))
-    cache.keep = 3
-    cache.prefetch(prompts[:3])                 # returns although nothing can be read yet
-    assert not read and list(cache.rows) == prompts[:3]
-    go.set()
-    for wanted in ([0, 1], [2, 0, 2], [3], [2, 0]):       # the fourth row pushes out the one that was not asked for longest
-        cond = cache.batch([prompts[i] for i in wanted], "cpu")
-        assert all(torch.equal(cond[name], truth[name][wanted]) for name in truth)
-    assert read == [cache.path(prompts[i]) for i in (0, 1, 2, 3)] and list(cache.rows) == [prompts[i] for i in (3, 2, 0)]
-    assert threading.main_thread() not in cache.reader._threads
-    shutil.rmtree(cache.folder)
-    cache.prefetch(prompts)                     # a file that is not there is nobody's concern
-    assert torch.equal(cache.batch([prompts[0]], "cpu")["text"], truth["text"][:1]) and cache.keep == 5
-    with pytest.raises(R.UsageError, match="cannot be read"):       # before it is wanted
-        cache.batch(prompts, "cpu")
-
-
-@pytest.mark.parametrize("stage", [1, 2])
-def test_an_iteration_waits_for_no_text_but_the_first(stage, flags, monkeypatch):
-    """Whatever batch is asked for was prefetched an iteration before, but for "" and the panel's prompts."""
-    asked, ahead, batch, prefetch = [], [], R.TextCache.batch, R.TextCache.prefetch
-    monkeypatch.setattr(R.TextCache, "batch", lambda self, prompts, device: (asked.append((len(ahead), set(prompts))),
-                                                                             batch(self, prompts, device))[1])
-    monkeypatch.setattr(R, "read_ahead", lambda run, *more, read_ahead=R.read_ahead: (ahead.append(set()), read_ahead(run, *more))[1])
-
-    def spy(self, prompts):
-        if inspect.currentframe().f_back.f_code.co_name == "read_ahead":
-            ahead[-1] |= set(prompts)
-        return prefetch(self, prompts)
-
-    monkeypatch.setattr(R.TextCache, "prefetch", spy)
-    R.main(flags(stage, "--sample_every", 9, "--iterations", 2, "--max_prompts", 400))
-    assert len(ahead) == 2
-    for call, prompts in asked:
-        assert prompts <= ahead[0] | {""} or len(prompts) == 16 or call == 2 and prompts <= ahead[1] | {""}
-    own = set().union(*(prompts for call, prompts in asked if call == 2 and len(prompts) != 16)) - {""}
-    assert own and own <= ahead[0] & ahead[1]             # the second iteration's were known in the first
-
-
-def test_text_cache_refuses_a_full_disk_and_splits_over_ranks(tmp_path, monkeypatch):
-    monkeypatch.setattr(R.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
-    with pytest.raises(R.UsageError) as error:
-        R.TextCache(Letters(), tmp_path).prepare(["a"])
-    assert "more room" in sentence(error)
-    monkeypatch.undo()
-    prompts = [f"prompt {i}" for i in range(100)]
-    for rank in range(3):
-        monkeypatch.setattr(R, "dist_info", lambda: (rank, rank, 3))
-        before = len(list(tmp_path.rglob("*.safetensors")))
-        cache = R.TextCache(Letters(), tmp_path / "shared")
-        monkeypatch.setattr(cache, "has", lambda prompt: False)      # all three listed before one wrote
-        cache.prepare(prompts)
-        assert len(list(tmp_path.rglob("*.safetensors"))) - before in range(20, 49)
-    assert len(list(tmp_path.rglob("*.safetensors"))) == 101
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_text_cache_of_a_real_backbone(folders, tmp_path, name):
-    backbone = backbone_of(folders, name)
-    cache = R.TextCache(backbone, tmp_path)
-    cache.prepare(PROMPTS)
-    assert backbone.text is None
-    cond, truth = cache.batch([PROMPTS[1], ""], "cpu"), backbone.encode(["", *PROMPTS])
-    assert all(torch.equal(cond[name], truth[name][[2, 0]]) for name in truth)
-
-
-# ---- Prompts ----
-
-def written(folder, name, content):
-    path = folder / name
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return str(path)
-
-
-GOOD = {
-    "plain.txt": "a cat\na dog\n",
-    "no end.txt": "a cat\na dog",
-    "windows.txt": b"\xef\xbb\xbfa cat\r\n\r\n  a dog \r\na cat\r\n",
-    "UPPER.TXT": "a cat\na dog\n",
-    "geneval.jsonl": '{"tag": "two_object", "prompt": "a cat"}\n\n{"caption": "a dog"}\n',
-    "strings.jsonl": '"a cat"\n"a dog"\n',
-    "table.csv": 'id,Prompt\n1,a cat\n2,"a dog"\n3,\n',
-    "table.tsv": "Category\tPrompt\nx\ta cat\ny\ta dog\n",
-    "mark.csv": "\ufeffPrompts,Category\na cat,x\na dog,y\n",
-    "text.csv": "text\na cat\na dog\n",
-}
-
-
-@pytest.mark.parametrize("name", GOOD)
-def test_prompt_files(tmp_path, name):
-    path = written(tmp_path, name, GOOD[name])
-    assert ev.read_prompts(path) == sorted(ev.read_prompts(path, seed=0)) == ["a cat", "a dog"]
-
-
-def test_prompt_parquet(tmp_path):
-    import pandas
-    path = tmp_path / "p.parquet"
-    pandas.DataFrame({"url": ["u"] * 4, "caption": ["a cat", None, "a dog", "a cat"]}).to_parquet(path)
-    assert ev.read_prompts(str(path)) == ["a cat", "a dog"]
-    pandas.DataFrame({"url": ["u"]}).to_parquet(path)
-    with pytest.raises(R.UsageError, match="no column or key"):
-        ev.read_prompts(str(path))
-    pandas.DataFrame({"Prompt ": ["a cat", "a dog"]}).rename(columns=str.strip).to_parquet(path)
-    assert ev.read_prompts(str(path)) == ["a cat", "a dog"]
-    from pyarrow import parquet
-
-    def refuse(*args):
-        raise __import__("pyarrow").ArrowNotImplementedError("Support for codec 'x' not built")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parquet, "ParquetFile", refuse)
-        with pytest.raises(R.UsageError, match="not built"):
-            ev.read_prompts(str(path))
-    path.write_bytes(b"PAR1 no parquet")
-    with pytest.raises(R.UsageError) as error:
-        ev.read_prompts(str(path))
-    sentence(error)
-
-
-def test_prompts_are_counted_and_shuffled_by_seed(tmp_path, capsys):
-    texts = [f"prompt {i}" for i in range(200)]
-    path = written(tmp_path, "p.txt", "\n".join(texts + ["", "  ", "prompt 5"]))
-    order = ev.read_prompts(path, seed=1)
-    assert "200 from" in (out := "".join(capsys.readouterr())) and "2 blank" in out and "1 duplicates" in out
-    assert order == ev.read_prompts(path, seed=1) != ev.read_prompts(path, seed=2)
-    assert sorted(order) == sorted(texts) and order != texts
-    more = ev.read_prompts(written(tmp_path, "q.txt", "\n".join(["new one"] + texts)), seed=1)
-    assert [text for text in more if text != "new one"] == order      # one line more moves no other
-
-
-BAD = {
-    "latin.txt": (b"a cat\nna\xefve\n", "line 2"),
-    "utf16.txt": ("a cat".encode("utf-16"), "line 1"),
-    "nul.txt": (b"a cat\na\x00dog\n", "line 2.*without NUL"),
-    "long.txt": (b"a cat\n\n" + b"x" * 1_000_001 + b"\n", "line 3.*up to 20,000 characters"),
-    "empty.txt": (b"", "no prompt"),
-    "blank.txt": (b"\n \n", "no prompt"),
-    "broken.jsonl": (b'{"prompt": "a"}\n{"prompt": \n', "line 2"),
-    "list.jsonl": (b"[1, 2]\n", "line 1.*\\[1, 2"),
-    "number.jsonl": (b'"a"\n{"prompt": 7}\n', "line 2.*: 7"),
-    "surrogate.jsonl": (b'{"prompt": "\\ud800"}\n', "line 1"),
-    "other.jsonl": (b'{"prompt": "a"}\n{"id": 3}\n', "line 2.*no column"),
-    "deep.jsonl": (b"[" * 100_000 + b"\n", "line 1"),
-    "other.csv": (b"id,name\n1,x\n", "no column"),
-    "wide.csv": (b"prompt\nx\n" + b"y" * 200_000 + b"\n", "line 3"),
-    "empty.csv": (b"", "no prompt"),
-    "what.docx": (b"", "none of .txt"),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_broken_prompt_files_are_named_by_line(tmp_path, name):
-    content, words = BAD[name]
-    with pytest.raises(R.UsageError, match=words) as error:
-        ev.read_prompts(written(tmp_path, name, content))
-    sentence(error)
-
-
-def test_prompts_that_are_not_there(tmp_path):
-    (tmp_path / "folder.txt").mkdir()
-    for name in (tmp_path / "no.txt", tmp_path / "folder.txt", "pickapick", "pickapic", "drawbench", "hpdv2"):
-        with pytest.raises(R.UsageError) as error:
-            ev.read_prompts(str(name))
-        sentence(error)
-
-
-def test_known_prompts(tmp_path, monkeypatch):
-    import hpsv2
-    import huggingface_hub
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repository, **options: str(tmp_path))
-    written(tmp_path, "DrawBench Prompts - Sheet1.csv", "Prompts,Category\nA red colored car.,Colors\n")
-    written(tmp_path, "PartiPrompts.tsv", "Prompt\tCategory\tChallenge\tNote\nbond\tAbstract\tBasic\t\n")
-    monkeypatch.setattr(hpsv2, "benchmark_prompts", lambda style: {"anime": ["a"], "photo": ["b", "a"]})
-    assert ev.read_prompts("drawbench") == ["A red colored car."]
-    assert ev.read_prompts("partiprompts") == ["bond"]
-    assert ev.read_prompts("hpdv2") == ["a", "b"]
-    assert ev.read_prompts("tiny") == R.tiny_captions(False) and ev.read_prompts("tiny-test") == R.tiny_captions(True)
-
-
-# ---- Both stages on the real classes: from the command line to a picture by stock diffusers ----
-
-JUDGE = '''
-def vivid(images, prompts):
-    """Spread and redness: its gradient passes through the VAE's decoder."""
-    return images.flatten(1).std(1) + images[:, 0].mean((1, 2))
-vivid.differentiable = True
-'''
-REAL_FLAGS = ("--iterations 2 --batch 4 --fake_updates 2 --groups 2 --group_size 2 --micro_batch 4 --lora_rank 4 --lora_alpha 2 "
-              "--resolution 64 --device cpu --prompts prompts.txt --rewards vivid_judge:vivid --lr 1e-3 --lr_fake 1e-3")
-REAL_LENGTHS = {"sd3m": 256, "sd35m": 32, "flux2-4b": 512}     # 32 is asked for, the others are the pipelines' own
-
-
-def frozen_hashes(backbone):
-    """Hash of every weight and buffer of the base networks and the VAE, by its name in the bare network."""
-    nets = {"generator": backbone.nets["generator"], "score": backbone.nets["score"], "vae": backbone.vae}
-    return {f"{part}.{name.replace('.base_layer.', '.')}": hash(tensor.numpy().tobytes())
-            for part, net in nets.items() for name, tensor in net.state_dict().items() if ".lora_" not in name}
-
-
-def adapter_copy(run, role):
-    return {name: p.detach().clone() for name, p in run.roles.named[role].items()}
-
-
-def trained_on_small(folders, root, name):
-    """Runs both stages of a family; {stage: what was seen of the run}."""
-    (root / "vivid_judge.py").write_text(JUDGE)
-    (root / "prompts.txt").write_text("\n".join(PROMPTS + ["a green house"]))
-    seen, load, prepare = {}, rtdmd.load_backbone, rtdmd.prepare
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-
-        def load_and_hash(cfg):
-            backbone = load(cfg)
-            seen[cfg.stage] = SimpleNamespace(hashes=frozen_hashes(backbone))
-            return backbone
-
-        def prepare_and_keep(cfg):
-            run = prepare(cfg)
-            seen[cfg.stage].run = run
-            seen[cfg.stage].start = {role: adapter_copy(run, role) for role in ("generator", "fake")}
-            return run
-
-        patch.setattr(rtdmd, "load_backbone", load_and_hash)
-        patch.setattr(rtdmd, "prepare", prepare_and_keep)
-        length = ["--text_length", "32"] if name == "sd35m" else []
-        for stage in ("1", "2"):
-            rtdmd.main(["--stage", stage, "--model", name, "--pretrained", folders[name], "--out", "run", "--cache", str(root / "cache"),
-                        *REAL_FLAGS.split(), *length])
-    for stage, one in seen.items():
-        one.folder = root / f"run/stage{stage}"
-        one.checkpoint = one.folder / "checkpoint-000002"
-    return seen
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def real_run(request, folders, tmp_path_factory):
-    root = tmp_path_factory.mktemp(request.param)
-    return SimpleNamespace(name=request.param, root=root, stages=trained_on_small(folders, root, request.param))
-
-
-def test_both_stages_train_a_real_class(real_run):
-    """Finite losses and gradients, adapters that moved, a base that did not; stage 2 starts where stage 1's
-    average ended."""
-    for stage, one in real_run.stages.items():
-        rows = [json.loads(line) for line in (one.folder / "metrics.jsonl").read_text().splitlines()]
-        assert [row["iteration"] for row in rows] == [1, 2] and all(math.isfinite(v) for row in rows for v in row.values())
-        wanted = {"dsm", "consistency", "dm", "grad_generator", "grad_fake"} | ({"push_policy", "push_det", "push_dm"} if stage == 2 else set())
-        assert all(row[name] != 0 for row in rows for name in wanted) and rows[-1]["skipped"] == 0
-        for role in ("generator", "fake"):
-            now, start = adapter_copy(one.run, role), one.start[role]
-            # The last block of SD3 has a text query that nobody reads: its adapter has no gradient.
-            still = [n for n in now if torch.equal(now[n], start[n]) and "add_q_proj" not in n]
-            assert not still, still[:3]
-        assert frozen_hashes(one.run.backbone) == one.hashes and len(one.hashes) > 50
-        assert list((one.folder / "samples").glob("*.png"))
-    first, second = real_run.stages[1], real_run.stages[2]
-    average = dict(zip(first.run.roles.named["generator"], first.run.ema))
-    assert all(torch.equal(second.start["generator"][n], p) for n, p in average.items())
-
-
-@pytest.mark.parametrize("stage", [1, 2])
-def test_a_checkpoint_is_exact_in_the_stock_pipeline(real_run, stage):
-    """load_lora_weights(folder) gives the averaged generator's velocity bit for bit, and not the raw one's or the
-    base's."""
-    one = real_run.stages[stage]
-    backbone, x, t = one.run.backbone, latents(one.run.backbone), torch.tensor([.9, .5])
-    cond, pipe = one.run.text.batch(PROMPTS, "cpu"), stock(backbone.base)
-    with torch.no_grad():
-        raw = one.run.roles.velocity("generator", x, t, cond)
-        with ev.ema_weights(one.run):
-            ours = one.run.roles.velocity("generator", x, t, cond)
-        bare = backbone.velocity(pipe.transformer, x, t, cond)
-        pipe.load_lora_weights(one.checkpoint)
-        theirs = backbone.velocity(pipe.transformer, x, t, cond)
-    assert torch.equal(theirs, ours) and not torch.equal(raw, ours) and not torch.equal(bare, ours)
-
-
-@pytest.mark.parametrize("stage", [1, 2])
-def test_a_checkpoint_says_how_to_sample(real_run, stage):
-    one, (_, info) = real_run.stages[stage], rtdmd.load_lora(real_run.stages[stage].checkpoint)
-    backbone = one.run.backbone
-    wanted = dict(model=real_run.name, base=backbone.base, stage=stage, iteration=2, steps=4, eta=0.9, shift=backbone.shift, guidance=1.0,
-                  text_length=REAL_LENGTHS[real_run.name], resolution=64, rank=4, alpha=2)
-    assert {n: info[n] for n in wanted} == wanted and info["sigmas"] == pytest.approx(timesteps(backbone)[:-1].tolist())
-
-
-def test_the_readmes_lines_give_our_picture(real_run):
-    """pipe.load_lora_weights and CPSScheduler against rtdmd.rollout, with the same noise."""
-    one = real_run.stages[2]
-    backbone, info, x = one.run.backbone, rtdmd.load_lora(one.checkpoint)[1], latents(one.run.backbone)
-    pipe = stock(backbone.base)
-    pipe.load_lora_weights(one.checkpoint)
-    pipe.scheduler = rtdmd.CPSScheduler.from_config(pipe.scheduler.config, eta=info["eta"])
-    pipe.scheduler.generator = torch.Generator().manual_seed(0)
-    theirs = image_of(pipe, x, num_inference_steps=info["steps"], guidance_scale=info["guidance"], max_sequence_length=info["text_length"])
-    packed, g, (channels, side, _) = real_run.name.startswith("flux2"), torch.Generator().manual_seed(0), backbone.latent_shape
-    noise = [torch.randn(2, side * side, channels, generator=g).transpose(1, 2).unflatten(2, (side, side)) if packed else
-             torch.randn(x.shape, generator=g) for _ in range(3)]
-    cond = one.run.text.batch(PROMPTS, "cpu")
-    with torch.no_grad(), ev.ema_weights(one.run):
-        velocity = lambda x, t: one.run.roles.velocity("generator", x, t, cond)
-        ours = backbone.decode(rtdmd.rollout(velocity, x, torch.stack(noise), one.run.times, info["eta"])[0][-1])
-    torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
-
-
-def test_eval_samples_a_real_checkpoint(real_run, folders, monkeypatch, capsys):
-    """eval.py --lora scores it, --prompt paints with it; both take the text length from the checkpoint."""
-    monkeypatch.chdir(real_run.root)
-    lengths, load = [], rtdmd.load_backbone
-    monkeypatch.setattr(rtdmd, "load_backbone", lambda cfg: lengths.append(load(cfg)) or lengths[-1])
-    base = ["--model", real_run.name, "--pretrained", folders[real_run.name], "--lora", "run/stage2", "--resolution", "64",
-            "--device", "cpu", "--cache", "cache", "--out", "eval"]
-    ev.main([*base, "--prompts", "prompts.txt", "--metrics", "vivid_judge:vivid"])
-    report = json.loads(Path("eval/report.json").read_text())
-    assert math.isfinite(report["rows"]["stage2"]["vivid_judge:vivid"]) and len(report["scores"]["stage2"]["vivid_judge:vivid"]) == 3
-    ev.main([*base, "--prompt", PROMPTS[0]])
-    assert Image.open("eval/prompt.png").size[0] >= 64
-    assert [backbone.text_length for backbone in lengths] == 2 * [REAL_LENGTHS[real_run.name]]
-
-
-@pytest.mark.parametrize("name", ["sd3m", "flux2-4b"])
-def test_adapters_are_fp32_over_a_bf16_base_and_run_as_deployed(folders, tmp_path, name):
-    """Both adapters, not only the last that PEFT made: a step of 1e-6 must move them. And what is trained is what
-    is deployed: in bf16, the stock bf16 pipeline with the exported adapter gives the training model's velocity
-    bit for bit."""
-    backbone = backbone_of(folders, name, dtype="bf16")
-    roles = rtdmd.Roles(backbone, R.Config(model=name, device="cpu", lora_rank=4, lora_alpha=2))
-    assert {p.dtype for role in ("generator", "fake") for p in roles.parameters(role)} == {torch.float32}
-    for p in roles.parameters("generator"):
-        torch.nn.init.normal_(p, std=.3, generator=rng(1))
-    x, t, cond = latents(backbone), torch.tensor([.75, .5]), backbone.encode(PROMPTS)
-    ours = roles.velocity("generator", x, t, cond)
-    ours.square().mean().backward()
-    assert all(p.grad.dtype == torch.float32 for p in roles.parameters("generator"))
-    p = roles.parameters("generator")[1]
-    before = p.detach().clone()
-    rtdmd.save_lora(tmp_path, roles.named["generator"], 4, 2, backbone.lora_targets, {})
-    torch.optim.AdamW(roles.parameters("generator"), 1e-6).step()
-    assert not torch.equal(before, p)
-    pipe = stock(backbone.base, torch_dtype=torch.bfloat16)
-    pipe.load_lora_weights(tmp_path)
-    with torch.no_grad():
-        assert torch.equal(backbone.velocity(pipe.transformer, x, t, cond), ours)
-
-
-# ---- Costs ----
-
-SMALL_NETS = {"sd3m": dict(R.SD3_NET, num_layers=2, num_attention_heads=2, caption_projection_dim=128),
-              "flux2-4b": dict(R.K4_NET, num_layers=1, num_single_layers=1, num_attention_heads=2)}
-
-
-def dry_run(tmp_path, monkeypatch, name, stage, *flags):
-    """dry_run.json of a network of few layers on `meta`, and the run."""
-    monkeypatch.setitem(R.BACKBONES[name], "net", SMALL_NETS[name])
-    seen, prepare = [], rtdmd.prepare
-    monkeypatch.setattr(rtdmd, "prepare", lambda cfg: seen.append(prepare(cfg)) or seen[-1])
-    rtdmd.main(["--stage", str(stage), "--model", name, "--device", "meta", "--random_weights", "--dry_run", "1", "--resolution", "64",
-                "--text_length", "32", "--micro_batch", "1", "--out", str(tmp_path), "--cache", str(tmp_path), *flags])
-    return json.loads((tmp_path / f"stage{stage}/dry_run.json").read_text()), seen[-1]
-
-
-def tflop_by_hand(run, role, gradient):
-    """TFLOP of one forward, and of its backward pass, from the layers' shapes: hooks on linears and convolutions,
-    a formula for attention.
-
-    A linear of (n, i) -> (n, o) is 2 n i o; the same again for the gradient of its input, and for that of its
-    weight, where needed.
-    """
-    cost, hooks = dict(forward=0, backward=0), []
-
-    def linear(layer, inputs, result):
-        one = 2 * result.numel() * layer.weight[0].numel()
-        cost["forward"] += one
-        cost["backward"] += one * (inputs[0].requires_grad + layer.weight.requires_grad)
-
-    net = run.roles.nets[role]
-    for module in net.modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
-            hooks.append(module.register_forward_hook(linear))
-    attention = F.scaled_dot_product_attention
-
-    def counted(query, key, value, **options):
-        products = 4 * query.numel() * key.shape[2]                # of q and k, of the weights and v: 2 n m d each
-        cost["forward"] += products
-        cost["backward"] += 2 * products * query.requires_grad
-        return attention(query, key, value, **options)
-
-    x, cond = torch.empty(1, *run.backbone.latent_shape, device="meta"), run.text.batch(run.prompts[:1], "meta")
-    F.scaled_dot_product_attention = counted
-    with torch.set_grad_enabled(gradient):
-        run.roles.velocity(role, x, torch.ones(1, device="meta"), cond)
-    F.scaled_dot_product_attention = attention
-    for hook in hooks:
-        hook.remove()
-    return cost["forward"] / 1e12, cost["backward"] / 1e12 if gradient else 0.0
-
-
-@pytest.mark.parametrize("name, stage", [("sd3m", 1), ("sd3m", 2), ("flux2-4b", 1)])
-def test_counted_costs_are_those_on_paper(tmp_path, monkeypatch, name, stage):
-    """Forwards a sample, stage 1 with F fake updates: F of the rollout, 3 F of the fake score (2 with gradient),
-    (K-1)/2 + 1 of the generator, 2 of the guided teacher and 1 of the fake score for Eq. 9. Stage 2: K, 3, M + 1
-    and again 3."""
-    flags = ["--batch", "4", "--fake_updates", "1"] if stage == 1 else ["--groups", "1", "--group_size", "4", "--rewards", "hpsv2=1"]
-    if stage == 2:
-        monkeypatch.setitem(rtdmd.eval_module().CLIP_SIZES, "hpsv2", "ViT-B-32")
-    costs, run = dry_run(tmp_path, monkeypatch, name, stage, *flags)
-    forwards = {n: f for n, f in costs["forwards"].items() if not n.startswith(("decoder", "hpsv2"))}
-    assert forwards == pytest.approx({
-        1: {"generator": 2.5, "generator with gradient": 1, "fake": 2, "fake with gradient": 2, "teacher": 2},
-        2: {"generator": 4, "generator with gradient": 3, "fake": 2, "fake with gradient": 2, "teacher": 2}}[stage])
-    by_hand = 0.0
-    for role, number in forwards.items():
-        forward, backward = tflop_by_hand(run, role.split()[0], "gradient" in role)
-        by_hand += number * (forward + backward)
-    assert costs["tflop_by_part"]["network"] == pytest.approx(by_hand, rel=1e-3)
-    if stage == 2:
-        assert costs["forwards"]["decoder"] == 1 and costs["forwards"]["hpsv2 with gradient"] == 1
-        assert costs["tflop_by_part"]["decoder"] > 2 * costs["phases"]["reward"]["tflop_by_part"]["decoder"]
-
-
-def test_checkpointing_saves_memory_and_costs_a_forward(tmp_path, monkeypatch):
-    plain, _ = dry_run(tmp_path, monkeypatch, "sd3m", 1, "--batch", "4", "--fake_updates", "1")
-    less, _ = dry_run(tmp_path, monkeypatch, "sd3m", 1, "--batch", "4", "--fake_updates", "1", "--checkpointing")
-    assert less["phases"]["generator"]["peak_bytes"] < 0.95 * plain["phases"]["generator"]["peak_bytes"]
-    assert plain["tflop_per_sample"] < less["tflop_per_sample"] < 1.5 * plain["tflop_per_sample"]
-
-
-def test_the_peak_is_what_a_gpu_would_hold(tmp_path, monkeypatch):
-    """Beside the weights, and nothing twice: the table has Adam's moments and the average by themselves. The norm
-    of q and k keeps no fp32 copy of them, as its CUDA kernel does not."""
-    costs, run = dry_run(tmp_path, monkeypatch, "flux2-4b", 1, "--batch", "4", "--fake_updates", "1")
-    assert run.live["now"] < 0.01 * costs["bytes"]["adapters"]           # all that is left over: the log's numbers
-    x, meter = torch.empty(1, 64, 2, 128, device="meta", dtype=torch.bfloat16, requires_grad=True), rtdmd.eval_module().CostMeter
-    norm, before = nn.RMSNorm(128, device="meta", dtype=torch.bfloat16).requires_grad_(False), run.live["now"]
-    run.done = 0
-    with meter(run, "norm"):
-        y = norm(x)
-        kept = run.live["now"] - before
-        y.sum().backward()
-    assert kept == y.nbytes == x.nbytes and x.grad.shape == x.shape
-
-
-def test_flux2_4b_trains_on_a_24_gb_card(tmp_path):
-    """Stage 1, full size, 512 x 512, without recomputation. Fewer steps and samples: the peak is that of one
-    sample."""
-    rtdmd.main(f"--stage 1 --model flux2-4b --device meta --random_weights --dry_run 1 --steps 2 --batch 2 --fake_updates 1 --micro_batch 1 "
-               f"--out {tmp_path} --cache {tmp_path}".split())
-    assert json.loads((tmp_path / "stage1/dry_run.json").read_text())["peak_bytes"] < 24e9
-
-
-@pytest.mark.parametrize("stage", [1, 2])
-def test_a_dry_run_keeps_nothing_but_its_report(folders, tmp_path, monkeypatch, stage):
-    """On the CPU with a real repository: the contract's keys, finite numbers, and neither a checkpoint nor a
-    log."""
-    monkeypatch.chdir(tmp_path)
-    Path("vivid_judge.py").write_text(JUDGE)
-    Path("prompts.txt").write_text("\n".join(PROMPTS))
-    rtdmd.main(["--stage", str(stage), "--model", "sd3m", "--pretrained", folders["sd3m"], "--dry_run", "2", "--out", "run", "--cache", "cache",
-                *REAL_FLAGS.split()])
-    costs = json.loads(Path(f"run/stage{stage}/dry_run.json").read_text())
-    wanted = {"tflop_per_sample", "forwards", "seconds", "peak_bytes", "weight_bytes"}
-    assert wanted <= costs.keys() and all(costs[n] > 0 for n in wanted - {"forwards"}) and sum(costs["forwards"].values()) > 5
-    assert all({"tflop_per_sample", "forwards", "seconds", "peak_bytes"} <= phase.keys() for phase in costs["phases"].values())
-    assert [p.name for p in Path(f"run/stage{stage}").iterdir()] == ["dry_run.json"]
-
-
-# ------------------------------------------------------------------------------------------------------------
-# 4. Runs
-# ------------------------------------------------------------------------------------------------------------
-
-# Small enough for a second a run: 3 iterations, 8 boundary states or 4 groups of 3, adapters of rank 4.
-SMALL = ("--device cpu --tiny_steps 1 --max_prompts 24 --batch 8 --fake_updates 1 --groups 4 --group_size 3 "
-         "--micro_batch 6 --lora_rank 4 --lora_alpha 4 --iterations 3 --save_every 1 --keep 9 --sample_every 3").split()
-FORK = multiprocessing.get_context("forkserver")          # a process that has imported everything, and run nothing
-
-
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory):
-    """A tiny world after one update. Its gates and output, still almost zero, become random, or they would stop
-    gradients."""
-    folder = tmp_path_factory.mktemp("cache")
-    make_world(folder)
-    return folder
-
-
-def make_world(folder):
-    cfg = R.resolve(dict(model="tiny", device="cpu", tiny_steps=1, cache=str(folder)))
-    R.TinyBackbone(cfg)
-    path, g = folder / "tiny-1.safetensors", rng()
-    state = R.load_file(path)
-    for name, p in state.items():
-        if name.startswith("net.") and p.abs().max() < 1e-3:
-            state[name] = 0.5 * torch.randn(p.shape, generator=g)
-    path.write_bytes(R.safetensors_bytes(state))
-
-
-@pytest.fixture(autouse=True)
-def signals():
-    """What a run does to SIGINT and SIGTERM ends with the test."""
-    kept = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in kept.items():
-        signal.signal(number, handler)
-
-
-@pytest.fixture(scope="session")
-def begun(cache, tmp_path_factory):
-    """A finished stage 1 of 3 iterations, for stage 2 to start from. Nobody writes to it."""
-    out = tmp_path_factory.mktemp("begun")
-    R.main([*SMALL, "--stage", "1", "--cache", str(cache), "--out", str(out)])
-    return out
-
-
-@pytest.fixture
-def flags(cache, begun, tmp_path):
-    """flags(stage, *more) -> a command line that writes to tmp_path / "run"."""
-    return lambda stage, *more: small_flags(stage, cache, begun, tmp_path / "run", *more)
-
-
-def small_flags(stage, cache, begun, out, *more):
-    init = ["--init", str(begun / "stage1")] if stage == 2 else []
-    return [*SMALL, *init, "--stage", str(stage), "--cache", str(cache), "--out", str(out), *map(str, more)]
-
-
-def state_of(folder):
-    """All tensors of a checkpoint, or of the newest one below."""
-    return R.load_file(R.find_checkpoint(folder) / "state/state.safetensors")
-
-
-def rows_of(folder):
-    """metrics.jsonl without the one number that differs from run to run."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{n: v for n, v in row.items() if n != "seconds"} for row in rows]
-
-
-def bytes_differing(a, b):
-    """Bytes in which two sets of tensors differ; a missing tensor differs in all of them."""
-    raw = lambda tensor: tensor.contiguous().flatten().view(torch.uint8)
-    lost = sum((a.get(n, b.get(n))).nbytes for n in a.keys() ^ b.keys())
-    return lost + sum(int((raw(a[n]) != raw(b[n])).sum()) for n in a.keys() & b.keys())
-
-
-def same(a, b):
-    """Two run folders hold the same newest checkpoint and the same log, bit for bit."""
-    assert bytes_differing(state_of(a), state_of(b)) == 0
-    assert R.find_checkpoint(a).name == R.find_checkpoint(b).name and repr(rows_of(a)) == repr(rows_of(b))
-
-
-def nothing_in(folder):
-    """No file below, but for the lock of a run that was refused."""
-    return not [p for p in folder.rglob("*") if p.is_file() and p.name != ".lock"]
-
-
-def refused(capfd, argv, words, code=2):
-    """The run ends with this code and one sentence, the last line of stderr."""
-    capfd.readouterr()
-    with pytest.raises(SystemExit) as exit:
-        R.main(argv)
-    return one_sentence(capfd.readouterr().err, exit.value.code, words, code)
-
-
-def one_sentence(text, found, words, code=2):
-    lines = [line for line in text.replace("\r", "\n").splitlines() if line.strip()]
-    assert found == code, text
-    assert [line.startswith("rtdmd: ") for line in lines].count(True) == 1 and lines[-1].startswith("rtdmd: "), text
-    assert "Traceback" not in text and re.search(words, lines[-1]), text
-    assert lines[-1].endswith("."), text
-    return lines[-1]
-
-
-# ---- Processes ----
-
-def child(argv, env, output, before):
-    """One process of a run, in a fresh fork: `before` is a function of this file that prepares a fault or a
-    witness."""
-    os.environ.update(env, OMP_NUM_THREADS="1")
-    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    torch.set_num_threads(1)
-    tqdm.set_lock(threading.RLock())                        # tqdm's own is a semaphore that a killed process leaks
-    if before:
-        globals()[before](Path(output))
-    R.main(argv)
-
-
-def start(argv, folder, world=1, before=None):
-    """Processes of one run, as torchrun would start them; what they print goes to FOLDER/rank-0 and so on."""
-    os.environ["PYTHONPATH"] = f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}"    # for the server's import
-    FORK.set_forkserver_preload([Path(__file__).stem])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    folder.mkdir(parents=True, exist_ok=True)
-    processes = []
-    for rank in range(world):
-        env = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        args = argv, {n: str(value) for n, value in env.items()}, str(folder / f"rank-{rank}"), before
-        processes.append(FORK.Process(target=child, args=args, daemon=True))
-        processes[-1].start()
-    return processes
-
-
-def finish(processes, limit=60):
-    """Exit codes; a process that hangs is killed and fails the test."""
-    end = time.monotonic() + limit
-    for process in processes:
-        process.join(max(0, end - time.monotonic()))
-    hanging = [process for process in processes if process.is_alive()]
-    for process in hanging:
-        process.kill()
-    assert not hanging, "a process hangs"
-    return [process.exitcode for process in processes]
-
-
-def keep_rewards(output):
-    """Before a run: every (G, N) table of rewards goes to a file as well."""
-    original, tables = R.gather_groups, []
-
-    def gather_groups(rewards):
-        tables.append(original(rewards))
-        torch.save(tables, output.with_suffix(".rewards"))
-        return tables[-1]
-
-    R.gather_groups = gather_groups
-
-
-def mean_colour(images, prompts):
-    """A reward for networks that come without one: red minus blue."""
-    return images[:, 0].mean((1, 2)) - images[:, 2].mean((1, 2))
-
-
-mean_colour.differentiable = True
-
-
-@pytest.fixture(scope="session")
-def small_sd3_world(folders, tmp_path_factory):
-    """(flags, finished stage 1) of an SD3 with two blocks, a VAE and three text encoders."""
-    root = tmp_path_factory.mktemp("sd3")
-    words = "red blue tall wet loud old flat warm".split()
-    prompts = written(root, "prompts.txt", "".join(f"a {word} cat\n" for word in words))
-    common = [*SMALL, "--model", "sd3m", "--pretrained", folders["sd3m"], "--resolution", "64", "--prompts", prompts,
-              "--lr", "1e-3", "--rewards", f"{Path(__file__).stem}:mean_colour=1", "--cache", str(root / "cache")]
-    R.main([*common, "--stage", "1", "--out", str(root / "begun")])
-    return common, root / "begun"
-
-
-@pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("model", ["tiny", "sd3m"])
-def test_processes_and_micro_batches_change_nothing(model, stage, flags, tmp_path, request):
-    """1, 2 and 4 processes and any micro-batch are one run, but for the order of fp32 sums.
-
-    Tolerances. A gradient is a sum of some 10^3 terms of either sign, 10 to 100 times larger than what is left
-    (advantages cancel): another order costs about 10^3^.5 * 6e-8 * 100 = 2e-4 of its largest component. Adam's
-    first moments after one iteration are that gradient: 5e-4 is allowed, where a lost sample or a mean of means
-    makes 1e-1. Adam divides by the gradient's size, so a component close to its rounding error may move by a part
-    of lr = 1e-3; the others agree like gradients: 99 % of all weights within 1e-6, a thousandth of one update,
-    and all within a tenth (seen: 3e-8 and 6e-7). Rewards before the first update come from the same weights and
-    noise: equal to the last bit, for every trajectory, where the same four go through the network together
-    (--micro_batch 1); another shape may round differently.
-    """
-    base = None
-    if model == "sd3m":
-        common, begun = request.getfixturevalue("small_sd3_world")
-    for world, micro in ((1, 1), (2, 1), (4, 6)) if model == "tiny" else ((1, 1), (2, 5), (4, 1)):
-        more = f"--group_size 4 --sample_every 9 --micro_batch {micro}".split()
-        out = tmp_path / f"{world}-{micro}"
-        if model == "sd3m":
-            argv = [*common, "--stage", str(stage), *(["--init", str(begun / "stage1")] if stage == 2 else [])]
-        else:
-            argv = flags(stage)
-        argv += ["--out", str(out), *more]
-        assert finish(start(argv, out / "log", world, "keep_rewards")) == [0] * world
-        states = [state_of(out / f"stage{stage}/checkpoint-{n:06d}") for n in (1, 3)]
-        rewards = torch.load(out / "log/rank-0.rewards") if stage == 2 else []
-        base = base or (states, rewards)
-        for n, other in base[0][0].items():
-            if "exp_avg" in n and not n.endswith("sq"):
-                assert (states[0][n] - other).abs().max() <= 5e-4 * other.abs().max(), (world, micro, n)
-        weights = [n for n in states[1] if not n.startswith("adam")]
-        differences = torch.cat([(states[1][n] - base[0][1][n]).abs().flatten() for n in weights])
-        assert differences.quantile(0.99) < 1e-6 and differences.max() < 1e-4, (world, micro)
-        for a, b in zip(rewards[:1], base[1]):
-            assert torch.equal(a, b) if micro == 1 else torch.allclose(a, b, rtol=0, atol=1e-6)
-
-
-def test_processes_that_differ_are_refused(flags, tmp_path):
-    """Another seed, or a folder that one node does not see: the gradients would be added up all the same."""
-    assert finish(start(flags(1), tmp_path / "log", 2, "another_seed")) == [2, 2]
-    for rank in (0, 1):
-        one_sentence((tmp_path / f"log/rank-{rank}").read_text(), 2, "processes differ")
-    assert nothing_in(tmp_path / "run")
-
-
-def another_seed(output):
-    """Before a run: rank 1 is started with another seed."""
-    original = R.resolve
-    R.resolve = lambda given: original({**given, "seed": R.dist_info()[0]})
-
-
-# ---- Resuming ----
-
-def stop_after(monkeypatch, iteration, number=signal.SIGTERM):
-    """The run gets a signal while this iteration ends."""
-    original = R.record
-
-    def record(run, row):
-        if run.done == iteration:
-            os.kill(os.getpid(), number)
-        return original(run, row)
-
-    monkeypatch.setattr(R, "record", record)
-
-
-@pytest.mark.parametrize("stage, iteration", [(1, 1), (1, 2), (2, 1), (2, 2)])
-def test_a_stopped_run_goes_on_bit_for_bit(stage, iteration, flags, tmp_path, monkeypatch):
-    R.main(flags(stage, "--out", tmp_path / "whole"))
-    stop_after(monkeypatch, iteration)
-    R.main(flags(stage, "--save_every", 50))                    # SIGTERM: returns, having saved
-    assert [p.name for p in R.list_checkpoints(tmp_path / f"run/stage{stage}")] == [f"checkpoint-{iteration:06d}"]
-    monkeypatch.undo()
-    with open(tmp_path / f"run/stage{stage}/metrics.jsonl", "a") as file:
-        file.write('{"iteration": 3, "dm": 1.0, "seconds": 1.0}\n{"iteration": 4, "d')     # what a kill leaves
-    R.main(flags(stage))
-    same(tmp_path / f"whole/stage{stage}", tmp_path / f"run/stage{stage}")
-    state = state_of(tmp_path / f"run/stage{stage}")
-    assert {n.split(".")[0] for n in state} == {"generator", "fake", "ema", "adam"}
-    assert all(p.dtype == torch.float32 for p in state.values())
-
-
-def cut(path):
-    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
-
-
-def flip(path):
-    data = bytearray(path.read_bytes())
-    data[-9] ^= 1
-    path.write_bytes(data)
-
-
-@pytest.fixture(scope="session")
-def four(cache, tmp_path_factory):
-    """A stage 1 of four iterations, never stopped."""
-    out = tmp_path_factory.mktemp("four")
-    R.main(small_flags(1, cache, None, out, "--iterations", 4))
-    return out / "stage1"
-
-
-FILES = [R.LORA_FILE, "state/state.safetensors", "state/run.json", "state/manifest.json"]
-
-
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("damage", [cut, Path.unlink, flip])
-def test_a_damaged_newest_checkpoint_is_passed_over(name, damage, begun, four, flags, tmp_path, capfd):
-    shutil.copytree(begun, tmp_path / "run")
-    damage(tmp_path / "run/stage1/checkpoint-000003" / name)
-    R.main(flags(1, "--iterations", 4, "--keep", 1))
-    text = capfd.readouterr().err
-    assert re.search(r"checkpoint-000003 is damaged.*older", text) and "Resumed" in text and "2 iterations are done" in text
-    assert bytes_differing(state_of(tmp_path / "run/stage1"), state_of(four)) == 0
-    assert [p.name for p in R.list_checkpoints(tmp_path / "run/stage1")] == ["checkpoint-000004"]
-
-
-def test_a_damaged_newer_one_does_not_push_out_the_whole_one(begun, flags, tmp_path, monkeypatch):
-    """--keep 1, and the run ends before it reaches the damaged number again."""
-    shutil.copytree(begun, tmp_path / "run")
-    cut(tmp_path / "run/stage1/checkpoint-000003" / FILES[1])
-    shutil.rmtree(tmp_path / "run/stage1/checkpoint-000002")
-    stop_after(monkeypatch, 2)
-    R.main(flags(1, "--keep", 1))
-    assert R.find_checkpoint(tmp_path / "run/stage1").name == "checkpoint-000002"
-
-
-def test_checkpoints_are_kept_by_number(flags, tmp_path):
-    R.main(flags(1, "--iterations", 5, "--keep", 2))
-    (tmp_path / "run/stage1/checkpoint-best").mkdir()
-    assert [p.name for p in R.list_checkpoints(tmp_path / "run/stage1")] == ["checkpoint-000005", "checkpoint-000004"]
-    assert not [p for p in tmp_path.rglob("*.partial")]
-
-
-def test_a_changed_setting_is_refused_with_the_differences(begun, flags, tmp_path, capfd):
-    shutil.copytree(begun, tmp_path / "run")
-    before = snapshot(tmp_path)
-    text = refused(capfd, flags(1, "--gamma", .5, "--lr", 1e-4, "--keep", 3), "other settings")
-    assert "gamma 0.01 -> 0.5; " in text and "lr 0.001 -> 0.0001)" in text and "keep" not in text
-    prompts = written(tmp_path, "p.txt", "a red circle\n")
-    refused(capfd, flags(1, "--prompts", prompts), "prompts '24 prompts, .*' -> '1 prompts")
-    assert before == {n: v for n, v in snapshot(tmp_path).items() if n != "p.txt"}
-    R.main(flags(1, "--gamma", .5, "--force_resume", "--iterations", 4))
-    assert rows_of(tmp_path / "run/stage1")[-1]["iteration"] == 4
-
-
-def test_a_checkpoint_of_another_version(begun, flags, tmp_path, capfd):
-    """Whole by its digests, and yet without what is asked for."""
-    shutil.copytree(begun, tmp_path / "run")
-    for content in ("{}", "[]", '{"config": 3, "prompts": 4}', '{"config": {}, "prompts": "?"}'):
-        for folder in R.list_checkpoints(tmp_path / "run/stage1"):
-            (folder / FILES[2]).write_text(content)
-            (folder / FILES[3]).write_text(json.dumps(R.digests(folder)))
-        refused(capfd, flags(1), "not of this version|other settings")
-    refused(capfd, flags(1, "--force_resume"), "not of this version.*iteration")
-    for content in ("[]", "[1]", '"x"', "{}", '{"other": 1}'):
-        (tmp_path / "run/stage1/checkpoint-000003" / FILES[3]).write_text(content)
-        assert R.find_checkpoint(tmp_path / "run/stage1").name == "checkpoint-000002"
-
-
-def test_stage_2_resumes_without_stage_1(begun, flags, tmp_path):
-    shutil.copytree(begun, tmp_path / "init")
-    R.main([*flags(2), "--init", str(tmp_path / "init/stage1"), "--iterations", "1"])
-    shutil.rmtree(tmp_path / "init")
-    R.main([*flags(2), "--init", str(tmp_path / "init/stage1"), "--iterations", "2"])
-    assert rows_of(tmp_path / "run/stage2")[-1]["iteration"] == 2
-
-
-# ---- Faults ----
-
-def wait_for(path, processes=(), limit=60):
-    end = time.monotonic() + limit
-    while not (path.exists() and path.stat().st_size):
-        assert time.monotonic() < end and all(p.is_alive() for p in processes), f"no {path}"
-        time.sleep(0.02)
-
-
-def slow(output, seconds=0.25):
-    """Before a run: iterations take a while."""
-    original = R.record
-
-    def record(run, row):
-        text = original(run, row)
-        time.sleep(seconds)
-        return text
-
-    R.record = record
-
-
-def very_slow(output):
-    slow(output, 60)
-
-
-def test_two_runs_on_one_folder(flags, tmp_path, capfd):
-    processes = start(flags(1), tmp_path / "log", before="slow")
-    wait_for(tmp_path / "run/stage1/metrics.jsonl", processes)
-    refused(capfd, flags(1), "Another run is writing")
-    assert finish(processes) == [0]
-    R.main(flags(1, "--iterations", 4))                        # the lock went with the process, and goes with main
-    R.main(flags(1, "--iterations", 5))
-    assert len(rows_of(tmp_path / "run/stage1")) == 5
-
-
-@pytest.mark.parametrize("numbers, world", [([signal.SIGTERM], 1), ([signal.SIGINT], 1), ([signal.SIGTERM] * 2, 1),
-                                            ([signal.SIGTERM], 2)])
-def test_a_signal_ends_the_run_with_a_checkpoint(numbers, world, flags, tmp_path):
-    """A second SIGTERM changes nothing: a cluster signals everybody, and torchrun passes it on."""
-    folder = tmp_path / "run/stage1"
-    processes = start(flags(1, "--iterations", 100, "--save_every", 100), tmp_path / "log", world, "slow")
-    wait_for(folder / "metrics.jsonl", processes)
-    for number in numbers:
-        os.kill(processes[-1].pid, number)                   # of two processes the second alone: both end together
-        time.sleep(0.05)
-    assert finish(processes) == [0] * world
-    rows = rows_of(folder)
-    assert R.find_checkpoint(folder).name == f"checkpoint-{len(rows):06d}" and len(rows) < 10
-    assert "Stopped by a signal" in (tmp_path / "log/rank-0").read_text()
-
-
-def test_a_second_interrupt_ends_at_once(flags, tmp_path):
-    processes = start(flags(1), tmp_path / "log", before="very_slow")
-    wait_for(tmp_path / "run/stage1/metrics.jsonl", processes)
-    for _ in range(2):
-        os.kill(processes[0].pid, signal.SIGINT)
-        time.sleep(0.1)
-    assert finish(processes, 5) == [-signal.SIGINT]
-
-
-def die_in_the_second(output):
-    """Before a run: rank 1 is killed in its second iteration, unless it was before."""
-    original, marker = R.update_ema, output.with_suffix(".died")
-
-    def update_ema(run):
-        if run.done == 1 and R.dist_info()[0] == 1 and not marker.exists():
-            marker.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        original(run)
-
-    R.update_ema = update_ema
-
-
-def test_one_rank_that_dies_ends_the_others(flags, tmp_path):
-    codes = finish(start(flags(1), tmp_path / "log", 2, "die_in_the_second"), 30)
-    assert codes[1] == -signal.SIGKILL and codes[0] not in (0, None)
-    assert R.find_checkpoint(tmp_path / "run/stage1").name == "checkpoint-000001"
-    assert finish(start(flags(1), tmp_path / "log", 2)) == [0, 0]                    # what torchrun's restart does
-    assert len(rows_of(tmp_path / "run/stage1")) == 3
-
-
-@contextlib.contextmanager
-def quota(size):
-    """No file may grow beyond size bytes: writes fail as on a full disk."""
-    kept = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, kept[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, kept)
-
-
-@pytest.mark.parametrize("size", [60_000, 260_000])      # too small for the copy of the source, for the checkpoint
-def test_a_full_disk(size, flags, tmp_path, capfd):
-    R.main(flags(1, "--sample_every", 1, "--out", tmp_path / "whole"))
-    R.main(flags(1, "--sample_every", 1, "--iterations", 1))
-    kept = tmp_path / "run/stage1/checkpoint-000001"
-    assert (kept / FILES[1]).stat().st_size > 260_000 > Path(R.__file__).stat().st_size > 60_000
-    before = snapshot(kept)
-    with quota(size):
-        refused(capfd, flags(1, "--sample_every", 1), "Cannot write .*: make room")
-    assert before == snapshot(kept) and R.list_checkpoints(tmp_path / "run/stage1") == [kept]
-    assert not [p for p in tmp_path.rglob(".*.partial") if p.is_file()]
-    R.main(flags(1, "--sample_every", 1))
-    same(tmp_path / "whole/stage1", tmp_path / "run/stage1")
-
-
-def test_folders_that_cannot_be_written(flags, tmp_path, capfd, monkeypatch):
-    file = Path(written(tmp_path, "file", "x"))
-    refused(capfd, flags(1, "--out", file / "run"), "Not a directory: .*run.*choose another folder")
-    refused(capfd, flags(1, "--out", "/proc/run"), "/proc/run")
-    refused(capfd, flags(1, "--out", tmp_path / ("x" * 300)), "File name too long")
-    refused(capfd, flags(1, "--cache", file), "Cannot write|Not a directory")
-
-    def read_only(path, *args, **kwargs):
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr(Path, "mkdir", read_only)               # root may write anywhere, so the refusal is played
-    refused(capfd, flags(1), "Permission denied: .*run.*choose another folder")
-    file.unlink()
-    assert nothing_in(tmp_path)
-
-
-def test_truncated_caches(cache, flags, tmp_path, capfd):
-    """A text embedding is made anew; a tiny world takes minutes, so its owner decides."""
-    shutil.copytree(cache, tmp_path / "cache")
-    R.main(flags(1, "--cache", tmp_path / "cache", "--sample_every", 1, "--iterations", 1))
-    for path in (tmp_path / "cache/text").rglob("*.safetensors"):
-        cut(path)
-    R.main(flags(1, "--cache", tmp_path / "cache", "--sample_every", 1))
-    R.main(flags(1, "--sample_every", 1, "--out", tmp_path / "whole"))
-    same(tmp_path / "run/stage1", tmp_path / "whole/stage1")
-    cut(tmp_path / "cache/tiny-1.safetensors")
-    refused(capfd, flags(1, "--cache", tmp_path / "cache"), "tiny-1.safetensors is damaged.*delete")
-
-
-# ---- Numbers that are none ----
-
-def spoil(name, when, value=math.nan):
-    """A function of rtdmd.py whose result is multiplied by value wherever `when()` is true."""
-    original = getattr(R, name)
-    return lambda *args, **options: original(*args, **options) * (value if when() else 1.0)
-
-
-SOURCES = {                 # function, what the log names, which adapter is left alone, stage
-    "dm": ("dmd_loss", "generator", 1), "dsm": ("ambient_dsm_loss", "fake", 1), "consistency": ("reverse_step", "fake", 1),
-    "reward_attributes": ("score", "generator", 2),
-}
-
-
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_number_that_is_none_skips_the_step(source, value, flags, tmp_path, monkeypatch, capfd):
-    name, role, stage = SOURCES[source]
-    rows = tmp_path / f"run/stage{stage}/metrics.jsonl"
-    monkeypatch.setattr(R, name, spoil(name, lambda: rows.exists() and rows.read_text().count("\n") == 1, value))
-    R.main(flags(stage, "--watch", ""))
-    assert re.search(f"Iteration 2: the {role}'s gradient is not finite .*{source}.* is skipped", capfd.readouterr().err)
-    first, second, third = (state_of(tmp_path / f"run/stage{stage}/checkpoint-{n:06d}") for n in (1, 2, 3))
-    assert all(p.isfinite().all() for p in third.values())
-    for kind, of in (("generator.", "generator"), ("ema.", "generator"), ("adam.generator.", "generator"),
-                     ("fake.", "fake"), ("adam.fake.", "fake")):
-        moved = lambda a, b: any(not torch.equal(p, b[n]) for n, p in a.items() if n.startswith(kind))
-        assert moved(first, second) is (of != role) and moved(second, third), kind
-    assert [row["skipped"] for row in rows_of(rows.parent)] == [0, 1, 1]
-
-
-def nan_on_rank_1(output):
-    """Before a run: rank 1's matching loss is nan in the second iteration."""
-    rows = output.parents[1] / "run/stage1/metrics.jsonl"
-    R.dmd_loss = spoil("dmd_loss", lambda: R.dist_info()[0] == 1 and rows.read_text().count("\n") == 1)
-
-
-def test_all_processes_skip_together(flags, tmp_path):
-    assert finish(start(flags(1), tmp_path / "log", 2, "nan_on_rank_1")) == [0, 0]
-    text = (tmp_path / "log/rank-0").read_text()
-    assert re.search("Iteration 2: the generator's gradient is not finite .dm.; ", text)
-    assert [row["skipped"] for row in rows_of(tmp_path / "run/stage1")] == [0, 1, 1]
-
-
-@pytest.mark.parametrize("name, stage", [("dmd_loss", 1), ("score", 2), ("ambient_dsm_loss", 1)])
-def test_a_run_without_numbers_stops(name, stage, flags, tmp_path, monkeypatch, capfd):
-    """Although the other adapter goes on well in between."""
-    monkeypatch.setattr(R, name, spoil(name, lambda: True))
-    argv = flags(stage, "--max_bad_steps", 2, "--watch", "")
-    text = refused(capfd, argv, "2 updates of the .* in a row were not finite", code=1)
-    assert {"dmd_loss": "(dm)", "score": "reward_attributes", "ambient_dsm_loss": "(dsm)"}[name] in text
-
-
-# ---- Roles ----
-
-def tiny_roles(cache, **options):
-    cfg = R.resolve(dict(model="tiny", device="cpu", tiny_steps=1, cache=str(cache), lora_rank=4, **options))
-    backbone, g = R.TinyBackbone(cfg), rng(3)
-    x, t = torch.randn(6, *backbone.latent_shape, generator=g), torch.rand(6, generator=g)
-    cond = backbone.encode(R.tiny_captions()[20:26])
-    with torch.no_grad():
-        base = backbone.velocity(backbone.nets["score"], x, t, cond)
-    return R.Roles(backbone, cfg), x, t, cond, base
-
-
-def shake(roles, role, seed=0):
-    for p in roles.parameters(role):
-        p.data += 0.3 * torch.randn(p.shape, generator=rng(seed))
-
-
-def test_three_roles_on_one_base(cache):
-    roles, x, t, cond, base = tiny_roles(cache)
-    look = torch.no_grad()(lambda role: roles.velocity(role, x, t, cond))
-    assert all(torch.equal(look(role), base) for role in ("generator", "fake", "teacher"))        # B = 0
-    shake(roles, "generator")
-    fake = look("fake")
-    assert torch.equal(look("teacher"), base) and torch.equal(fake, base) and not torch.equal(look("generator"), base)
-    generator = look("generator")
-    shake(roles, "fake", 1)
-    assert torch.equal(look("teacher"), base) and torch.equal(look("generator"), generator)
-    assert not torch.equal(look("fake"), fake)
-    assert all(len(roles.parameters(role)) == 2 * len(roles.backbone.lora_targets) for role in ("generator", "fake"))
-
-
-@pytest.mark.parametrize("checkpointing, compiled", [(False, False), (True, False), (True, True)])
-def test_gradients_survive_the_other_roles(cache, checkpointing, compiled, monkeypatch):
-    """A teacher and a fake pass between the generator's forward and backward change no bit of its gradient."""
-    compile_net, gradients = nn.Module.compile, []
-    monkeypatch.setattr(nn.Module, "compile", lambda net: compile_net(net, backend="aot_eager"))      # without a compiler
-    for between in ((), ("teacher", "fake")):
-        roles, x, t, cond, _ = tiny_roles(cache, checkpointing=checkpointing, compile=compiled)
-        roles.nets["generator"].train()                         # diffusers checkpoints whenever gradients are on
-        shake(roles, "generator")
-        shake(roles, "fake", 1)
-        v = roles.velocity("generator", x, t, cond)
-        with torch.no_grad():
-            for role in between:
-                roles.velocity(role, x, t, cond)
-        v.square().mean().backward()
-        gradients.append([p.grad for p in roles.parameters("generator")])
-        assert all(p.grad is None for p in roles.parameters("fake"))
-    assert all(torch.equal(a, b) for a, b in zip(*gradients))
-    assert sum(bool(a.any()) for a in gradients[0]) >= len(gradients[0]) - 2      # the last block drops the text's query
-    if checkpointing:
-        plain = tiny_roles(cache)[0]
-        shake(plain, "generator")
-        plain.velocity("generator", x, t, cond).square().mean().backward()
-        pairs = zip(gradients[0], plain.parameters("generator"))
-        assert all(torch.allclose(a, p.grad, rtol=1e-4, atol=1e-7) for a, p in pairs)
-
-
-def test_everything_that_learns_is_fp32_over_a_bf16_base(small_sd3_world, tmp_path):
-    common, _ = small_sd3_world
-    run = R.prepare(R.resolve(R.parse_flags([*common, "--dtype", "bf16", "--out", str(tmp_path), "--iterations", "1"])))
-    R.stage1(run)
-    assert {p.dtype for n, p in run.roles.nets["teacher"].named_parameters() if "lora" not in n} == {torch.bfloat16}
-    learnt = [p for role in run.optimizers for p in run.roles.parameters(role)]
-    moments = [m for optimizer in run.optimizers.values() for state in optimizer.state.values() for m in state.values()]
-    assert len(moments) == 3 * len(learnt) and {p.dtype for p in [*learnt, *moments, *run.ema]} == {torch.float32}
-    assert {p.dtype for p in state_of(tmp_path / "stage1").values()} == {torch.float32}
-
-
-# ---- Ratio ----
-
-def test_the_ratio_is_exactly_one_before_the_first_update(flags, monkeypatch):
-    """Then the second epoch's is not, and the clip acts: gradients of samples beyond it vanish."""
-    seen, original = [], R.subgrpo_loss
-
-    def subgrpo_loss(log_prob, old, advantages, steps, clip):
-        seen.append((log_prob.detach(), old, advantages))
-        return original(log_prob, old, advantages, steps, clip)
-
-    monkeypatch.setattr(R, "subgrpo_loss", subgrpo_loss)
-    R.main(flags(2, "--inner_epochs", 2, "--iterations", 1, "--micro_batch", 12))
-    first, second = seen[:2], seen[2:]                          # M = 2 slots, 12 trajectories in each
-    assert len(second) == 2 and sum(len(log_prob) for log_prob, _, _ in first) == 24
-    assert all((log_prob - old).exp().eq(1.0).all() for log_prob, old, _ in first)
-    clipped = 0
-    for log_prob, old, advantages in second:
-        log_prob.requires_grad_()
-        ratio = (log_prob - old).detach().exp()[:, 0]
-        gradient, = torch.autograd.grad(original(log_prob, old, advantages, 4, 1e-5), log_prob)
-        beyond = ((ratio - 1) * advantages.sign() > 1e-5)
-        assert (gradient[beyond] == 0).all() and (gradient[~beyond & (advantages != 0)] != 0).all()
-        clipped += int(beyond.sum())
-    assert clipped > 0
-
-
-# ---- Ablations ----
-
-ABLATIONS = ["1 --gamma 0", "1 --eta 0", "1 --eta .5", "1 --eta 1", "1 --kernel cps", "1 --consistency_times schedule",
-             "1 --renoise paper", "1 --renoise dmd2", "1 --recipe official --lora_rank 4 --lora_alpha 4", "1 --guidance 1",
-             "2 --gamma 0", "2 --eta .5", "2 --eta 1", "2 --eta 0 --no_policy", "2 --subset_size 1", "2 --subset_size 3",
-             "2 --independent_noise", "2 --share_initial", "2 --no_det", "2 --no_dmd", "2 --no_policy", "2 --kernel cps",
-             "2 --consistency_times schedule", "2 --renoise paper", "2 --renoise dmd2", "2 --advantage_std none",
-             "2 --advantage_std global", "2 --dm_steps last", "2 --log_prob unscaled", "2 --inner_epochs 2",
-             "2 --recipe official --lora_rank 4 --lora_alpha 4", "2 --rewards strict=1,attributes=-.5", "2 --checkpointing"]
-
-
-@pytest.mark.parametrize("switch", ABLATIONS)
-def test_every_switch_runs(switch, flags, tmp_path):
-    stage, *more = switch.split()
-    R.main(flags(int(stage), *more, "--iterations", 2))
-    states = [state_of(folder) for folder in R.list_checkpoints(tmp_path / f"run/stage{stage}")]
-    assert len(states) == 2 and all(p.isfinite().all() for p in states[0].values())
-    for role in ("generator.", "fake.", "ema."):
-        moved = [not torch.equal(p, states[1][n]) for n, p in states[0].items() if n.startswith(role)]
-        assert sum(moved) >= len(moved) - 2, role               # the last block makes no use of the text's query
-    assert all(math.isfinite(v) for row in rows_of(tmp_path / f"run/stage{stage}") for v in row.values())
-
-
-def test_every_step_is_matched_equally_often():
-    """Stage 2: the step k of a trajectory's matching term, over S and the draw, is uniform over 1..K."""
-    K, n = 4, 40_000
-    for M in (1, 2, 3):
-        cfg, g, counts = SimpleNamespace(steps=K, subset_size=M, no_dmd=False, dm_steps="all"), rng(M), [0] * (K + 1)
-        for slot in R.matched_slots(cfg, torch.rand(n, generator=g).tolist()):
-            S = R.choose_steps(K, M, g)
-            counts[K if slot == M else int(S[slot])] += 1
-        chi = sum((c - n / K) ** 2 / (n / K) for c in counts[1:])
-        assert counts[0] == 0 and chi < 16.3, counts            # 3 degrees of freedom: p = .001
-    assert R.matched_slots(SimpleNamespace(no_dmd=False, dm_steps="last", subset_size=2), [0.1, 0.9]) == [2, 2]
-    assert R.matched_slots(SimpleNamespace(no_dmd=True), [0.1, 0.9]) == [-1, -1]
-
-
-# ---- Bad input ----
-
-def snapshot(folder):
-    """Every file and its content."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-WRONG = [line.split(" | ") for line in r"""
-1 --stage 3 | unknown: take one of 1, 2
-1 --stage two | invalid int
-1 --stage | expected one argument
-1 --model sdxl | --model sdxl is unknown
-1 --model | expected one argument
-1 --recipe mine | --recipe mine is unknown
-1 --iteration 3 | unrecognized arguments
-1 --leraning_rate 3 | unrecognized arguments
-1 extra | unrecognized arguments: extra
-1 --no_det=1 | ignored explicit argument
-1 --seed 1.5 | invalid int
-1 --seed -1 | at least 0
-1 --iterations -5 | at least 1
-1 --eta 1.5 | at most 1
-1 --eta -.1 | at least 0
-1 --eta nan | finite
-1 --gamma inf | finite
-1 --gamma -1 | at least 0
-1 --lr -1 | at least 0
-1 --lr fast | invalid float
-1 --lr_fake nan | finite
-1 --grad_clip 0 | above 0
-1 --clip 0 | above 0
-1 --delta 0 | above 0
-1 --delta 2 | at most 1
-1 --ema 1.01 | at most 1
-1 --steps 1 | at least 2
-1 --batch 7 | multiple of --steps
-1 --batch 0 | at least 1
-1 --fake_updates -1 | at least 1
-1 --micro_batch 0 | at least 1
-1 --keep 0 | at least 1
-1 --save_every 0 | at least 1
-1 --sample_every 0 | at least 1
-1 --max_bad_steps 0 | at least 1
-1 --max_prompts 0 | at least 1
-1 --tiny_steps 0 | at least 1
-1 --lora_rank 0 | at least 1
-1 --lora_alpha 0 | at least 1
-1 --resolution 0 | at least 8
-1 --weight_decay -.1 | at least 0
-1 --guidance nan | finite
-1 --dtype fp16 | take one of 'bf16', 'fp32'
-1 --dtype float | take one of
-1 --device tpu | unknown: take cuda, cpu
-1 --device meta | only counts
-1 --kernel gauss | take one of 'posterior', 'cps'
-1 --renoise yes | take one of
-1 --advantage_std batch | take one of
-1 --watch nonsense | no reward is called 'nonsense'
-1 --rewards nonsense | no reward is called 'nonsense'
-2 --rewards attributes=0 | other than 0
-2 --rewards attributes=x | finite number
-2 --rewards attributes,attributes | no name named twice
-2 --rewards no_such_module:score | No module
-2 --group_size 1 | at least 2
-2 --groups 0 | at least 1
-2 --subset_size 0 | at least 1
-2 --subset_size 4 | only 3
-2 --std_floor -1 | at least 0
-2 --inner_epochs 0 | at least 1
-2 --eta 0 | no stochastic step
-2 --no_policy --no_det --no_dmd | nothing to train
-2 --lora_rank 8 | lora_rank 4 -> 8
-2 --lora_alpha 8 | lora_alpha 4 -> 8
-2 --init TMP/nothing | No stage-1 checkpoint
-2 --init TMP/file | No stage-1 checkpoint
-2 --init TMP/cut/checkpoint-000003 | No stage-1 checkpoint
-2 --init TMP/other | model 'sd3m' -> 'tiny'
-2 --init TMP/bare | not of this version
-1 --out TMP/file/run | Not a directory
-1 --prompts TMP/nothing.txt | cannot be read|No such file
-1 --prompts TMP | cannot be read|none of .txt|Is a directory
-1 --prompts TMP/empty.txt | holds no prompt
-1 --prompts TMP/latin.txt | line 2
-1 --prompts TMP/nul.txt | line 2.*NUL
-1 --prompts TMP/long.txt | up to 20,000
-1 --prompts TMP/broken.jsonl | line 1
-1 --prompts TMP/sentence.txt | tiny world (does not know|cannot draw)
-1 --prompts TMP/what.docx | none of .txt
-1 --model sd3m --pretrained TMP/nothing --resolution 64 --prompts TMP/good.txt --rewards WORLD:mean_colour | neither in .* nor on the hub
-1 --model sd3m --pretrained TMP/cut --resolution 64 --prompts TMP/good.txt --rewards WORLD:mean_colour | model_index.json of .* is neither in
-""".strip().splitlines()]
-
-
-@pytest.fixture(scope="session")
-def wrong_files(begun, tmp_path_factory):
-    root = tmp_path_factory.mktemp("wrong")
-    contents = {"file": "x", "good.txt": "a cat\n", "empty.txt": "\n \n", "latin.txt": b"a red circle\nna\xefve\n",
-                "nul.txt": b"a red circle\na\x00\n", "long.txt": "x" * 1_000_000, "broken.jsonl": '{"prompt": \n',
-                "sentence.txt": "a cat\n", "what.docx": "x"}
-    for name, content in contents.items():
-        written(root, name, content)
-    shutil.copytree(begun / "stage1", root / "cut")
-    cut(root / "cut/checkpoint-000003" / FILES[1])
-    for name, edit in (("other", lambda saved: saved["config"].update(model="sd3m")), ("bare", lambda saved: saved.clear())):
-        folder = root / name / "checkpoint-000003"
-        shutil.copytree(begun / "stage1/checkpoint-000003", folder)
-        saved = json.loads((folder / FILES[2]).read_text())
-        edit(saved)
-        (folder / FILES[2]).write_text(json.dumps(saved))
-        (folder / FILES[3]).write_text(json.dumps(R.digests(folder)))
-    return root
-
-
-@pytest.mark.parametrize("line, words", WRONG, ids=[line for line, _ in WRONG])
-def test_wrong_input_is_one_sentence(line, words, flags, wrong_files, cache, tmp_path, capfd):
-    stage, *more = line.replace("TMP", str(wrong_files)).replace("WORLD", Path(__file__).stem).split()
-    before = snapshot(wrong_files), snapshot(cache)
-    refused(capfd, flags(int(stage), *more), words)
-    assert before == (snapshot(wrong_files), snapshot(cache)) and nothing_in(tmp_path)
-
-
-def test_other_wrong_input(flags, tmp_path, capfd, monkeypatch):
-    argv = ["--stage", "2", "--device", "cpu", "--out", str(tmp_path / "none")]
-    refused(capfd, argv, "No stage-1 checkpoint at .*none/stage1")
-    refused(capfd, flags(2, "--rewards", ""), "write name=weight|no name")
-    refused(capfd, flags(1, "--prompts", ""), "none of .txt|cannot be read|Is a directory")
-    if not torch.cuda.is_available():
-        refused(capfd, flags(1, "--device", "cuda"), "sees 0 here")
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    refused(capfd, flags(2), "--groups 4 does not split over 3 processes: take 6")
-    assert nothing_in(tmp_path)
-
-
-def test_zero_is_the_stages_own(flags):
-    own = R.resolve(dict(model="tiny", device="cpu"))
-    assert R.resolve(dict(model="tiny", device="cpu", lr=0.0, lr_fake=0.0, iterations=0, fake_updates=0)) == own
-    assert (own.lr, own.iterations, own.dtype) == (1e-3, 150, "fp32")
-
-
-def test_duplicate_prompts_are_one(flags, tmp_path, capfd):
-    prompts = written(tmp_path, "p.txt", "a red circle\na red circle\n\na blue square\n")
-    R.main(flags(1, "--prompts", prompts, "--iterations", 1))
-    assert "2 from" in (text := capfd.readouterr().err) and "1 duplicates" in text
-
-
-# ---- Torture ----
+# -----------------------------------------------------------------------------------------------------------------
+# Torture: `python test_rtdmd.py torture --kills 100`
+# -----------------------------------------------------------------------------------------------------------------
 
 def torture(kills=100, folder=None, seed=0):
     """Kills a run at random moments, resumes it until it is through, and compares with the run that was left
@@ -4334,8 +4780,8 @@ def torture(kills=100, folder=None, seed=0):
     folder = Path(folder or tempfile.mkdtemp())
     cache, dice = folder / "cache", random.Random(seed)
     make_world(cache)
-    argv = lambda stage, out: [*small_flags(stage, cache, folder / "whole", out), "--keep", "2", "--sample_every", "1",
-                               "--iterations", "6"]
+    argv = lambda stage, out: small_flags(stage, cache, folder / "whole", out, "--keep", 2, "--sample_every", 1,
+                                          "--iterations", 6)
     totals, begin = dict(kills=0, resumes=0, runs=0, bytes_differing=0, logs_differing=0), time.monotonic()
     life = {}
     for stage, out in itertools.product((1, 2), ("whole", "timed")):        # the second time without imports
@@ -4345,7 +4791,7 @@ def torture(kills=100, folder=None, seed=0):
     while totals["kills"] < kills:
         stage, out = 1 + totals["runs"] % 2, folder / f"run-{totals['runs']}"
         while True:
-            begun_before = bool(R.list_checkpoints(out / f"stage{stage}"))
+            begun_before = bool(rtdmd.list_checkpoints(out / f"stage{stage}"))
             process, = start(argv(stage, out), folder / "log")
             process.join(dice.uniform(0, 0.8 * life[stage]) if totals["kills"] < kills else 120)
             totals["resumes"] += begun_before
@@ -4360,286 +4806,17 @@ def torture(kills=100, folder=None, seed=0):
         totals["bytes_differing"] += bytes_differing(state_of(whole), state_of(mine))
         totals["logs_differing"] += repr(rows_of(whole)) != repr(rows_of(mine))
         left = [p for p in mine.rglob(".*.partial")]
-        assert not left and len(R.list_checkpoints(mine)) == 2, left
+        assert not left and len(rtdmd.list_checkpoints(mine)) == 2, left
         shutil.rmtree(out)
-    print(", ".join(f"{n.replace('_', ' ')} {v}" for n, v in totals.items()), f"({time.monotonic() - begin:.0f} s)")
+    summary = ", ".join(f"{n.replace('_', ' ')} {v}" for n, v in totals.items())
+    print(f"{summary} ({time.monotonic() - begin:.0f} s)")
     return totals
 
 
 def test_torture(tmp_path):
+    """Six kills at random moments change no bit of what is saved and no row of the log."""
     totals = torture(kills=6, folder=tmp_path)
     assert totals["bytes_differing"] == totals["logs_differing"] == 0
-
-
-# ------------------------------------------------------------------------------------------------------------
-# 5. The tiny world and eval.py
-# ------------------------------------------------------------------------------------------------------------
-
-def test_geneval_as_a_reward_asks_for_metadata_at_once():
-    """flux2-4b's own rewards name geneval: that is refused before 20 GB are loaded, but no hindrance to a dry
-    run."""
-    with pytest.raises(rtdmd.UsageError, match="FILE.jsonl"):
-        rtdmd.resolve(dict(stage=2, model="flux2-4b", device="cpu"))
-    assert rtdmd.resolve(dict(stage=2, model="flux2-4b", device="meta", random_weights=True, dry_run=1)).groups == 64
-
-
-@pytest.mark.parametrize("options", [rtdmd.Config, ev.Flags])
-def test_torchrun_does_not_swallow_a_flag(options):
-    """torchrun reads the script's flags too, and takes one for an abbreviation of its own if it can: --run was
-    --run-path."""
-    from torch.distributed.run import get_args_parser
-    theirs = [name for action in get_args_parser()._actions for name in action.option_strings]
-    ours = [f"--{field.name}" for field in dataclasses.fields(options)]
-    assert not [(a, b) for a in ours for b in theirs if b.startswith(a)]
-
-
-def test_out_of_memory_names_the_knob(monkeypatch, capsys):
-    def full(cfg):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-    monkeypatch.setattr(rtdmd, "prepare", full)
-    with pytest.raises(SystemExit) as stop:
-        rtdmd.main(["--dry_run", "1", "--device", "cpu", "--micro_batch", "8"])
-    assert stop.value.code == 1 and "--micro_batch" in capsys.readouterr().err
-
-
-def test_tiny_captions_are_disjoint_and_parse():
-    """66 captions are kept from all training; "a below b" is the picture of "b above a"."""
-    train, held_out = rtdmd.tiny_captions(), rtdmd.tiny_captions(held_out=True)
-    assert (len(train), len(held_out), len(set(train) & set(held_out))) == (474, 66, 0)
-    below, above = (rtdmd.parse_caption(c) for c in ("a red circle below a blue square", "a blue square above a red circle"))
-    assert torch.equal(below[1], above[1]) and not torch.equal(below[0], above[0])
-    assert rtdmd.parse_caption("a red circle")[1].tolist() == [0, 0, 0, -1, -1]
-    for bad in ("a pink circle", "a red circle above", "a red circle above a blue square above a red circle", "circle"):
-        with pytest.raises(rtdmd.UsageError, match="cannot draw"):
-            rtdmd.parse_caption(bad)
-
-
-def test_tiny_judge_learns_and_scores():
-    """100 updates teach a judge its layouts and colours; its reward is differentiable, its strict verdict is
-    not."""
-    torch.manual_seed(0)
-    judge = rtdmd.train_tiny_judge(rtdmd.TinyJudge(16, torch.nn.ReLU), "judge", 100, seed=0)
-    captions = rtdmd.tiny_captions()[12:212]
-    images = (rtdmd.render(captions, torch.Generator().manual_seed(1)) / 2 + 0.5).requires_grad_()
-    soft, strict = rtdmd.judge_scores(judge, images, captions)
-    wrong = rtdmd.judge_scores(judge, images, captions[1:] + captions[:1])[0]
-    assert soft.mean() > wrong.mean() + 0.5 and set(strict.unique().tolist()) <= {0.0, 1.0} and strict.mean() > 0.2
-    assert (soft <= 0).all() and (soft >= -4).all()
-    assert torch.autograd.grad(soft.sum(), images)[0].abs().sum() > 0
-    assert rtdmd.TinyReward("strict", judge, 1).differentiable is False
-
-
-def test_frechet_and_spread_against_known_values():
-    """Two Gaussians whose distance is |m|^2 + sum (s_a - s_b)^2; points whose mean distance is known."""
-    g = rng(0)
-    a, b = torch.randn(200_000, 3, generator=g), torch.randn(200_000, 3, generator=g) * 2 + 1
-    assert abs(ev.frechet(a, b) - 6) < 0.1 and abs(ev.frechet(a, a)) < 1e-6
-    assert ev.spread(torch.tensor([[0.0], [3.0], [10.0], [10.0]]), 2) == 1.5
-
-
-def test_mean_and_error_counts_prompts_not_pictures():
-    """Two prompts of two pictures each: the error is over the two means; nan pictures are left out."""
-    mean, error = ev.mean_and_error([1.0, 3.0, 5.0, 7.0], 2)
-    assert (mean, error) == (4.0, pytest.approx(2.0))
-    assert ev.mean_and_error([1.0, math.nan, 5.0, 7.0], 2)[0] == 3.5
-    assert math.isnan(ev.mean_and_error([math.nan], 1)[0])
-
-
-@pytest.fixture(scope="module")
-def tiny_report(tmp_path_factory):
-    """eval.py on a tiny world with a teacher of ten updates and no training: its folder, and the flags that made
-    it."""
-    folder = tmp_path_factory.mktemp("eval")
-    flags = ["--run_folder", str(folder / "run"), "--cache", str(folder / "cache"), "--tiny_steps", "10", "--max_prompts", "4",
-             "--per_prompt", "2"]
-    ev.main(flags)
-    return folder, flags
-
-
-def test_report_has_the_contracts_rows(tiny_report):
-    """report.json: rows by name, numbers by metric, a score per picture; one grid with the same prompts in every
-    row."""
-    folder, _ = tiny_report
-    report = json.loads((folder / "run/report.json").read_text())
-    assert list(report["rows"]) == ["teacher", "teacher_cfg", "student_init"]
-    for row in report["rows"].values():
-        assert set(row) == {*ev.TINY_COLUMNS, "seconds_per_image"}
-        assert all(math.isfinite(value) for value in row.values())
-    assert len(report["scores"]["teacher"]["attributes"]) == 8 and len(report["prompts"]) == 4
-    assert Image.open(folder / "run/grid.png").size == (4 * 62, 3 * 62)
-
-
-def test_untrained_student_is_the_teacher_without_steps(tiny_report):
-    """A generator with B = 0 is the teacher, and pictures depend on their key only: not on batch, order or other
-    rows."""
-    folder, flags = tiny_report
-    parsed, cfg = ev.parse(flags)
-    rows = ev.plan(parsed, cfg)
-    sampler = ev.Sampler(cfg, rows, ["a red circle", "a blue square"])
-    teacher = dict(rows["teacher"], nfe=4)
-    together = sampler.batch(teacher, ["a red circle", "a blue square"], [1, 2])
-    alone = sampler.batch(dict(teacher, role="generator"), ["a blue square"], [2])
-    close(together[1:], alone, 1e-5)
-
-
-def test_compare_and_images_read_what_eval_writes(tiny_report, capsys):
-    """--save_images, then --images on that folder; --compare of a report with itself is 0 +- 0."""
-    folder, flags = tiny_report
-    ev.main([*flags, "--save_images"])
-    files, prompts = ev.read_folder(folder / "run/images/student_init")
-    assert len(files) == 8 and prompts[0] == prompts[1] != prompts[2]
-    report = str(folder / "run/report.json")
-    capsys.readouterr()
-    ev.main(["--compare", report, report])
-    assert "0.000+-0.000" in capsys.readouterr().out
-
-
-def test_eval_prompt_makes_one_picture(tiny_report):
-    folder, flags = tiny_report
-    ev.main(["--prompt", "a red circle", *flags[2:6], "--out", str(folder / "one")])
-    assert Image.open(folder / "one/prompt.png").size == (62, 62)
-
-
-@pytest.mark.parametrize("flags, words", [
-    (["--lora", "nowhere"], "no checkpoint"), ([], "what to evaluate"), (["--teacher", "--nfe", "0"], "--nfe"),
-    (["--teacher", "--metrics", "beauty"], "beauty"),
-    (["--teacher", "--metrics", "geneval"], "FILE.jsonl"), (["--images", "nowhere"], "not a folder"), (["--compare", "a"], "2 arguments"),
-    (["--compare", "a", "b"], "report.json"), (["--teacher", "--model", "sd4"], "sd4"), (["--colour", "red"], "--colour"),
-    (["--teacher", "--prompts", "nowhere.txt"], "nowhere.txt")])
-def test_eval_refuses_in_one_sentence(flags, words, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stop:
-        ev.main(flags)
-    error = capsys.readouterr().err.strip()
-    assert stop.value.code == 2 and words in error and "Traceback" not in error and len(error.splitlines()) == 1
-    assert not list(tmp_path.iterdir())
-
-
-# ---- The paper's questions, and experiments beyond the paper
-
-def test_ablations_go_on_where_they_were_stopped(flags, tmp_path, monkeypatch, cache, capsys):
-    """One row of each stage in a process of its own; a second call trains nothing; a failing row is one
-    sentence."""
-    small = " ".join(SMALL[2:])                                   # without --device, which the runner hands on
-    first, second = "Table 3: the consistency term", "Table 4: the hybrid policy gradient"
-    monkeypatch.setattr(ev, "STAGE1_ROWS", {first: {ev.BASE: small}})
-    monkeypatch.setattr(ev, "STAGE2_ROWS", {second: {"DM only": f"{small} --no_policy --no_det"}})
-    line = ["--ablations", "--seeds", "1", "--jobs", "1", "--cache", str(cache), "--tiny_steps", "1", "--device", "cpu",
-            "--out", str(tmp_path / "abl")]
-    ev.main(line)
-    table = capsys.readouterr().out
-    assert f"### {first}" in table and re.search(r"\| DM only \| 1 \| -\d", table)
-    results = json.loads((tmp_path / "abl/results.json").read_text())
-    assert set(results) == {ev.BASE, "DM only"} and all(len(rows) == 1 for rows in results.values())
-    assert Image.open(tmp_path / "abl/curves.png").size[0] == 2 * 560
-    trained = ev.result_of(tmp_path / "abl", ev.BASE, 0).stat().st_mtime_ns
-    ev.main(line)
-    assert capsys.readouterr().out == table and ev.result_of(tmp_path / "abl", ev.BASE, 0).stat().st_mtime_ns == trained
-    with pytest.raises(R.UsageError, match="bad row.*no reward is called"):
-        ev.ablation(tmp_path / "abl", R.resolve(dict(cache=str(cache), tiny_steps=1, device="cpu")), 2, "bad row",
-                    f"{small} --rewards beauty=1", 0)
-
-
-def test_every_row_of_the_ablations_parses():
-    """Flags that rtdmd.py knows and variants that exist; no two rows share a result file."""
-    rows = [(stage, row, words) for stage, table in ((1, ev.STAGE1_ROWS), (2, ev.STAGE2_ROWS)) for rows in table.values()
-            for row, words in rows.items()]
-    assert len({ev.result_of(Path(), row, 0) for _, row, _ in rows}) == len(rows)
-    for stage, _, words in rows:
-        R.resolve(R.parse_flags(["--stage", str(stage), *(word for word in words.split() if word[0] != "@")]))
-        assert all(word[1:] in ev.VARIANTS for word in words.split() if word[0] == "@")
-
-
-def test_antithetic_noise(flags):
-    """The other half of a group has minus the noise, where it is drawn anew; shared noise stays shared (Eq.
-    16)."""
-    cfg = R.resolve(R.parse_flags(flags(2, "--group_size", 4)))
-    run = SimpleNamespace(cfg=cfg, device="cpu", backbone=SimpleNamespace(latent_shape=(3, 5, 5)))
-    plain = R.group_draws(run, 0, range(6))
-    with ev.replaced(["antithetic"], None):
-        first, noise, subsets = R.group_draws(run, 0, range(6))
-    assert torch.equal(subsets, plain[2]) and R.group_draws(run, 0, range(6))[1].equal(plain[1])
-    first, noise = first.unflatten(0, (6, 4)), noise.unflatten(1, (6, 4))
-    assert torch.equal(first[:, 2:], -first[:, :2])
-    for g in range(6):
-        for k in (1, 2, 3):
-            if k in subsets[4 * g]:
-                assert torch.equal(noise[k - 1, g, 2:], -noise[k - 1, g, :2])
-            else:
-                assert torch.equal(noise[k - 1, g], noise[k - 1, g, :1].expand_as(noise[k - 1, g]))
-
-
-@pytest.mark.parametrize("steps", [1, 2, 4])
-def test_pathwise_through_more_steps_is_the_gradient_with_fixed_noise(steps, flags):
-    """Eq. 15 through the last steps of a rollout against central differences of the mean reward, noise held
-    fixed, along one direction; states before those steps held fixed as well."""
-    run = R.prepare(R.resolve(R.parse_flags(flags(2, "--no_policy", "--no_dmd", "--advantage_std", "none"))))
-    cfg, groups = run.cfg, R.share(run.cfg.groups)
-    smooth = lambda images, prompts: torch.tanh(images.flatten(1).double() @ weights).float()   # no clamp anywhere
-    weights = torch.randn(432, generator=rng(9)).double() / 20
-    smooth.differentiable, run.backbone.decode, run.rewards = True, lambda x: x, dict(smooth=(smooth, 1.0))
-    b = SimpleNamespace(ids=list(range(12)), prompts=[p for p in run.prompts[:4] for _ in range(3)])
-    start, noise, b.subsets = R.group_draws(run, 0, groups)
-    b.states, b.predictions = R.roll_out(run, start, noise, b.prompts)
-    run.terms = {}
-    R.judge_groups(run, b)
-    params = run.roles.parameters("generator")
-    direction = [torch.randn(p.shape, generator=rng(i)) * p.norm() / p.numel() ** 0.5 for i, p in enumerate(params)]
-    with ev.replaced([f"pathwise_{steps}"] if steps > 1 else [], None):
-        R.reinforce_slot(run, b, cfg.subset_size, True, list(range(12)), [], noise[0], noise[0], True, 12)
-    slope = -sum((p.grad * d).sum() for p, d in zip(params, direction)).item()
-    k = cfg.steps - steps
-
-    def reward(size):
-        for p, d in zip(params, direction):
-            p.data += size * d
-        times = run.times[k:]
-        with torch.no_grad():
-            cond = run.text.batch(b.prompts, "cpu")
-            states, _ = R.rollout(lambda x, t: run.roles.velocity("generator", x, t, cond), b.states[k], noise[k:], times, cfg.eta)
-        value = smooth(states[-1], b.prompts).double().mean().item()
-        for p, d in zip(params, direction):
-            p.data -= size * d
-        return cfg.beta * cfg.det_weight * value / b.states[0, 0].numel()
-    truth = (reward(0.02) - reward(-0.02)) / 0.04
-    assert abs(slope - truth) < 0.01 * abs(truth), (slope, truth)
-
-
-def test_a_fake_score_that_knows_k(flags, tmp_path):
-    """Its vectors start at zero, where it is the plain fake score, and learn; the null of the teacher knows no
-    k."""
-    R.main(flags(1, "--out", tmp_path / "plain", "--iterations", 1))
-    with ev.replaced(["fake_knows_k"], None):
-        R.main(flags(1, "--out", tmp_path / "knows", "--iterations", 1))
-    plain, knows = rows_of(tmp_path / "plain/stage1")[0], rows_of(tmp_path / "knows/stage1")[0]
-    vectors = state_of(tmp_path / "knows/stage1")["fake.steps"]
-    assert plain["dsm"] == knows["dsm"] and vectors[1:].any(1).all() and not vectors[0].any()
-
-
-def test_a_fake_score_that_starts_from_zero(flags, begun):
-    """The generator is the trained one, averaged; the fake score is the teacher."""
-    with ev.replaced(["fake_from_zero"], begun / "stage1"):
-        run = R.prepare(R.resolve(R.parse_flags(flags(1))))
-    trained = state_of(begun / "stage1")
-    assert all(torch.equal(p, trained[f"ema.{n}"]) for n, p in run.roles.named["generator"].items())
-    assert all(torch.equal(a, b) for a, b in zip(run.ema, run.roles.parameters("generator")))
-    assert not any(p.any() for n, p in run.roles.named["fake"].items() if "lora_B" in n)
-
-
-def test_the_held_out_judge_chooses_a_checkpoint(tmp_path):
-    """Its score is averaged with the neighbours of a panel: one lucky panel does not win."""
-    scores = {10: -.5, 20: -.4, 25: -.38, 30: -.3, 40: -.1, 50: -.6, 60: -.6}
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(dict(iteration=i, watch_heldout=s)) + "\n" for i, s in scores.items()))
-    for i in (20, 30, 50, 60):
-        (tmp_path / f"checkpoint-{i:06d}").mkdir()
-    assert ev.best_checkpoint(tmp_path).name == "checkpoint-000030"
-
-
-def test_curves(tmp_path):
-    """One panel beside the other; a level curve and a single point have an axis too."""
-    ev.draw_curves(tmp_path / "c.png", {"a": {"x": [(1, 0.0), (2, 1.0)], "y": [(1, 1.0), (2, 0.0)]}, "b": {"x": [(1, 3.0)]}})
-    pixels = np.array(Image.open(tmp_path / "c.png"))
-    assert pixels.shape[1] == 1120 and all((pixels == colour).all(2).any() for colour in ev.LINE_COLOURS[:2])
 
 
 if __name__ == "__main__":
