@@ -1847,8 +1847,9 @@ STAGE2_ROWS = {
         "no std (leave one out)": "--advantage_std none --beta 8", "shared x_{t_0}": "--share_initial",
         "independent noise outside S": "--independent_noise", "DM at the last step only": "--dm_steps last"},
     "Beyond the paper: pathwise through more steps": {
-        "pathwise, last 2 steps": "--no_policy @pathwise_2", "pathwise, last 3 steps": "--no_policy @pathwise_3",
-        "pathwise, all 4 steps": "--no_policy @pathwise_4"},
+        "pathwise, last 2 steps": "--no_policy --pathwise_steps 2",
+        "pathwise, last 3 steps": "--no_policy --pathwise_steps 3",
+        "pathwise, all 4 steps": "--recipe pathwise"},
     "Beyond the paper: noise and std": {
         "antithetic, SubGRPO M=2": "--no_det @antithetic",
         "antithetic, naive GRPO": "--subset_size 3 --no_det @antithetic",
@@ -1991,32 +1992,6 @@ def antithetic(start):
     return dict(group_draws=group_draws)
 
 
-def pathwise(steps):
-    """Eq. 15 through the last `steps` steps with the noise held fixed (as DRaFT-K does), where the paper has 1.
-    Exact for all that these steps do, so no policy term may act on them: use with --no_policy."""
-    def variant(start):
-        original = rtdmd.reinforce_slot
-
-        def reinforce_slot(run, b, slot, reward_term, rows, here, u, noise, first, total):
-            cfg, K = run.cfg, run.cfg.steps
-            if slot == cfg.subset_size and reward_term:
-                x, prompts = b.states[K - steps, rows], [b.prompts[r] for r in rows]
-                cond = run.text.batch(prompts, run.device)
-                for k in range(K - steps + 1, K + 1):                   # the rollout's states, with their gradient
-                    t, t_next = (rtdmd.level(run.times[[j]], x).expand(len(x), 1, 1, 1) for j in (k - 1, k))
-                    v = run.roles.velocity("generator", x, t, cond)
-                    mean, _ = rtdmd.cps_mean_std(x, v, t, t_next, cfg.eta)
-                    x = b.states[k, rows] + mean - mean.detach()
-                det = rtdmd.pathwise_terms(run, x, prompts, {n: scale[rows] for n, scale in b.scales.items()})
-                (cfg.beta * cfg.det_weight * det * len(rows) / total).backward()
-                reward_term, rows, u, noise = False, [rows[i] for i in here], u[here], noise[here]
-                here = list(range(len(here)))
-            if rows:
-                original(run, b, slot, reward_term, rows, here, u, noise, first, total)
-        return dict(reinforce_slot=reinforce_slot)
-    return variant
-
-
 def fake_knows_k(start):
     """DEPARTURE 18 undone: a learned vector per step k joins the fake score's pooled text embedding, zero at
     first."""
@@ -2075,8 +2050,7 @@ def fake_from_zero(start):
 
 
 VARIANTS = dict(antithetic=antithetic, pairs_across=pairs_across, fake_knows_k=fake_knows_k,
-                fake_from_zero=fake_from_zero, held_out_stop=lambda start: {},                # ablation() does that
-                **{f"pathwise_{steps}": pathwise(steps) for steps in (2, 3, 4)})
+                fake_from_zero=fake_from_zero, held_out_stop=lambda start: {})                # ablation() does that
 
 
 # ---- Curves

@@ -201,6 +201,7 @@ class Config:
     policy_weight: float = opt(1.0, "weight of Eq. 17 inside Eq. 18")
     det_weight: float = opt(1.0, "weight of Eq. 15 inside Eq. 18")
     dm_weight: float = opt(1.0, "weight of the distribution matching term inside Eq. 18")
+    pathwise_steps: int = opt(1, "last steps that Eq. 15 runs through (paper 1); above 1 with --no_policy")
     no_policy: bool = opt(False, "ablation: no stochastic term")
     no_det: bool = opt(False, "ablation: no pathwise term")
     no_dmd: bool = opt(False, "ablation: no distribution matching in stage 2")
@@ -256,6 +257,9 @@ MODELS = {
 }
 RECIPES = {
     "paper": {},
+    # Ours, for differentiable rewards: all K steps are back-propagated, which leaves nothing to SubGRPO. Its K
+    # forwards keep their activations at once. README ("Beyond the paper") has its measurement.
+    "pathwise": {2: dict(no_policy=True, pathwise_steps=4)},
     # The constants of the released code that have a flag here. Not reproduced: its raw pathwise scale (1e-4 per
     # unit of reward, so that PickScore counts four times), its fake weight min(1, 10 kappa^2), its clamps, bf16
     # adapters.
@@ -311,6 +315,9 @@ def check(cfg):
              f"{-(-cfg.groups // world) * world}."),
             (stage2 and cfg.eta == 0 and not cfg.no_policy,
              "--eta 0 leaves no stochastic step to reinforce: give --eta above 0 or --no_policy."),
+            (stage2 and not (cfg.pathwise_steps == 1 or cfg.no_policy and cfg.pathwise_steps <= cfg.steps),
+             f"--pathwise_steps {cfg.pathwise_steps}: above 1 it needs --no_policy, or these steps would count twice, "
+             f"and at most --steps {cfg.steps}."),
             (stage2 and cfg.no_policy and cfg.no_det and cfg.no_dmd,
              "--no_policy --no_det --no_dmd together leave nothing to train: drop one of them."),
             (stage2 and "geneval" in cfg.rewards and not cfg.prompts.endswith(".jsonl") and not cfg.random_weights,
@@ -934,6 +941,9 @@ def reinforce(run, it, epoch, b):
         matched = matched_slots(cfg, uniform[0].tolist())
         for slot in range(M + 1):
             needed = pathwise and not cfg.no_det if slot == M else not cfg.no_policy
+            if slot == M and needed and cfg.pathwise_steps > 1:
+                pathwise_through(run, b, list(range(part.start, part.stop)), total)
+                needed = False
             use = [i for i, m in enumerate(matched) if m == slot or needed]
             if use:
                 rows, here = [part.start + i for i in use], [j for j, i in enumerate(use) if matched[i] == slot]
@@ -998,6 +1008,21 @@ def reinforce_slot(run, b, slot, reward_term, rows, here, u, noise, first, total
         scales = {name: scale[rows] for name, scale in b.scales.items()}
         push("det", cfg.beta * cfg.det_weight * pathwise_terms(run, mean, prompts, scales), len(rows))
     output.backward(gradient)
+
+
+def pathwise_through(run, b, rows, total):
+    """Beyond the paper: Eq. 15 through the last cfg.pathwise_steps steps with their noise held fixed.
+
+    Exact for all that these steps do to the reward, so no policy term may act on them.
+    """
+    cfg, K, prompts = run.cfg, run.cfg.steps, [b.prompts[r] for r in rows]
+    x, cond = b.states[K - cfg.pathwise_steps, rows], run.text.batch(prompts, run.device)
+    for k in range(K - cfg.pathwise_steps + 1, K + 1):
+        t, t_next = (level(run.times[[j] * len(rows)], x) for j in (k - 1, k))
+        mean, _ = cps_mean_std(x, run.roles.velocity("generator", x, t, cond), t, t_next, cfg.eta)
+        x = b.states[k, rows] + mean - mean.detach()                        # the rollout's state, now with its gradient
+    loss = pathwise_terms(run, x, prompts, {name: scale[rows] for name, scale in b.scales.items()})
+    (cfg.beta * cfg.det_weight * loss * len(rows) / total).backward()
 
 
 def pathwise_terms(run, x_0, prompts, scales):

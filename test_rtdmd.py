@@ -1323,7 +1323,8 @@ ABLATIONS = [
     "2 --independent_noise", "2 --share_initial", "2 --no_det", "2 --no_dmd", "2 --no_policy", "2 --kernel cps",
     "2 --consistency_times schedule", "2 --renoise paper", "2 --renoise dmd2", "2 --advantage_std none",
     "2 --advantage_std global", "2 --dm_steps last", "2 --log_prob unscaled", "2 --inner_epochs 2",
-    "2 --recipe official --lora_rank 4 --lora_alpha 4", "2 --rewards strict=1,attributes=-.5", "2 --checkpointing"]
+    "2 --recipe official --lora_rank 4 --lora_alpha 4", "2 --rewards strict=1,attributes=-.5", "2 --checkpointing",
+    "2 --recipe pathwise"]
 
 
 @pytest.mark.parametrize("switch", ABLATIONS)
@@ -2991,6 +2992,8 @@ WRONG = [line.split(" | ") for line in r"""
 1 extra | unrecognized arguments: extra
 1 --no_det=1 | ignored explicit argument
 1 --seed 1.5 | invalid int
+2 --pathwise_steps 2 | needs --no_policy
+2 --pathwise_steps 5 --no_policy | at most --steps 4
 1 --seed -1 | at least 0
 1 --iterations -5 | at least 1
 1 --eta 1.5 | at most 1
@@ -4339,8 +4342,8 @@ def dry_run(tmp_path, monkeypatch, name, stage, *flags):
     seen, prepare = [], rtdmd.prepare
     monkeypatch.setattr(rtdmd, "prepare", lambda cfg: seen.append(prepare(cfg)) or seen[-1])
     rtdmd.main(["--stage", str(stage), "--model", name, "--device", "meta", "--random_weights", "--dry_run", "1",
-                "--resolution", "64", "--text_length", "32", "--out", str(tmp_path), "--cache", str(tmp_path),
-                *flags])
+                "--resolution", "64", "--text_length", "32", "--micro_batch", "1", "--out", str(tmp_path), "--cache",
+                str(tmp_path), *flags])
     return json.loads((tmp_path / f"stage{stage}/dry_run.json").read_text()), seen[-1]
 
 
@@ -4506,11 +4509,12 @@ def test_antithetic_noise(flags):
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
-def test_pathwise_through_more_steps_is_the_gradient_with_fixed_noise(steps, flags):
+def test_pathwise_through_more_steps_is_the_gradient_with_fixed_noise(steps, flags, monkeypatch):
     """Eq. 15 through the last steps of a rollout against central differences of the mean reward, noise held
     fixed, along one direction; states before those steps held fixed as well."""
-    run = prepared(flags(2, "--no_policy", "--no_dmd", "--advantage_std", "none"))
+    run = prepared(flags(2, "--no_policy", "--no_dmd", "--advantage_std", "none", "--pathwise_steps", steps))
     cfg, groups = run.cfg, rtdmd.share(run.cfg.groups)
+    monkeypatch.setattr(rtdmd, "optimizer_step", lambda run, role: False)          # the gradient stays where it is
     smooth = lambda images, prompts: torch.tanh(images.flatten(1).double() @ weights).float()   # no clamp anywhere
     weights = torch.randn(432, generator=rng(9)).double() / 20
     smooth.differentiable, run.backbone.decode, run.rewards = True, lambda x: x, dict(smooth=(smooth, 1.0))
@@ -4522,8 +4526,7 @@ def test_pathwise_through_more_steps_is_the_gradient_with_fixed_noise(steps, fla
     params = run.roles.parameters("generator")
     direction = [torch.randn(p.shape, generator=rng(i)) * p.norm() / p.numel() ** 0.5
                  for i, p in enumerate(params)]
-    with ev.replaced([f"pathwise_{steps}"] if steps > 1 else [], None):
-        rtdmd.reinforce_slot(run, b, cfg.subset_size, True, list(range(12)), [], noise[0], noise[0], True, 12)
+    rtdmd.reinforce(run, 0, 0, b)
     slope = -sum((p.grad * d).sum() for p, d in zip(params, direction)).item()
     k = cfg.steps - steps
 
