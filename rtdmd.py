@@ -217,7 +217,8 @@ class Config:
     weight_decay: float = opt(0.0, "AdamW's, generator (released stage 2: 1e-4)")
     grad_clip: float = opt(1.0, "gradient norm, per adapter (released)")
     ema: float = opt(0.95, "decay per generator update of the exported weights (ours; released: .904, then .81)")
-    micro_batch: int = opt(1, "samples per pass with gradient, per process: the memory knob, changes nothing else")
+    micro_batch: int = opt(1, "samples per pass with gradient, per process: the memory knob, changes nothing else "
+                           "(each model's own: see MODELS)")
     max_bad_steps: int = opt(5, "stop after so many non-finite updates in a row")
     # ---- Records
     save_every: int = opt(50, "iterations between checkpoints")
@@ -229,7 +230,9 @@ class Config:
     tiny_steps: int = opt(2000, "updates that train the tiny world's teacher")
 
 
-# Differences from the defaults above. Numbers under 1 and 2 hold for that stage only.
+# Differences from the defaults above. Numbers under 1 and 2 hold for that stage only. micro_batch: the largest
+# power of two that leaves 15 % of a card free at 512 pixels on 8 processes, as --device meta counts (README). The
+# card: 24 GB for SD3, 40 for FLUX.2-4B, 80 for 9B. Stages without the entry fit with 1 only.
 STAGES = {1: dict(iterations=1500, lr=3e-5, lr_fake=3e-5, fake_updates=10),                     # paper 4.1, App. J
           2: dict(iterations=1000, lr=3e-6, lr_fake=3e-5, fake_updates=1)}                    # released: 10:1, 1:1
 MODELS = {
@@ -241,12 +244,15 @@ MODELS = {
              # (20). The tiny world gives the pathwise term ten times the weight of the others; README has both.
              2: dict(iterations=50, lr=1e-3, lr_fake=1e-3, fake_updates=2, groups=4, group_size=12,
                      det_weight=10.0)},
-    "sd3m": {"guidance": 7.0},
-    "sd35m": {"guidance": 4.5, "rewards": "hpsv2=1,clipscore=1,pickscore=1"},                           # paper 4.3
+    "sd3m": {"guidance": 7.0, 1: dict(micro_batch=8), 2: dict(micro_batch=2)},
+    "sd35m": {"guidance": 4.5, "rewards": "hpsv2=1,clipscore=1,pickscore=1",                            # paper 4.3
+              1: dict(micro_batch=4)},
     "flux2-4b": {"guidance": 4.0, "rewards": "hpsv2=1,clipscore=1,pickscore=1,geneval=1",
-                 1: dict(lr=1e-6, lr_fake=1e-6), 2: dict(lr_fake=1e-6, groups=64)},             # App. J, paper 4.1
+                 1: dict(lr=1e-6, lr_fake=1e-6, micro_batch=2),                                 # App. J, paper 4.1
+                 2: dict(lr_fake=1e-6, groups=64)},
     "flux2-9b": {"guidance": 4.0, "rewards": "hpsv2=1,clipscore=1,pickscore=1,geneval=1",
-                 1: dict(lr=1e-6, lr_fake=1e-6), 2: dict(lr_fake=1e-6, groups=64)},
+                 1: dict(lr=1e-6, lr_fake=1e-6, micro_batch=2),
+                 2: dict(lr_fake=1e-6, groups=64)},
 }
 RECIPES = {
     "paper": {},
@@ -751,7 +757,7 @@ def walk(run, normal, k, cond):
 def roll_out(run, x, noise, prompts):
     """rollout, in chunks: x (L, ...), noise (K-1, L, ...) -> states (K+1, L, ...), x-predictions (K, L, ...)."""
     parts = [(x.new_zeros(run.cfg.steps + 1, 0, *x.shape[1:]), x.new_zeros(run.cfg.steps, 0, *x.shape[1:]))]
-    for rows in chunks(len(x), 4 * run.cfg.micro_batch):               # without activations four times as many fit
+    for rows in chunks(len(x), 4 * run.cfg.micro_batch):           # without activations: a fifth of the memory
         cond = run.text.batch(prompts[rows], run.device)
         velocity = lambda x, t: run.roles.velocity("generator", x, t, cond)
         states, predictions = rollout(velocity, x[rows], noise[:, rows], run.times.to(run.device), run.cfg.eta)

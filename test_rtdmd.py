@@ -4339,8 +4339,8 @@ def dry_run(tmp_path, monkeypatch, name, stage, *flags):
     seen, prepare = [], rtdmd.prepare
     monkeypatch.setattr(rtdmd, "prepare", lambda cfg: seen.append(prepare(cfg)) or seen[-1])
     rtdmd.main(["--stage", str(stage), "--model", name, "--device", "meta", "--random_weights", "--dry_run", "1",
-                "--resolution", "64", "--text_length", "32", "--out", str(tmp_path), "--cache", str(tmp_path),
-                *flags])
+                "--resolution", "64", "--text_length", "32", "--micro_batch", "1", "--out", str(tmp_path),
+                "--cache", str(tmp_path), *flags])
     return json.loads((tmp_path / f"stage{stage}/dry_run.json").read_text()), seen[-1]
 
 
