@@ -155,7 +155,7 @@ class Config:
     # ---- What to run
     stage: int = opt(1, "1 distils (AC-DMD), 2 reinforces (hybrid policy gradient)", (1, 2))
     model: str = opt("tiny", "backbone: tiny, sd3m, sd35m, flux2-4b, flux2-9b")
-    recipe: str = opt("paper", "named set of differences from these defaults: paper, official")
+    recipe: str = opt("paper", "named set of differences from these defaults: paper, official, pathwise")
     out: str = opt("runs/MODEL", "run folder; stage 1 and stage 2 share it")
     init: str = opt("", "stage 2: checkpoint of stage 1 to start from (default: the newest under --out)")
     iterations: int = opt(0, "passes of Algorithm 1's loop; 0: the stage's own (paper 4.1: 1500, then 1000)")
@@ -168,7 +168,7 @@ class Config:
     # ---- Network
     pretrained: str = opt("", "local folder or hub id instead of the model's own; FLUX.2: GENERATOR,TEACHER")
     random_weights: bool = opt(False, "full-size network without any download: will it fit, how fast is it")
-    weights_dir: str = opt("", "folder searched for reward checkpoints before the hub (offline clusters)")
+    weights_dir: str = opt("", "folder searched for models and reward checkpoints before the hub (offline)")
     resolution: int = opt(512, "pixels, width and height (paper 4.1; its Table 1 uses 1024)")
     text_length: int = opt(0, "tokens of the long text encoder; 0: the stock pipeline's (SD3 256, FLUX.2 512)")
     guidance: float = opt(1.0, "w of the teacher's guidance, 1 is none; MODELS has 7, 4.5, 4 (released), tiny 1.5")
@@ -1020,7 +1020,7 @@ def pathwise_through(run, b, rows, total):
     for k in range(K - cfg.pathwise_steps + 1, K + 1):
         t, t_next = (level(run.times[[j] * len(rows)], x) for j in (k - 1, k))
         mean, _ = cps_mean_std(x, run.roles.velocity("generator", x, t, cond), t, t_next, cfg.eta)
-        x = b.states[k, rows] + mean - mean.detach()                        # the rollout's state, now with its gradient
+        x = b.states[k, rows] + mean - mean.detach()                        # the rollout's state, with a gradient
     loss = pathwise_terms(run, x, prompts, {name: scale[rows] for name, scale in b.scales.items()})
     (cfg.beta * cfg.det_weight * loss * len(rows) / total).backward()
 
@@ -1982,13 +1982,16 @@ class FlagParser(argparse.ArgumentParser):
 
 def parse_flags(argv):
     """The flags that were given, by name. The dataclass is the only list of them; an unknown one is an error."""
-    parser = FlagParser(description=__doc__.split("\n")[0], allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    group = parser
+    parser = group = FlagParser(
+        description=__doc__.split("\n")[0], usage="rtdmd.py --stage 1|2 --model NAME [flags]", allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=25, width=115))
     for field in dataclasses.fields(Config):
         group = parser.add_argument_group(GROUPS[field.name]) if field.name in GROUPS else group
         kind = dict(type=type(field.default), metavar="") if field.type != "bool" else dict(action="store_true")
-        choices = f" ({' | '.join(map(str, field.metadata['choices']))})" if field.metadata["choices"] else ""
-        text = f"{field.metadata['help']}{choices} [{field.default}]"
+        choices = " | ".join(str(choice) for choice in field.metadata["choices"] or () if choice)
+        text = field.metadata["help"] + (f" ({choices})" if choices else "")
+        text += f" [{field.default}]" if field.default or kind.get("type") in (int, float) else ""
         group.add_argument(f"--{field.name}", help=text.replace("%", "%%"), **kind)
     return vars(parser.parse_args(argv))
 
