@@ -233,7 +233,7 @@ class Config:
 
 # Differences from the defaults above. Numbers under 1 and 2 hold for that stage only. micro_batch: the largest
 # power of two that leaves 15 % of a card free at 512 pixels on 8 processes, as --device meta counts (README). The
-# card: 24 GB for SD3, 40 for FLUX.2-4B, 80 for 9B. Stages without the entry fit with 1 only.
+# card: 24 GB for SD3, 40 for FLUX.2-4B, 80 for 9B. Stages without the entry take 1, which leaves 13 % or more.
 STAGES = {1: dict(iterations=1500, lr=3e-5, lr_fake=3e-5, fake_updates=10),                     # paper 4.1, App. J
           2: dict(iterations=1000, lr=3e-6, lr_fake=3e-5, fake_updates=1)}                    # released: 10:1, 1:1
 MODELS = {
