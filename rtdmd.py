@@ -795,7 +795,8 @@ def draw_level(run, s, u):
 
 def draw_next_level(run, t, u):
     """t'' of Eq. 11: within delta below t' = t, no boundary level between them (DEPARTURE 4). t, u (B, 1, ..)."""
-    boundary = torch.where(run.times.to(t) < t.view(-1, 1), run.times.to(t), 0.0).amax(1)
+    times = run.times.to(t)
+    boundary = torch.where(times < t.view(-1, 1), times, 0.0).amax(1)
     return between(run, torch.maximum(t - run.cfg.delta, level(boundary, t)), t, u)
 
 

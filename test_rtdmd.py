@@ -1132,6 +1132,26 @@ def fresh_matching_gradients(n=6000, dims=128):
     return torch.autograd.grad(total, theta)[0]
 
 
+def test_every_process_trains_every_step(monkeypatch):
+    """Line 4 on 8 processes: each has all k of 1..K, as equally as 9 of 72 samples allow; together exactly so."""
+    everywhere = []
+
+    def walk(run, normal, k, cond):
+        everywhere.append(k.tolist())
+        raise StopIteration
+
+    monkeypatch.setattr(rtdmd, "walk", walk)
+    run = SimpleNamespace(cfg=rtdmd.Config(batch=72, fake_updates=1, micro_batch=72), device="cpu", prompts=["a"],
+                          text=SimpleNamespace(batch=lambda *more: {}), backbone=SimpleNamespace(latent_shape=(1,)))
+    for rank in range(8):
+        monkeypatch.setattr(rtdmd, "dist_info", lambda: (rank, rank, 8))
+        with pytest.raises(StopIteration):
+            rtdmd.update_generator(run, 0)
+        counts = [everywhere[-1].count(k) for k in (1, 2, 3, 4)]
+        assert sum(counts) == 9 and max(counts) - min(counts) <= 1
+    assert [sum(own.count(k) for own in everywhere) for k in (1, 2, 3, 4)] == [18] * 4
+
+
 @pytest.mark.parametrize("stage", [1, 2])
 def test_shared_rollouts_keep_the_expected_gradients(stage, monkeypatch):
     """Algorithm 1 as with a fresh rollout and a random step k for each sample: Eq. 10 and Eq. 9.
@@ -4568,12 +4588,12 @@ def test_a_fake_score_that_starts_from_zero(flags, begun):
 
 def test_the_held_out_judge_chooses_a_checkpoint(tmp_path):
     """Its score is averaged with the neighbours of a panel: one lucky panel does not win."""
-    scores = {10: -.5, 20: -.4, 25: -.38, 30: -.3, 40: -.1, 50: -.6, 60: -.6}
+    scores = {10: -.6, 20: -.1, 25: -.4, 30: -.7, 40: -.3, 50: -.2, 60: -.5}
     lines = [json.dumps(dict(iteration=i, watch_heldout=score)) for i, score in scores.items()]
     written(tmp_path, "metrics.jsonl", "\n".join(lines) + "\n")
     for i in (20, 30, 50, 60):
         (tmp_path / f"checkpoint-{i:06d}").mkdir()
-    assert ev.best_checkpoint(tmp_path).name == "checkpoint-000030"
+    assert ev.best_checkpoint(tmp_path).name == "checkpoint-000050"
 
 
 def test_curves(tmp_path):
@@ -4581,7 +4601,7 @@ def test_curves(tmp_path):
     panels = {"a": {"x": [(1, 0.0), (2, 1.0)], "y": [(1, 1.0), (2, 0.0)]}, "b": {"x": [(1, 3.0)]}}
     ev.draw_curves(tmp_path / "c.png", panels)
     pixels = np.array(Image.open(tmp_path / "c.png"))
-    assert pixels.shape[1] == 1120 and all((pixels == colour).all(2).any() for colour in ev.LINE_COLOURS[:2])
+    assert pixels.shape[1] == 1120 and all((pixels[:300] == colour).all(2).any() for colour in ev.LINE_COLOURS[:2])
 
 
 # -----------------------------------------------------------------------------------------------------------------
