@@ -1805,11 +1805,12 @@ def cost_lines(run, phases, total, weights, samples):
 # The paper's questions, asked on the tiny world (bash train.sh ablations)
 #
 # A question is a dict {row: words}: flags of rtdmd.py, and @names of VARIANTS, which are none of its flags:
-# experiments beyond the paper, small functions that stand in for one of rtdmd's. Rows of stage 2 start from the
-# stage-1 student of the row BASE of their seed. Held-out judges decide, not the trained reward.
+# experiments beyond the paper, small functions that stand in for one of rtdmd's. Its first row is what the others
+# are compared with, seed by seed. Rows of stage 2 start from the stage-1 student of the row BASE of their seed.
+# Held-out judges decide, not the trained reward.
 # -----------------------------------------------------------------------------------------------------------------
 
-BASE = "base (gamma .01)"
+BASE, BASE_2 = "base (gamma .01)", "base (SubGRPO M=2 + pathwise)"
 LAG = "--fake_updates 1 --lr_fake 3e-4"
 BEHIND = "--iterations 75 @fake_from_zero"
 LONG = "--iterations 150 --save_every 25 --keep 6"
@@ -1819,44 +1820,48 @@ STAGE1_ROWS = {
         "gamma .1": "--gamma .1", "gamma 1": "--gamma 1", "gamma 1, kernel cps": "--gamma 1 --kernel cps",
         "gamma 1, App. F's times": "--gamma 1 --consistency_times schedule",
         "gamma 1, pairs across boundaries": "--gamma 1 @pairs_across"},
-    "Figure 5: randomness of the sampler": {
-        "eta 0": "--eta 0", "eta .5": "--eta .5", "eta .8": "--eta .8", "eta 1": "--eta 1",
+    "Figure 5: randomness of the sampler (base: eta .9)": {
+        BASE: "", "eta 0": "--eta 0", "eta .5": "--eta .5", "eta .8": "--eta .8", "eta 1": "--eta 1",
         "eta 1, DMD2's re-noising": "--eta 1 --renoise dmd2"},
-    "DEPARTURE 1: the re-noising std": {"the paper's (t-s)/(1-s)": "--renoise paper"},
+    "DEPARTURE 1: the re-noising std": {BASE: "", "the paper's (t-s)/(1-s)": "--renoise paper"},
     "A fake score that lags (1 update at lr 3e-4)": {
         "lag, gamma 0": f"{LAG} --gamma 0", "lag, gamma .01": LAG, "lag, gamma 1": f"{LAG} --gamma 1"},
     "A fake score that starts from zero behind a trained student (75 iterations)": {
         "behind, gamma 0": f"{BEHIND} --gamma 0", "behind, gamma .01": BEHIND,
         "behind, gamma 1": f"{BEHIND} --gamma 1"},
-    "Beyond the paper, stage 1": {"a fake score that knows k": "@fake_knows_k"},
+    "Beyond the paper, stage 1": {BASE: "", "a fake score that knows k": "@fake_knows_k"},
 }
 STAGE2_ROWS = {
     "Table 4: the hybrid policy gradient": {
-        "DM only": "--no_policy --no_det", "naive GRPO": "--subset_size 3 --no_det",
+        BASE_2: "", "DM only": "--no_policy --no_det", "naive GRPO": "--subset_size 3 --no_det",
         "SubGRPO M=1": "--subset_size 1 --no_det", "SubGRPO M=2": "--no_det", "pathwise only": "--no_policy",
-        "base (SubGRPO M=2 + pathwise)": "", "SubGRPO M=1 + pathwise": "--subset_size 1",
-        "naive GRPO + pathwise": "--subset_size 3", "base without DM": "--no_dmd"},
-    "The weights of the tiny world": {
-        "base, det_weight 1": "--det_weight 1", "SubGRPO M=2, policy_weight 3": "--no_det --policy_weight 3",
-        "DM only, 4 fake updates": "--no_policy --no_det --fake_updates 4", "base, 4 fake updates": "--fake_updates 4"},
+        "SubGRPO M=1 + pathwise": "--subset_size 1", "naive GRPO + pathwise": "--subset_size 3",
+        "base without DM": "--no_dmd"},
+    "SubGRPO against naive GRPO": {
+        "naive GRPO": "--subset_size 3 --no_det", "SubGRPO M=2": "--no_det",
+        "SubGRPO M=1": "--subset_size 1 --no_det", "antithetic, naive GRPO": "--subset_size 3 --no_det @antithetic"},
     "Table 5: a reward without gradient": {
         "strict, naive GRPO": "--rewards strict=1 --subset_size 3", "strict, SubGRPO M=2": "--rewards strict=1",
         "strict, SubGRPO M=1": "--rewards strict=1 --subset_size 1"},
-    "Departures 7, 12, 13": {
-        "log-prob as released": "--log_prob unscaled --no_det", "std over all prompts": "--advantage_std global",
+    "Departures 12 and 13": {
+        BASE_2: "", "std over all prompts": "--advantage_std global",
         "no std (leave one out)": "--advantage_std none --beta 8", "shared x_{t_0}": "--share_initial",
         "independent noise outside S": "--independent_noise", "DM at the last step only": "--dm_steps last"},
-    "Beyond the paper: pathwise through more steps": {
-        "pathwise, last 2 steps": "--no_policy --pathwise_steps 2",
-        "pathwise, last 3 steps": "--no_policy --pathwise_steps 3",
-        "pathwise, all 4 steps": "--recipe pathwise"},
-    "Beyond the paper: noise and std": {
-        "antithetic, SubGRPO M=2": "--no_det @antithetic",
-        "antithetic, naive GRPO": "--subset_size 3 --no_det @antithetic",
+    "The stochastic term alone: DEPARTURE 7, weight, std floor (tiny: .05), antithetic noise": {
+        "SubGRPO M=2": "--no_det", "log-prob as released": "--log_prob unscaled --no_det",
+        "SubGRPO M=2, policy_weight 3": "--no_det --policy_weight 3",
         "std floor .0001, SubGRPO M=2": "--no_det --std_floor 1e-4",
-        "std floor .2, SubGRPO M=2": "--no_det --std_floor .2"},
+        "std floor .2, SubGRPO M=2": "--no_det --std_floor .2",
+        "antithetic, SubGRPO M=2": "--no_det @antithetic"},
+    "The weight of the pathwise term (tiny: 10), fake updates (tiny: 2)": {
+        BASE_2: "", "base, det_weight 1": "--det_weight 1", "base, 4 fake updates": "--fake_updates 4"},
+    "Matching alone": {
+        "DM only": "--no_policy --no_det", "DM only, 4 fake updates": "--no_policy --no_det --fake_updates 4"},
+    "Beyond the paper: pathwise through more steps": {
+        BASE_2: "", "pathwise, last 2 steps": "--no_policy --pathwise_steps 2",
+        "pathwise, last 3 steps": "--no_policy --pathwise_steps 3", "pathwise, all 4 steps": "--recipe pathwise"},
     "Beyond the paper: when to stop": {
-        "150 iterations": LONG, "150 iterations, stopped by the held-out judge": f"{LONG} @held_out_stop"},
+        BASE_2: "", "150 iterations": LONG, "150 iterations, stopped by the held-out judge": f"{LONG} @held_out_stop"},
 }
 QUICK = {1: "Table 3: the consistency term", 2: "Table 4: the hybrid policy gradient"}
 
@@ -1873,12 +1878,16 @@ def ablations(flags, cfg):
     seeds = range(flags.seeds if "seeds" in flags.given or not flags.quick else 2)
     tables = [(stage, name, rows) for stage, table in ((1, STAGE1_ROWS), (2, STAGE2_ROWS))
               for name, rows in table.items() if not flags.quick or name == QUICK[stage]]
-    base = STAGE1_ROWS[QUICK[1]][BASE]
-    jobs = [(stage, row, words, seed) for seed in seeds for stage, _, rows in tables for row, words in rows.items()
-            if flags.only in f"stage {stage}: {row}" and row != BASE]
+    jobs = {}
+    for seed in seeds:
+        for stage, _, rows in tables:
+            chosen = [row for row in rows if flags.only in f"stage {stage}: {row}"]
+            for row in [*list(rows)[:1], *chosen] if chosen else []:
+                jobs[row, seed] = (stage, row, rows[row], seed)
+    base = [(1, BASE, STAGE1_ROWS[QUICK[1]][BASE], seed) for seed in seeds]
     rtdmd.load_backbone(rtdmd.resolve(dict(cache=cfg.cache, tiny_steps=cfg.tiny_steps)))    # makes the world, once
-    train_rows([(1, BASE, base, seed) for seed in seeds], out, cfg, flags.jobs)            # all others start there
-    train_rows(jobs, out, cfg, flags.jobs)
+    train_rows(base, out, cfg, flags.jobs)                                                # stage 2 starts there
+    train_rows(list(jobs.values()), out, cfg, flags.jobs)
     files = {row: [result_of(out, row, seed) for seed in seeds] for _, _, rows in tables for row in rows}
     results = {row: [json.loads(file.read_text()) for file in found if file.exists()] for row, found in files.items()}
     text = "\n\n".join(f"### {name}\n\n{ablation_table(rows, results)}" for _, name, rows in tables)
@@ -1948,13 +1957,18 @@ def best_checkpoint(folder):
 
 
 def ablation_table(rows, results):
-    """Markdown: mean +- standard error over the seeds that are done. dm: of the last 20 iterations."""
-    columns = [*TINY_COLUMNS, "dm"]
-    head = ["", "seeds", *(TINY_COLUMNS.get(m, m) for m in columns)]
+    """Markdown: mean +- standard error over the seeds that are done; then the same of the difference to the first row,
+    over the seeds that both have. dm: mean of the last 20 iterations."""
+    columns, compared = [*TINY_COLUMNS, "dm"], ("heldout_strict", "distance", "diversity")
+    by_seed = {row: {scores["seed"]: scores for scores in results[row]} for row in rows}
+    first = by_seed[next(iter(rows))]
+    head = ["", "seeds", *(TINY_COLUMNS.get(m, m) for m in columns), *(f"{TINY_COLUMNS[m]} - row 1" for m in compared)]
     lines = [head, ["---"] * len(head)]
-    for row in rows:
-        values = [[scores[m] for scores in results[row] if m in scores] for m in columns]
-        lines.append([row, str(len(results[row])), *(number(*mean_and_error(v, 1)) if v else "" for v in values)])
+    for row, runs in by_seed.items():
+        both = runs.keys() & first.keys() if runs is not first else ()
+        values = [[scores[m] for scores in runs.values() if m in scores] for m in columns]
+        values += [[runs[seed][m] - first[seed][m] for seed in both] for m in compared]
+        lines.append([row, str(len(runs)), *(number(*mean_and_error(v, 1)) if v else "" for v in values)])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 

@@ -4476,15 +4476,25 @@ def test_a_dry_run_keeps_nothing_but_its_report(folders, tmp_path, monkeypatch, 
 # -----------------------------------------------------------------------------------------------------------------
 
 def test_every_row_of_the_ablations_parses():
-    """Flags that rtdmd.py knows and variants that exist; no two rows share a result file."""
+    """Flags that rtdmd.py knows and variants that exist; a row of two tables is one, others share no result file."""
     tables = ((1, ev.STAGE1_ROWS), (2, ev.STAGE2_ROWS))
-    rows = [(stage, row, words) for stage, table in tables for question in table.values()
-            for row, words in question.items()]
+    rows = {(stage, row, words) for stage, table in tables for question in table.values()
+            for row, words in question.items()}
     assert len({ev.result_of(Path(), row, 0) for _, row, _ in rows}) == len(rows)
     for stage, _, words in rows:
         known = [word for word in words.split() if word[0] != "@"]
         rtdmd.resolve(rtdmd.parse_flags(["--stage", str(stage), *known]))
         assert all(word[1:] in ev.VARIANTS for word in words.split() if word[0] == "@")
+
+
+def test_a_row_is_compared_with_the_first_seed_by_seed():
+    """The difference over the seeds that both have: its error is that of pairs, not of two independent means."""
+    row = lambda seed, value: dict.fromkeys(ev.TINY_COLUMNS, value) | dict(seed=seed, dm=0.5)
+    results = {"first": [row(0, 0.1), row(1, 0.5), row(2, 0.9)], "other": [row(2, 1.2), row(1, 0.6), row(4, 7.0)]}
+    head, _, first, other = (line.split("|")[1:-1] for line in ev.ablation_table(results, results).splitlines())
+    at = [cell.strip() for cell in head].index("held-out accuracy - row 1")
+    assert first[at].strip() == "" and other[at].strip() == "0.200+-0.100"
+    assert first[2].strip() == "0.500+-0.231" and other[0].strip() == "other" and other[1].strip() == "3"
 
 
 def test_ablations_go_on_where_they_were_stopped(flags, tmp_path, monkeypatch, cache, capsys):
