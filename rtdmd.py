@@ -918,15 +918,6 @@ def judge_groups(run, b):
                         f"flat_{name}": (spread <= cfg.std_floor).float().mean()})
 
 
-def gather_groups(rewards):
-    """(G / world, N) of each process -> (G, N) on all, in the order of the global group index."""
-    if not dist.is_initialized():
-        return rewards
-    parts = [torch.empty_like(rewards) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, rewards.contiguous())
-    return torch.stack(parts, 1).flatten(0, 1)
-
-
 def reinforce(run, it, epoch, b):
     """Line 13: one AdamW step of theta on Eq. 18.
 
@@ -1011,6 +1002,13 @@ def reinforce_slot(run, b, slot, reward_term, rows, here, u, noise, first, total
     output.backward(gradient)
 
 
+def pathwise_terms(run, x_0, prompts, scales):
+    """Eq. 15 for each differentiable reward, divided by the std of its own advantage, weighted and added up."""
+    images = run.backbone.decode(x_0)
+    return sum(weight * pathwise_loss(score(reward, images, prompts), scales[name], x_0[0].numel())
+               for name, (reward, weight) in run.rewards.items() if reward.differentiable)
+
+
 def pathwise_through(run, b, rows, total):
     """Beyond the paper: Eq. 15 through the last cfg.pathwise_steps steps with their noise held fixed.
 
@@ -1024,13 +1022,6 @@ def pathwise_through(run, b, rows, total):
         x = b.states[k, rows] + mean - mean.detach()                        # the rollout's state, with a gradient
     loss = pathwise_terms(run, x, prompts, {name: scale[rows] for name, scale in b.scales.items()})
     (cfg.beta * cfg.det_weight * loss * len(rows) / total).backward()
-
-
-def pathwise_terms(run, x_0, prompts, scales):
-    """Eq. 15 for each differentiable reward, divided by the std of its own advantage, weighted and added up."""
-    images = run.backbone.decode(x_0)
-    return sum(weight * pathwise_loss(score(reward, images, prompts), scales[name], x_0[0].numel())
-               for name, (reward, weight) in run.rewards.items() if reward.differentiable)
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -1545,6 +1536,15 @@ barrier = functools.partial(everyone, None)                                 # no
 def share(total):
     """Global indices of this process: every world-th. What is computed for one never depends on its owner."""
     return list(range(dist_info()[0], total, dist_info()[2]))
+
+
+def gather_groups(rewards):
+    """(G / world, N) of each process -> (G, N) on all, in the order of the global group index."""
+    if not dist.is_initialized():
+        return rewards
+    parts = [torch.empty_like(rewards) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, rewards.contiguous())
+    return torch.stack(parts, 1).flatten(0, 1)
 
 
 def prompt_at(run, position):
