@@ -68,7 +68,7 @@ from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import flop_registry
 
 import rtdmd
-from rtdmd import REWARDS, UsageError, find_weights, from_hub, load_reward, normalise, resize, score, square_crop
+from rtdmd import REWARDS, UsageError, find_weights, from_hub, load_reward, normalise, rate, resize, square_crop
 
 CLIP_L14 = "openai/clip-vit-large-patch14"
 IMAGENET_MEAN, IMAGENET_STD = (.485, .456, .406), (.229, .224, .225)
@@ -961,7 +961,7 @@ def run_metric(scorer, images, prompts, batch=16, device="cpu"):
         call.name = scorer.name
         try:
             stack = torch.stack([picture(images[i]) for i in rows]).to(device)
-            found[scorer.name] = score(call, stack, [prompts[i] for i in rows])
+            found[scorer.name] = rate(call, stack, [prompts[i] for i in rows])
         except (UsageError, OSError, RuntimeError) as error:     # scorer, file, images of more than one size
             if len(rows) == 1:
                 where = "" if isinstance(error, UsageError) else f"{scorer.name}, prompt {prompts[rows[0]]!r}: "
@@ -1533,10 +1533,10 @@ def panel(run):
     keys = [rtdmd.key("panel", p) for p in prompts]
     _, normal = rtdmd.draw(keys, 0, run.cfg.steps, run.backbone.latent_shape, run.device)
     with ema_weights(run), torch.no_grad():
-        states, _ = rtdmd.roll_out(run, normal[0], normal[1:], prompts)
+        states, _ = rtdmd.rollout_in_chunks(run, normal[0], normal[1:], prompts)
         parts = rtdmd.chunks(len(prompts), run.cfg.micro_batch)
         images = torch.cat([run.backbone.decode(states[-1][rows]).float() for rows in parts])
-        watched = {f"watch_{n}": rtdmd.score(r, images, prompts).mean().item() for n, r in run.watched.items()}
+        watched = {f"watch_{n}": rtdmd.rate(r, images, prompts).mean().item() for n, r in run.watched.items()}
     if rtdmd.dist_info()[0] == 0:
         save_grid(run.folder / "samples" / f"{run.done:06d}.png", images, columns=8)
     grey = images.mean(1)

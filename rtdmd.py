@@ -26,7 +26,8 @@ Symbols  theta generator | psi frozen teacher, guided with weight w | phi fake s
          steps k = 1..K | t_k level after step k, t_0 = 1, t_K = 0 | eta randomness of the sampler, eps_k its noise
          x_s state after step k ("boundary state"), s = t_k | x_t = a x_s + kappa n the same at level t in [s, 1],
          n new noise | m = E[x_s | x_t] | t' > t'' two such levels, x', x'' states there, t' - t'' <= delta
-         v(x, t) = E[eps - x_0 | x_t = x] | h = x - t v the x-prediction | gamma weight of Eq. 12's second term
+         (a, kappa: alpha_k(t), sigma_k(t) of 3.1) | v(x, t) = E[eps - x_0 | x_t = x] | h = x - t v the
+         x-prediction, G_theta of 3.1 | D = mean abs(x_s - m_psi) of a sample | gamma weight of Eq. 12's second term
          S chosen stochastic steps, |S| = M | N group size | r reward, A advantage | d dimensions of a sample
          beta reward strength: the target is p_psi exp(beta r) / Z (Eq. 6), whose gradient is that of distribution
          matching (DM) minus beta times that of E r (Eq. 7)
@@ -37,8 +38,8 @@ both share. 1-7, 11, 12 and 17 have tests that show them in numbers.
     standard deviations, which is right only if the new noise is the old one: at s = .5, t = .7 its noise has
     variance .25 where the teacher expects .49. --renoise paper has it.
  2. [-] With this kappa the self-consistency of App. E holds for noisy x_s too: h(x_t, t) is a martingale of the
-    reversed chain iff kappa^2 = t^2 - a^2 s^2. (App. E's display ends in E[x_0 | x_t']; it should be E[x_0 |
-    x_t''].)
+    reversed chain iff kappa^2 = t^2 - a^2 s^2. (App. E's Markov identity should read E[x_0 | x_t'', x_t'] = E[x_0
+    | x_t''].)
  3. [C] The paper does not say which reverse kernel Eqs. 11 and 22 use. Ours is the Gaussian posterior: at the
     true score the loss falls like (t' - t'')^4. At a fixed eta = .9 (released; --kernel cps) the loss at the
     true score does not fall at all, so it pulls the fake score away from the truth.
@@ -46,9 +47,9 @@ both share. 1-7, 11, 12 and 17 have tests that show them in numbers.
     level t_j between them: one phi learns the laws of all steps with t_k < t (18), and that mixture changes at
     every t_j, so even the perfect phi is not self-consistent across one. App. F's t' = t_k, t'' = t_{k+1}
     (--consistency_times schedule) crosses by definition, to where states of step k never train phi.
- 5. [C] The fake loss is in velocity form, over the variance of its target given x_0: exactly Eq. 5 at s = 0,
-    and of order one for all s < t, up to t = s and t = 1. The released weight min(1, 10 kappa^2) is not Eq. 5
-    at s = 0.
+ 5. [PC] The fake score predicts the velocity (App. B: a network that predicts x_{t_k}), and its loss is divided
+    by the variance of its target given x_0: exactly Eq. 5 at s = 0, and of order one for all s < t, up to t = s and
+    t = 1. The released weight min(1, 10 kappa^2) is not Eq. 5 at s = 0.
  6. [C] The generator's gradient is the difference of the boundary means m under the two scores, over D, the
     mean distance from x_s to the teacher's: Eq. 9's score difference times kappa^2 / (a D) > 0. D depends on
     the sample, as in DMD: this has the zero of Eq. 8's gradient, but is not that gradient. The released code
@@ -57,20 +58,22 @@ both share. 1-7, 11, 12 and 17 have tests that show them in numbers.
     the likelihood ratio, its gradient at 1 is Eq. 17 over d, and one clip suits every resolution. The released
     code also drops 1 / (2 std^2), which weights each step by its variance (--log_prob unscaled).
  8. [C] The ratio is exactly 1 in the first update of a rollout: old and new log-probability come from one
-    forward. A second forward of another batch shape differs in bf16 by more than the clip of 1e-5.
+    forward. A second forward of another batch shape differs in bf16 by more than the clip of 1e-5. (With
+    --inner_epochs above 1 it moves from the second update on.)
  9. [C] (K-1)/M of Eq. 17 is kept; the released code has no such factor.
 10. [C] S is drawn for every prompt, as Algorithm 1 says; the released code draws one per iteration.
 11. [PC] Eqs. 15 and 17 share units: each reward is divided by the same std in both, and all of Eq. 18 is a mean
     over dimensions. Otherwise the two reward terms change their balance with resolution and with each reward's
-    unit. The price: a group's std holds the noise of its S only, so the pathwise term weighs more for prompts
-    whose S moves the picture little. --advantage_std global shares one std over all prompts.
+    unit. Each reward has its own A_i; they are added with their weights. The price: a group's std holds the noise
+    of x_{t_0} and of its S only, so the pathwise term weighs more for prompts whose S moves the picture little.
+    --advantage_std global shares one std over all prompts.
 12. [P] A baseline that contains r_i itself multiplies the stochastic term by (N-1)/N against the pathwise one.
     Unscaled advantages (--advantage_std none) therefore use the mean of the N-1 others. Scaled ones keep App.
     H's form (4 % at N = 24), with a floor under the std: see reward_scale.
 13. [C] DM in stage 2 acts on every step k equally often on average and reuses the forwards of the reward terms;
-    the fake score trains on all boundary states. The released code does both at the last step only (--dm_steps
-    last).
-14. [C] Adapters, gradients, Adam and EMA are fp32: bf16 rounds a step of 1e-6 away from every weight above
+    the fake score trains on one state of every trajectory, each k in turn. The released code does both at the
+    last step only (--dm_steps last).
+14. [PC] Adapters, gradients, Adam and EMA are fp32: bf16 rounds a step of 1e-6 away from every weight above
     5e-4. Stage 2 goes on with stage 1's adapters (averaged generator, raw fake score) instead of merging them.
 15. [-] Three roles by adapters: the teacher is the frozen base without any, the fake score an adapter on it,
     the generator another: on the same base (SD3) or on the distilled network that it starts from (FLUX.2, App.
@@ -78,17 +81,18 @@ both share. 1-7, 11, 12 and 17 have tests that show them in numbers.
 16. [P] k is stratified: every update trains each step on an equal share of its samples. (Only the DM term of
     stage 2 draws its k, which must be K or in S.)
 17. [C] Levels are drawn from the inner 98 % of (s, 1), not clamped into it. Clamping t at .98 (released) puts
-    half of FLUX.2's first-step draws on that one level (t_1 = .958 at 512 pixels; 62 % at 1024).
+    62 % of FLUX.2's first-step draws on that one level (t_1 = .958 at 512 pixels; 88 % at 1024).
 18. [-] One fake score serves all k, as in the paper and the released code: at t it learns the mixture of the
     step-k laws with t_k < t, which is each p^(k) of Eq. 9 only where they agree. Conditioning it on k would
     remove this.
 19. [P] Eq. 9 is differentiated through step k alone, as released: x_{t_{k-1}} is a constant. Eq. 8's gradient
     also runs through steps 1 .. k-1, which share theta; that would take k graphs at once.
-20. [P] beta is a relative weight, not the exponent of Eq. 6: DM is divided by its own size, a reward by its
-    std.
+20. [P] beta is a relative weight, not the exponent of Eq. 6: DM is divided by D (6), a reward by its std.
 21. [P] The draws x'' of Eq. 22 are constants: no gradient flows into them, though Eq. 11's kernel depends on
     phi. (Released: the same.) The teacher is guided, as released; 2.2 and 3 speak of the plain p_psi. What is
     exported is the generator's average over updates.
+22. [P] Algorithm 1 has one update of phi for one of theta, on one rollout. As in the released code there are
+    fake_updates of phi (10 in stage 1), and stage 1's line 4 has a rollout of its own.
 """
 
 from __future__ import annotations
@@ -100,8 +104,6 @@ import fcntl
 import functools
 import hashlib
 import importlib
-import importlib.metadata
-import importlib.util
 import json
 import math
 import os
@@ -201,7 +203,7 @@ class Config:
     policy_weight: float = opt(1.0, "weight of Eq. 17 inside Eq. 18")
     det_weight: float = opt(1.0, "weight of Eq. 15 inside Eq. 18")
     dm_weight: float = opt(1.0, "weight of the distribution matching term inside Eq. 18")
-    pathwise_steps: int = opt(1, "last steps that Eq. 15 runs through (paper 1); above 1 with --no_policy")
+    pathwise_steps: int = opt(1, "last steps that Eq. 15 runs through (paper 1), 0: all K; above 1 with --no_policy")
     no_policy: bool = opt(False, "ablation: no stochastic term")
     no_det: bool = opt(False, "ablation: no pathwise term")
     no_dmd: bool = opt(False, "ablation: no distribution matching in stage 2")
@@ -241,8 +243,8 @@ MODELS = {
              "watch": "heldout", "sample_every": 10, "lora_rank": 32, "lora_alpha": 16, "ema": 0.97,
              "std_floor": 0.05,
              1: dict(iterations=150, lr=1e-3, lr_fake=1e-3, fake_updates=3, batch=48),
-             # DM is divided by its own size, so the balance of Eq. 18 does not carry over from the paper's models
-             # (20). The tiny world gives the pathwise term ten times the weight of the others; README has both.
+             # DM is divided by D (DEPARTURE 20), so the balance of Eq. 18 does not carry over from the paper's
+             # models. The tiny world gives the pathwise term ten times the weight of the others; README has both.
              2: dict(iterations=50, lr=1e-3, lr_fake=1e-3, fake_updates=2, groups=4, group_size=12,
                      det_weight=10.0)},
     "sd3m": {"guidance": 7.0, 1: dict(micro_batch=8), 2: dict(micro_batch=2)},
@@ -259,10 +261,11 @@ RECIPES = {
     "paper": {},
     # Ours, for differentiable rewards: all K steps are back-propagated, which leaves nothing to SubGRPO. Its K
     # forwards keep their activations at once. README ("Beyond the paper") has its measurement.
-    "pathwise": {2: dict(no_policy=True, pathwise_steps=4)},
-    # The constants of the released code that have a flag here. Not reproduced: its raw pathwise scale (1e-4 per
-    # unit of reward, so that PickScore counts four times), its fake weight min(1, 10 kappa^2), its clamps, bf16
-    # adapters.
+    "pathwise": {2: dict(no_policy=True, pathwise_steps=0)},
+    # The constants of the released method that have a flag here. Not set: its rewards and prompts, 128 T5 tokens,
+    # SD3-M's 1024 pixels and 32 x 16 trajectories. Not reproduced: its raw pathwise scale (1e-4 per unit of reward,
+    # so that PickScore counts four times), its fake weight min(1, 10 kappa^2), its clamps of t and of the
+    # advantages (+-5), one S per iteration, bf16 adapters.
     "official": {"lora_rank": 32, "lora_alpha": 64, "kernel": "cps", "delta": 0.2, "ema": 0.904,
                  2: dict(advantage_std="global", log_prob="unscaled", dm_steps="last", weight_decay=1e-4,
                          dm_weight=1e-3, policy_weight=2 / 3, ema=0.81)},
@@ -282,6 +285,7 @@ def resolve(flags):
     cfg = Config(**values)
     cfg.device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     cfg.dtype = cfg.dtype or ("fp32" if cfg.device == "cpu" else "bf16")
+    cfg.pathwise_steps = cfg.pathwise_steps or cfg.steps
     check(cfg)
     return cfg
 
@@ -337,9 +341,11 @@ def check(cfg):
 # -----------------------------------------------------------------------------------------------------------------
 # 2. Flow algebra (paper 2.1). Rectified path x_t = (1-t) x_0 + t eps, velocity v = E[eps - x_0 | x_t].
 #
-# From here to section 5 everything is a pure function: no globals, no configuration, noise comes in as an
-# argument, levels t, s are numbers or tensors that broadcast against x. All arithmetic is fp32 whatever comes in:
-# bf16 keeps fewer than three digits, so FLUX.2's t_1 = .9581 would become .957, and x - t v would be as coarse.
+# From here to section 5 all functions are pure: no globals, no configuration, noise comes in as an argument,
+# levels t, s are numbers or tensors that broadcast against x. All arithmetic is fp32 whatever comes in (the
+# schedule: fp64): bf16 keeps fewer than three digits, so FLUX.2's t_1 = .9581 would become .957, and x - t v would
+# be as coarse. A few are there for the reader, and to be copied: consistency_loss, ambient_velocity_target,
+# boundary_mean, eps_ and score_from_velocity. The loops and losses have the same formulas in a cheaper form.
 # -----------------------------------------------------------------------------------------------------------------
 
 def fp32(*values):
@@ -348,7 +354,7 @@ def fp32(*values):
 
 
 def x0_from_velocity(x, v, t):
-    """E[x_0 | x_t = x], the x-prediction. x, v (B, ...), t broadcastable."""
+    """E[x_0 | x_t = x], the x-prediction: G_theta(x, t) of 3.1 under v_theta. x, v (B, ...), t broadcastable."""
     x, v, t = fp32(x, v, t)
     return x - t * v
 
@@ -370,8 +376,7 @@ def score_from_velocity(x, v, t):
 # -----------------------------------------------------------------------------------------------------------------
 
 def timestep_schedule(steps, shift=1.0):
-    """t_0 = 1 > ... > t_K = 0, (K+1,) float64: the uniform grid u (App. J), shifted as shift u / (1 + (shift-1)
-    u).
+    """t_0 = 1 > ... > t_K = 0, (K+1,) float64: a uniform grid u (App. J), as shift u / (1 + (shift - 1) u).
 
     shift 3 (SD3) gives 1, .9, .75, .5, 0 for K = 4.
     """
@@ -481,8 +486,8 @@ def renoise_coefficients(s, t, std="markov"):
     """
     s, t = fp32(s, t)
     a = (1 - t) / (1 - s)
-    new = (t - s) / (1 - s)                                                # = t - a s
-    return a, new if std == "paper" else (new * (t + a * s)).clamp_min(0).sqrt()
+    gap = (t - s) / (1 - s)                                                # = t - a s
+    return a, gap if std == "paper" else (gap * (t + a * s)).clamp_min(0).sqrt()
 
 
 def renoise(x_s, s, t, noise, std="markov"):
@@ -500,8 +505,8 @@ def ambient_scale(s, t, std="markov"):
     """
     s, t = fp32(s, t)
     a, kappa = renoise_coefficients(s, t, std)
-    rest = s * (t + kappa) if std == "paper" else a * s * s                # (t^2 - kappa^2) / a
-    return (t + rest / (1 - s)) / kappa
+    excess = s * (t + kappa) if std == "paper" else a * s * s              # (t^2 - kappa^2) / a
+    return (t + excess / (1 - s)) / kappa
 
 
 def ambient_velocity_target(x_s, noise, s, t, std="markov"):
@@ -514,8 +519,8 @@ def ambient_dsm_loss(v_fake, x_s, noise, s, t, std="markov"):
     """Eq. 10 -> scalar. v_fake = v_phi(x_t, t), x_s, noise (B, ...).
 
     |v_phi - v*|^2 is divided by the variance of v* given x_0, c^2 + s^2 / (1-s)^2: of order one at every (s, t),
-    exactly Eq. 5 at s = 0, and without singularity as t -> s, where v* grows like 1 / kappa. (So omega_k, which
-    weighs squared scores, is (t/(1-t))^2 over that variance; their product is finite at t = 1.)
+    exactly Eq. 5 at s = 0, and without singularity as t -> s, where v* grows like 1 / kappa. (In Eq. 10's terms
+    omega_k = (t/(1-t))^2 over that variance.) Its minimiser is the marginal score (App. D).
     """
     v_fake, x_s, noise, s = fp32(v_fake, x_s, noise, s)
     c, b = ambient_scale(s, t, std), s / (1 - s)
@@ -538,14 +543,13 @@ def reverse_step(x, v, t, t_next, noise, kernel="posterior", eta=None):
 
 
 def consistency_loss(fake, x, v, t, t_next, noise_1, noise_2, kernel="posterior", eta=None):
-    """Eq. 22 -> scalar: |h(x', t') - E h(x'', t'')|^2 with h = x - t v the x-prediction, over two draws x'' (App.
-    F).
+    """Eq. 22 (App. F) -> scalar: |h(x', t') - E h(x'', t'')|^2 over two draws x'', h = x - t v the x-prediction.
 
     fake(x, t) -> v_phi;  x, v (B, ...) at level t' = t, v = fake(x, t) with its graph;  noise_1, noise_2 (B, ...)
     independent. The product of two draws is unbiased for the squared norm of the mean; the square of one draw
     would add the variance of h(x''). It may be negative. The draws are constants: a gradient into x'' would teach
-    the kernel, not the prediction. (update_fake writes the same out in two halves, to hold one graph of the
-    network at a time.)
+    the kernel, not the prediction. (update_fake takes a gradient of equal expectation in two halves, to hold one
+    graph of the network at a time.)
     """
     x, v, t, t_next, noise_1, noise_2 = (torch.as_tensor(a, dtype=torch.float32)
                                          for a in (x, v, t, t_next, noise_1, noise_2))
@@ -570,8 +574,8 @@ def boundary_mean(x_t, v, s, t):
 
 
 def dmd_loss(x_s, x_t, v_teacher, v_fake, s, t):
-    """Scalar; over its number of elements, its gradient in x_s is g: Eq. 9 with lambda_k alpha_k = kappa^2 / (a
-    D), and Eq. 4 (ordinary DMD) at s = 0.
+    """Scalar whose gradient in x_s is g / numel: Eq. 9 with lambda_k alpha_k = kappa^2 / (a D), Eq. 4 (ordinary
+    DMD) at s = 0.
 
     x_s (B, ...) with its graph; x_t = renoise(x_s); velocities at (x_t, t), treated as constants. g = (m_phi -
     m_psi) / D points from the teacher's boundary mean to the fake's, so descent moves x_s towards the teacher; D
@@ -585,19 +589,17 @@ def dmd_loss(x_s, x_t, v_teacher, v_fake, s, t):
     with torch.no_grad():                                                  # boundary_mean, twice
         m_fake, m_teacher = ((1 - s) * (x_t - t * v) + (a * s * s / t) * (x_t + (1 - t) * v)
                              for v in (v_fake, v_teacher))
-        size = (x_s - m_teacher).abs().mean(dim=tuple(range(1, x_s.dim())), keepdim=True)
-        g = (m_fake - m_teacher) / size.clamp_min(1e-3)                # a student on top of its target: no blow-up
+        D = (x_s - m_teacher).abs().mean(dim=tuple(range(1, x_s.dim())), keepdim=True)
+        g = (m_fake - m_teacher) / D.clamp_min(1e-3)                   # a student on top of its target: no blow-up
     return 0.5 * (x_s - (x_s - g).detach()).square().mean()
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# 5. Hybrid policy gradient (3.2, App. G, H). Step k = 1 .. K-1 is a Gaussian policy, step K is deterministic (Eq.
-# 14).
+# 5. Hybrid policy gradient (3.2, App. G, H). Steps 1 .. K-1 are Gaussian policies, step K is deterministic.
 # -----------------------------------------------------------------------------------------------------------------
 
 def choose_steps(steps, subset_size, generator):
-    """S: sorted list of subset_size of the stochastic steps {1 .. K-1}, uniformly (3.2). generator:
-    torch.Generator."""
+    """S of 3.2: sorted list of subset_size of the stochastic steps {1 .. K-1}. generator: a torch.Generator."""
     return sorted((torch.randperm(steps - 1, generator=generator)[:subset_size] + 1).tolist())
 
 
@@ -622,11 +624,11 @@ def gaussian_log_prob(x_next, mean, std):
 
 
 def reward_scale(rewards, std="group", floor=1e-4):
-    """What rewards are divided by, broadcastable to (G, N): their std (with N-1) over the group or over all; or
-    1.
+    """What rewards (G, N) are divided by, (G, 1) or (): their std (with N-1) over the group, over all, or 1.
 
     The floor: where all members of a group score the same, their std would blow rounding noise up to +-1.
     """
+    rewards, = fp32(rewards)
     if std == "none":
         return torch.ones_like(rewards[:, :1])
     return (rewards.std(1, keepdim=True) if std == "group" else rewards.std()).clamp_min(floor)
@@ -638,6 +640,7 @@ def group_advantages(rewards, std="group", floor=1e-4):
     std="none" compares each with the mean of the N-1 others, i.e. stretches by N/(N-1): a baseline that contains
     r_i itself would shrink the stochastic term of Eq. 14 by (N-1)/N against the pathwise one.
     """
+    rewards, = fp32(rewards)
     centred = rewards - rewards.mean(1, keepdim=True)
     if std == "none":
         return centred * rewards.shape[1] / (rewards.shape[1] - 1)
@@ -649,9 +652,10 @@ def subgrpo_loss(log_prob, old_log_prob, advantages, steps, clip):
     step of S; advantages (B,).
 
     (K-1)/M makes the sum over S an unbiased stand-in for the sum over all K-1 steps, Eq. 31, of naive GRPO (M =
-    K-1). The clip is PPO's: it acts only once the ratio has left 1, i.e. from the second update of a rollout on.
+    K-1), if what the advantages were divided by does not depend on S (DEPARTURE 11). The clip is PPO's: it acts
+    only once the ratio has left 1, i.e. from the second update of a rollout on.
     """
-    ratio, A = torch.exp(log_prob - old_log_prob), advantages[:, None]
+    ratio, A = torch.exp(log_prob.float() - old_log_prob.float()), advantages[:, None].float()
     surrogate = torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A)
     return -(steps - 1) / log_prob.shape[1] * surrogate.sum(1).mean()
 
@@ -669,14 +673,11 @@ def pathwise_loss(reward, scale=1.0, dims=1):
 # -----------------------------------------------------------------------------------------------------------------
 # 6. The two stages: Algorithm 1 (App. I). The comments name its lines.
 #
-# Beyond it: fake_updates updates of phi for each update of theta (released: 10, then 1), and in stage 1 a rollout
-# of its own for line 4.
-#
 # run holds cfg, backbone, roles (theta, phi, psi), text (cached embeddings), times (K+1,), optimizers, ema. From
 # section 9: share(n): the global indices of this process; prompt_at(run, i): the i-th prompt of an endless
 # stream; draw(keys, u, m, ...): u uniforms and m normals a sample; chunks(n, size): slices; level(t, x): t to
 # broadcast against x; note(run, n, ..): means over n samples for the log; phase(run, name): counts cost in a dry
-# run. roll_out is section 3's rollout in chunks.
+# run. rollout_in_chunks is section 3's rollout for many samples.
 # -----------------------------------------------------------------------------------------------------------------
 
 def stage1(run):
@@ -697,17 +698,18 @@ def stage1(run):
         with phase(run, "rollout"):
             keys = [key(cfg.seed, 1, it, "rollout", i) for i in ids]
             _, normal = draw(keys, 0, K, run.backbone.latent_shape, run.device)
-            states, predictions = roll_out(run, normal[0], normal[1:], prompts)
-        # Line 3: update phi on Eq. 12. The trajectories form fake_updates blocks of batch / K. Update u takes the
-        # states after step k from block u + k (mod fake_updates): every k in equal parts, and no two states of
-        # one trajectory in one update, if there are at least K updates.
+            states, predictions = rollout_in_chunks(run, normal[0], normal[1:], prompts)
+        # Line 3: update phi on Eq. 12. The trajectories form fake_updates blocks of batch / K. Each update takes
+        # the states after step k from block update + k (mod fake_updates): every k in equal parts and, if there
+        # are at least K updates, no two states of one trajectory in one update.
         with phase(run, "fake"):
-            for u in range(cfg.fake_updates):
+            for update in range(cfg.fake_updates):
                 pick = [(row, k) for row, i in enumerate(ids) for k in range(1, K + 1)
-                        if (u + k - i // block) % cfg.fake_updates == 0]
-                rows, k = [p[0] for p in pick], torch.tensor([p[1] for p in pick], dtype=torch.long)
+                        if (update + k - i // block) % cfg.fake_updates == 0]
+                rows, k = [row for row, _ in pick], torch.tensor([k for _, k in pick], dtype=torch.long)
                 x_s, s = boundary_states(run, states[:, rows], predictions[:, rows], k)
-                update_fake(run, it, u, x_s, s, k, [prompts[r] for r in rows], [ids[r] for r in rows], cfg.batch)
+                who = [prompts[row] for row in rows], [ids[row] for row in rows]
+                update_fake(run, it, update, x_s, s, k, *who, cfg.batch)
         # Line 4: update theta on Eq. 9.
         with phase(run, "generator"):
             update_generator(run, it)
@@ -721,8 +723,8 @@ def prompts_per_iteration(cfg):
 def update_generator(run, it):
     """Line 4: one AdamW step of theta on Eq. 9. Sample i trains step k = 1 + floor(i K / batch).
 
-    So k ~ U{1..K} in exactly equal parts, on every process: k = 1 + i mod K would give the long walks to k = K to
-    the same few processes, and the others would wait.
+    So k ~ U{1..K} in exactly equal parts, and to within one sample on every process: k = 1 + i mod K would give the
+    long walks to k = K to the same few processes, and the others would wait.
     """
     cfg, K = run.cfg, run.cfg.steps
     ids, first = share(cfg.batch), (it + 1) * prompts_per_iteration(cfg) - cfg.batch
@@ -761,7 +763,7 @@ def walk(run, normal, k, cond):
 
 
 @torch.no_grad()
-def roll_out(run, x, noise, prompts):
+def rollout_in_chunks(run, x, noise, prompts):
     """rollout, in chunks: x (L, ...), noise (K-1, L, ...) -> states (K+1, L, ...), x-predictions (K, L, ...)."""
     parts = [(x.new_zeros(run.cfg.steps + 1, 0, *x.shape[1:]), x.new_zeros(run.cfg.steps, 0, *x.shape[1:]))]
     for rows in chunks(len(x), 4 * run.cfg.micro_batch):           # without activations: a fifth of the memory
@@ -800,14 +802,14 @@ def draw_next_level(run, t, u):
     return between(run, torch.maximum(t - run.cfg.delta, level(boundary, t)), t, u)
 
 
-def update_fake(run, it, u, x_s, s, k, prompts, ids, total):
+def update_fake(run, it, update, x_s, s, k, prompts, ids, total):
     """Lines 3 and 12: one AdamW step of phi on Eq. 12. x_s (B, ...) at levels s (B,), from step k (B,).
 
-    total: the samples of all processes.
+    ids: trajectories, for the keys of the draws; total: the samples of all processes.
     """
     cfg, std = run.cfg, run.cfg.renoise                                    # dmd2 re-noises like markov, from s = 0
     for rows in chunks(len(x_s), cfg.micro_batch):
-        keys = [key(cfg.seed, cfg.stage, it, "fake", u, i, j) for i, j in zip(ids[rows], k[rows].tolist())]
+        keys = [key(cfg.seed, cfg.stage, it, "fake", update, i, j) for i, j in zip(ids[rows], k[rows].tolist())]
         uniform, (n, n_1, n_2) = draw(keys, 2, 3, x_s.shape[1:], run.device)
         x, s_x, cond = x_s[rows], level(s[rows], x_s), run.text.batch(prompts[rows], run.device)
         fake = lambda x, t: run.roles.velocity("fake", x, t, cond)
@@ -862,16 +864,16 @@ def stage2(run):
         # Lines 7-9: for each prompt a subset S, noise by Eq. 16, N trajectories.
         with phase(run, "rollout"):
             start, noise, b.subsets = group_draws(run, it, groups)
-            b.states, b.predictions = roll_out(run, start, noise, b.prompts)
+            b.states, b.predictions = rollout_in_chunks(run, start, noise, b.prompts)
         # Line 10: rewards and group-normalised advantages.
         with phase(run, "reward"):
             judge_groups(run, b)
-        # Line 12: update phi on Eq. 12, with the states of this very rollout, every k in equal parts.
+        # Line 12: update phi on Eq. 12, with the states of this very rollout, every k in equal parts or nearly so.
         with phase(run, "fake"):
-            for u in range(cfg.fake_updates):
-                k = torch.tensor([K if cfg.dm_steps == "last" else 1 + (i + it + u) % K for i in b.ids])
+            for update in range(cfg.fake_updates):
+                k = torch.tensor([K if cfg.dm_steps == "last" else 1 + (i + it + update) % K for i in b.ids])
                 x_s, s = boundary_states(run, b.states, b.predictions, k)
-                update_fake(run, it, u, x_s, s, k, b.prompts, b.ids, cfg.groups * N)
+                update_fake(run, it, update, x_s, s, k, b.prompts, b.ids, cfg.groups * N)
         # Line 13: update theta on Eq. 18.
         with phase(run, "generator"):
             b.old = torch.zeros(len(b.ids), cfg.subset_size, device=run.device)    # log pi, set in the first epoch
@@ -898,14 +900,14 @@ def group_draws(run, it, groups):
 def judge_groups(run, b):
     """Line 10. b.advantages (L,): weight times A_i, summed over rewards; b.scales[name] (L,): what divides A_i.
 
-    Every process sees all rewards: for the global std, and for one log.
+    All processes see all rewards, for the global std and for one log.
     """
     cfg, (rank, _, world) = run.cfg, dist_info()
     values = {name: [] for name in run.rewards}
     for rows in chunks(len(b.ids), 4 * cfg.micro_batch):                    # all images at once would be gigabytes
         images = run.backbone.decode(b.states[-1][rows])
         for name, (reward, _) in run.rewards.items():
-            values[name].append(score(reward, images, b.prompts[rows]))
+            values[name].append(rate(reward, images, b.prompts[rows]))
     b.advantages, b.scales = 0.0, {}
     for name, (_, weight) in run.rewards.items():
         rewards = gather_groups(torch.cat(values[name]).view(-1, cfg.group_size))
@@ -919,7 +921,7 @@ def judge_groups(run, b):
 
 
 def reinforce(run, it, epoch, b):
-    """Line 13: one AdamW step of theta on Eq. 18.
+    """Line 13: one AdamW step of theta on Eq. 18, the gradient of Eq. 7 (whose target is Eq. 6).
 
     Its reward part is Eq. 14 (proved as Eqs. 23-30 in App. G). Each trajectory costs M + 1 forwards with
     gradient, called slots: slot j < M is the j-th step of S, slot M is step K. The policy term lives on S, the
@@ -932,14 +934,15 @@ def reinforce(run, it, epoch, b):
         uniform, (noise,) = draw(keys, 2, 1, run.backbone.latent_shape, run.device)
         matched = matched_slots(cfg, uniform[0].tolist())
         for slot in range(M + 1):
-            needed = pathwise and not cfg.no_det if slot == M else not cfg.no_policy
-            if slot == M and needed and cfg.pathwise_steps > 1:
+            reward_term = (pathwise and not cfg.no_det) if slot == M else (not cfg.no_policy)
+            if slot == M and reward_term and cfg.pathwise_steps > 1:
                 pathwise_through(run, b, list(range(part.start, part.stop)), total)
-                needed = False
-            use = [i for i, m in enumerate(matched) if m == slot or needed]
+                reward_term = False
+            use = [i for i, m in enumerate(matched) if m == slot or reward_term]    # who needs a forward here,
+            here = [j for j, i in enumerate(use) if matched[i] == slot]             # and who of them for DM
             if use:
-                rows, here = [part.start + i for i in use], [j for j, i in enumerate(use) if matched[i] == slot]
-                reinforce_slot(run, b, slot, needed, rows, here, uniform[1][use], noise[use], epoch == 0, total)
+                rows = [part.start + i for i in use]
+                reinforce_slot(run, b, slot, reward_term, rows, here, uniform[1][use], noise[use], epoch == 0, total)
     if optimizer_step(run, "generator"):
         update_ema(run)
 
@@ -1005,7 +1008,7 @@ def reinforce_slot(run, b, slot, reward_term, rows, here, u, noise, first, total
 def pathwise_terms(run, x_0, prompts, scales):
     """Eq. 15 for each differentiable reward, divided by the std of its own advantage, weighted and added up."""
     images = run.backbone.decode(x_0)
-    return sum(weight * pathwise_loss(score(reward, images, prompts), scales[name], x_0[0].numel())
+    return sum(weight * pathwise_loss(rate(reward, images, prompts), scales[name], x_0[0].numel())
                for name, (reward, weight) in run.rewards.items() if reward.differentiable)
 
 
@@ -1141,7 +1144,7 @@ def load_reward(name, cfg, extra=None):
     return eval_module().load_metric(name, cfg, training=True)
 
 
-def score(reward, images, prompts):
+def rate(reward, images, prompts):
     """reward(images, prompts), checked: (B,) fp32 on the images' device; nan and inf are left to the caller.
     Whatever it raises becomes one sentence. A batch that fails is tried image by image, to name the prompt."""
     name = getattr(reward, "name", type(reward).__name__)
@@ -1149,20 +1152,21 @@ def score(reward, images, prompts):
         values = torch.as_tensor(reward(images, prompts), device=images.device)
         if values.shape != (len(prompts),):
             raise ValueError(f"the result has shape {tuple(values.shape)}, must have ({len(prompts)},)")
-    except UsageError:
+    except (UsageError, torch.OutOfMemoryError):                            # main knows what to say
         raise
     except Exception as error:                                              # foreign code raises anything
         for i in range(len(prompts) if len(prompts) > 1 else 0):
-            score(reward, images[i:i + 1], prompts[i:i + 1])
-        raise UsageError(f"reward {name}, prompt {prompts[0]!r}: {error!r}; mend it, or leave it out.") from error
+            rate(reward, images[i:i + 1], prompts[i:i + 1])
+        where = f"prompt {prompts[0]!r}" + (f" and {len(prompts) - 1} more at once" if len(prompts) > 1 else "")
+        raise UsageError(f"reward {name}, {where}: {error!r}; mend it, or leave it out.") from error
     return values.float()
 
 
 # -----------------------------------------------------------------------------------------------------------------
 # 8. Backbones: all that the loops know of a model
 #
-#   nets             {"generator": net, "score": net}, frozen. The fake adapter lives on "score", which without it
-#                    is the teacher. The same object twice where both share weights (SD3)
+#   nets             {"generator": net, "teacher": net}, frozen. The fake adapter lives on "teacher" too.
+#                    The same object twice where both share weights (SD3)
 #   lora_targets     full names of the linears that get an adapter
 #   latent_shape     (C, H, W) of one sample
 #   shift            of the schedule for cfg.steps (see timestep_schedule); shift_for(steps) for others
@@ -1206,7 +1210,7 @@ class SD3Backbone:
         self.cfg, self.text, self.text_length = cfg, None, cfg.text_length or 256
         self.base, self.nets = load_networks(cfg, diffusers.SD3Transformer2DModel, "StableDiffusion3Pipeline")
         self.vae = build(diffusers.AutoencoderKL, self.base, "vae", SD3_VAE, cfg)
-        self.dtype, self.lora_targets = self.vae.dtype, attention_linears(self.nets["score"])
+        self.dtype, self.lora_targets = self.vae.dtype, attention_linears(self.nets["teacher"])
         self.latent_shape = (16, cfg.resolution // 8, cfg.resolution // 8)
         self.shift = 3.0 if cfg.random_weights else from_hub(
             FlowMatchEulerDiscreteScheduler.from_pretrained, self.base, cfg, "scheduler/scheduler_config.json",
@@ -1256,7 +1260,7 @@ class Flux2Backbone:
         self.cfg, self.text, self.text_length = cfg, None, cfg.text_length or 512
         self.base, self.nets = load_networks(cfg, diffusers.Flux2Transformer2DModel, "Flux2KleinPipeline")
         self.vae = build(diffusers.AutoencoderKLFlux2, self.base, "vae", {}, cfg)    # {}: the hub's is the default
-        self.dtype, self.lora_targets = self.vae.dtype, attention_linears(self.nets["score"])
+        self.dtype, self.lora_targets = self.vae.dtype, attention_linears(self.nets["teacher"])
         self.latent_shape = (128, cfg.resolution // 16, cfg.resolution // 16)
         self.shift = self.shift_for(cfg.steps)
         self.text_key = f"{self.base} random {cfg.random_weights} qwen {self.text_length} {self.dtype}"
@@ -1270,7 +1274,7 @@ class Flux2Backbone:
     def encode(self, prompts):
         """prompts list[str] -> text (B, 512, 3 Qwen widths), bit for bit as the whole pipeline does."""
         if self.cfg.random_weights:
-            width = self.nets["score"].config.joint_attention_dim
+            width = self.nets["teacher"].config.joint_attention_dim
             return random_text(prompts, self.dtype, text=(self.text_length, width))
         if self.text is None:
             self.text = text_pipeline(self)
@@ -1321,7 +1325,7 @@ def load_networks(cfg, net_class, pipeline):
             raise UsageError(f"{path} is distilled and ignores guidance, so it cannot be the teacher: take "
                              f"--pretrained GENERATOR,TEACHER such as {row['hub']}.")
     nets = {path: build(net_class, path, "transformer", row["net"], cfg) for path in dict.fromkeys(paths)}
-    return paths[0], {"generator": nets[paths[0]], "score": nets[paths[-1]]}
+    return paths[0], {"generator": nets[paths[0]], "teacher": nets[paths[-1]]}
 
 
 def build(cls, path, part, config, cfg):
@@ -1398,8 +1402,8 @@ def attention_linears(net):
 def decode_chunks(vae, z, pixels=2**20):
     """VAE latents (B,c,h,w) -> images (B,3,8h,8w) in [0,1], 2^20 pixels at a time (four images of 512).
     Clamped as the pipelines clamp: a pixel that is out of range passes no gradient."""
-    chunks = z.to(vae.dtype).split(max(1, pixels // (64 * z.shape[2] * z.shape[3])))
-    images = torch.cat([vae.decode(chunk, return_dict=False)[0].float() for chunk in chunks])
+    parts = z.to(vae.dtype).split(max(1, pixels // (64 * z.shape[2] * z.shape[3])))
+    images = torch.cat([vae.decode(part, return_dict=False)[0].float() for part in parts])
     return (images / 2 + 0.5).clamp(0, 1)
 
 
@@ -1438,10 +1442,10 @@ class TextCache:
             log(f"text embeddings: {len(missing):,} prompts, {need:.2f} GB in {self.folder} ({free:.0f} free)")
             if 1.1 * need > free:
                 raise UsageError(f"{need:.1f} GB of text embeddings, {free:.1f} GB free: --cache needs more room.")
-        chunks = [missing[i:i + batch] for i in range(rank * batch, len(missing), world * batch)]
-        for chunk in progress(chunks, len(chunks), "text embeddings"):
-            cond = self.backbone.encode(chunk)
-            for i, prompt in enumerate(chunk):
+        parts = [missing[i:i + batch] for i in range(rank * batch, len(missing), world * batch)]
+        for part in progress(parts, len(parts), "text embeddings"):
+            cond = self.backbone.encode(part)
+            for i, prompt in enumerate(part):
                 write_atomic(self.path(prompt), safetensors_bytes({name: rows[i] for name, rows in cond.items()}))
         self.backbone.free_text()
         self.rows.clear()                                  # a file that could not be read is whole now
@@ -1522,7 +1526,7 @@ def start_processes(device):
 
 
 def everyone(value):
-    """The values of all processes, by rank, on each of them: what they decide from it they decide together."""
+    """The values of all processes, by rank, on each of them, so that all take the same decision."""
     values = [value]
     if dist.is_initialized():
         values = [None] * dist.get_world_size()
@@ -1634,8 +1638,7 @@ class Roles:
         from peft import LoraConfig
         from peft.tuners.tuners_utils import BaseTunerLayer
         self.backbone, self.guidance, self.active = backbone, cfg.guidance, None
-        score = backbone.nets["score"]
-        self.nets = {"generator": backbone.nets["generator"], "fake": score, "teacher": score}
+        self.nets = backbone.nets | {"fake": backbone.nets["teacher"]}
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two adapters are what we want
         config = LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, init_lora_weights="gaussian",
                             target_modules=backbone.lora_targets)
@@ -1776,7 +1779,8 @@ def save_checkpoint(run):
         write_atomic(beside / "state/manifest.json", json.dumps(digests(beside), indent=1))
         shutil.rmtree(target, ignore_errors=True)
         os.replace(beside, target)
-        for old in [p for p in list_checkpoints(run.folder) if p <= target][cfg.keep:]:     # newer is damaged
+        # A newer one is a damaged one, that find_checkpoint has passed over.
+        for old in [p for p in list_checkpoints(run.folder) if p <= target][cfg.keep:]:
             shutil.rmtree(old, ignore_errors=True)                          # NFS refuses while somebody reads it
     barrier()
 
@@ -1798,7 +1802,7 @@ def find_checkpoint(path):
         with contextlib.suppress(OSError, ValueError):
             if json.loads((folder / "state/manifest.json").read_text()) == digests(folder):
                 return folder
-        log(f"Checkpoint {folder} is damaged: looking for an older one.")
+        log(f"Checkpoint {folder} is damaged and is passed over.")
     return None
 
 
@@ -2213,7 +2217,7 @@ def train_tiny_teacher(net, text, steps, seed):
 class TinyBackbone:
     """The tiny world behind the interface of the real backbones. Trains its teacher and judges on first use."""
 
-    shift, latent_shape, default_prompts = 1.0, (3, TINY_SIDE, TINY_SIDE), "tiny"
+    shift, latent_shape = 1.0, (3, TINY_SIDE, TINY_SIDE)
 
     def __init__(self, cfg):
         torch.manual_seed(key("tiny world"))                               # the world is the same for every --seed
@@ -2233,7 +2237,7 @@ class TinyBackbone:
             raise UsageError(f"{path} is damaged ({type(error).__name__}): delete it, and the tiny world is made "
                              "anew.") from error
         parts.to(cfg.device).eval().requires_grad_(False)
-        self.nets, self.text, self.judges = {"generator": net, "score": net}, text, {"reward": A, "heldout": B}
+        self.nets, self.text = {"generator": net, "teacher": net}, text
         self.base = self.text_key = path.stem
         self.lora_targets = attention_linears(net)
         kinds = zip(TINY_REWARDS, (A, A, B, B), (0, 1, 0, 1))
@@ -2248,14 +2252,10 @@ class TinyBackbone:
     def free_text(self):
         pass
 
-    def shift_for(self, steps):
-        return 1.0
-
     def velocity(self, net, x, t, cond):
         return tiny_velocity(net, x, t, cond)
 
-    def quantise(self, t):
-        return t
+    shift_for, quantise = SD3Backbone.shift_for, SD3Backbone.quantise
 
     def decode(self, x):
         return (x / 2 + 0.5).clamp(0, 1)

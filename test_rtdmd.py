@@ -142,6 +142,14 @@ def test_zero_is_the_stages_own():
     assert (own.lr, own.iterations, own.dtype) == (1e-3, 150, "fp32")
 
 
+def test_the_pathwise_recipe_goes_through_all_steps():
+    """0 stands for all K: a recipe that named a number would leave the first steps out at --steps 8."""
+    for steps in (2, 4, 8):
+        cfg = rtdmd.resolve(dict(stage=2, recipe="pathwise", steps=steps, subset_size=1, device="cpu"))
+        assert cfg.pathwise_steps == steps and cfg.no_policy
+    assert rtdmd.resolve(dict(stage=2, recipe="pathwise", pathwise_steps=3, device="cpu")).pathwise_steps == 3
+
+
 def test_geneval_as_a_reward_asks_for_metadata_at_once():
     """flux2-4b's own geneval is refused before 20 GB are loaded, but is no hindrance to a dry run."""
     with pytest.raises(rtdmd.UsageError, match="FILE.jsonl"):
@@ -1028,6 +1036,9 @@ def test_fp32_out_for_bf16_in():
         dmd=lambda x, v, n, o: rtdmd.dmd_loss(x, n, v, o, 0.3, 0.9582),
         log_prob=lambda x, v, n, o: rtdmd.gaussian_log_prob(x, v, 0.7),
         pathwise=lambda x, v, n, o: rtdmd.pathwise_loss(x[:, 0]),
+        scale=lambda x, v, n, o: rtdmd.reward_scale((20 + x.bfloat16()).to(x.dtype)),
+        advantages=lambda x, v, n, o: rtdmd.group_advantages((20 + x.bfloat16()).to(x.dtype)),
+        subgrpo=lambda x, v, n, o: rtdmd.subgrpo_loss(x, v, n[:, 0], 4, 0.1),
     )
     for name, f in pure.items():
         low, high = f(x, v, noise, other), f(x.float(), v.float(), noise.float(), other.float())
@@ -1609,7 +1620,7 @@ class Broken:
     images = torch.rand(2, 3, 4, 4)
     for name, factor, differentiable in (("brightness", 1, False), ("Judge", 2, True), ("judge", 3, True)):
         reward = rtdmd.load_reward(f"my_rewards:{name}", settings())
-        torch.testing.assert_close(rtdmd.score(reward, images, ["", ""]), images.mean((1, 2, 3)) * factor)
+        torch.testing.assert_close(rtdmd.rate(reward, images, ["", ""]), images.mean((1, 2, 3)) * factor)
         assert reward.differentiable is differentiable and reward.name == f"my_rewards:{name}"
     for name, words in (("my_rewards:nothing", "nothing"), ("no_such_module:x", "no_such_module"),
                         ("my_rewards:Broken", r"RuntimeError.*no\\ngood.*mend")):
@@ -1619,8 +1630,9 @@ class Broken:
     assert rtdmd.load_reward("judge", settings(), extra={"judge": own}) is own
 
 
-def test_score_names_reward_and_prompt():
-    """A reward that raises or returns another shape is named with its prompt; nan passes as it is."""
+def test_rate_names_reward_and_prompt():
+    """A reward that raises or returns another shape is named with its prompt; nan passes as it is, and so does a
+    lack of GPU memory, for which main has the remedy."""
     def picky(images, prompts):
         if "bad" in prompts:
             raise ValueError("cannot look at this")
@@ -1628,14 +1640,28 @@ def test_score_names_reward_and_prompt():
 
     picky.name = "picky"
     images = torch.rand(3, 3, 4, 4)
-    assert rtdmd.score(picky, images, ["a", "b", "c"]).shape == (3,)
+    assert rtdmd.rate(picky, images, ["a", "b", "c"]).shape == (3,)
     with pytest.raises(rtdmd.UsageError, match="picky.*'bad'.*cannot look"):
-        rtdmd.score(picky, images, ["good", "bad", "fine"])
+        rtdmd.rate(picky, images, ["good", "bad", "fine"])
     for wrong in (lambda i, p: i.mean(), lambda i, p: i[:, :1, 0, 0], lambda i, p: i[:2, 0, 0, 0]):
         wrong.name = "misshapen"
         with pytest.raises(rtdmd.UsageError, match="misshapen.*shape"):
-            rtdmd.score(wrong, images, ["a", "b", "c"])
-    assert rtdmd.score(lambda i, p: i[:, 0, 0, 0] * math.nan, images, ["a"] * 3).isnan().all()   # as it is
+            rtdmd.rate(wrong, images, ["a", "b", "c"])
+    assert rtdmd.rate(lambda i, p: i[:, 0, 0, 0] * math.nan, images, ["a"] * 3).isnan().all()   # as it is
+
+    def together(images, prompts):
+        if len(prompts) > 1:
+            raise ValueError("one at a time, please")
+        return images.mean((1, 2, 3))
+
+    with pytest.raises(rtdmd.UsageError, match="'a' and 2 more at once.*one at a time"):
+        rtdmd.rate(together, images, ["a", "b", "c"])
+
+    def large(images, prompts):
+        raise torch.OutOfMemoryError("no room")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        rtdmd.rate(large, images, ["a", "b", "c"])
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -1857,7 +1883,7 @@ def test_teacher_guidance_equals_the_stock_pipeline(folders, name, folder):
         if x.dim() == 3:                                          # FLUX.2's tokens (B, h w, 128)
             v, x = (tokens.transpose(1, 2).unflatten(2, (4, 4)) for tokens in (v, x))
         with torch.no_grad():
-            out = backbone.velocity(backbone.nets["score"], torch.cat([x, x]), (t / 1000).expand(4), both)
+            out = backbone.velocity(backbone.nets["teacher"], torch.cat([x, x]), (t / 1000).expand(4), both)
         u, c = out.chunk(2)
         torch.testing.assert_close(u + w * (c - u), v, atol=1e-5, rtol=1e-5)
         assert (c - u).abs().max() > 1e-4
@@ -1868,12 +1894,12 @@ def test_flux2_is_told_what_quantise_says(folders):
     backbone = backbone_of(folders, "flux2-4b", dtype="bf16")
     told = []
     hook = lambda module, inputs: told.append(inputs[0].float())
-    backbone.nets["score"].time_guidance_embed.time_proj.register_forward_pre_hook(hook)
+    backbone.nets["teacher"].time_guidance_embed.time_proj.register_forward_pre_hook(hook)
     cond = backbone.encode(PROMPTS[:1])
     for t in ([1, .958085, .883982, .717497], [1, .967384, .908144, .767200]):
         t = torch.tensor(t)
         many = {name: rows.expand(4, -1, -1) for name, rows in cond.items()}
-        backbone.velocity(backbone.nets["score"], latents(backbone, 4), t, many)
+        backbone.velocity(backbone.nets["teacher"], latents(backbone, 4), t, many)
         assert torch.equal(told[-1], (1000 * backbone.quantise(t)).round())
     assert told[0].tolist() == [1000, 960, 884, 716] and told[1].tolist() == [1000, 968, 908, 768]
     t = backbone.quantise(torch.rand(100_000))
@@ -1884,7 +1910,7 @@ def test_flux2_is_told_what_quantise_says(folders):
 
 def test_sd3_is_told_the_exact_timestep_even_in_bf16(folders):
     backbone, told = backbone_of(folders, "sd3m", dtype="bf16"), []
-    net, cond = backbone.nets["score"], backbone.encode(PROMPTS[:1])
+    net, cond = backbone.nets["teacher"], backbone.encode(PROMPTS[:1])
     net.time_text_embed.time_proj.register_forward_pre_hook(lambda module, inputs: told.append(inputs[0]))
     v = backbone.velocity(net, latents(backbone, 1), torch.tensor([.8125]), cond)
     assert told[0].item() == 812.5 and v.dtype == torch.float32                    # bf16 would say 812
@@ -1992,7 +2018,7 @@ def test_random_weights_need_no_repository(folders, name, monkeypatch):
     assert torch.equal(state, torch.get_rng_state()) and torch.get_default_dtype() == torch.float32
     torch.manual_seed(1234)                    # another rank may be anywhere in its random stream
     b = make()
-    pair = zip(a.nets["score"].parameters(), b.nets["score"].parameters())
+    pair = zip(a.nets["teacher"].parameters(), b.nets["teacher"].parameters())
     assert all(torch.equal(p, q) for p, q in pair)
     cond, again = a.encode(PROMPTS), a.encode(PROMPTS[::-1])
     assert torch.equal(cond["text"][0], again["text"][1])
@@ -2021,7 +2047,7 @@ def test_meta_device_counts_full_size_networks_without_memory(tmp_path, name):
     cond = cache.batch(PROMPTS, "meta")
     assert all(rows.is_meta and len(rows) == 2 for rows in cond.values())
     x = torch.randn(2, *backbone.latent_shape, device="meta", requires_grad=True)
-    v = backbone.velocity(backbone.nets["score"], x, torch.rand(2, device="meta"), cond)
+    v = backbone.velocity(backbone.nets["teacher"], x, torch.rand(2, device="meta"), cond)
     assert v.is_meta and v.shape == x.shape and v.dtype == torch.float32
     images = backbone.decode(v)
     assert images.is_meta and images.shape == (2, 3, 512, 512)
@@ -2099,9 +2125,9 @@ def test_the_distilled_flux2_is_no_teacher(folders):
             backbone_of({"flux2-4b": path}, "flux2-4b")
         assert "cannot be the teacher" in sentence(error)
     backbone = backbone_of({"flux2-4b": folders["base"]}, "flux2-4b")      # one base for both roles is fine
-    assert backbone.nets["generator"] is backbone.nets["score"]
+    assert backbone.nets["generator"] is backbone.nets["teacher"]
     pair = backbone_of(folders, "flux2-4b").nets
-    assert pair["generator"] is not pair["score"]
+    assert pair["generator"] is not pair["teacher"]
 
 
 def test_a_resolution_that_does_not_fit(folders):
@@ -2332,7 +2358,7 @@ REAL_LENGTHS = {"sd3m": 256, "sd35m": 32, "flux2-4b": 512}     # 32 is asked for
 
 def frozen_hashes(backbone):
     """Hash of every weight and buffer of the base networks and the VAE, by its name in the bare network."""
-    nets = {"generator": backbone.nets["generator"], "score": backbone.nets["score"], "vae": backbone.vae}
+    nets = {"generator": backbone.nets["generator"], "teacher": backbone.nets["teacher"], "vae": backbone.vae}
     return {f"{part}.{name.replace('.base_layer.', '.')}": hash(tensor.numpy().tobytes())
             for part, net in nets.items() for name, tensor in net.state_dict().items() if ".lora_" not in name}
 
@@ -2607,7 +2633,7 @@ def tiny_roles(cache, **options):
     x, t = torch.randn(6, *backbone.latent_shape, generator=g), torch.rand(6, generator=g)
     cond = backbone.encode(rtdmd.tiny_captions()[20:26])
     with torch.no_grad():
-        base = backbone.velocity(backbone.nets["score"], x, t, cond)
+        base = backbone.velocity(backbone.nets["teacher"], x, t, cond)
     return rtdmd.Roles(backbone, cfg), x, t, cond, base
 
 
@@ -2683,7 +2709,7 @@ def spoil(name, when, value=math.nan):
 
 SOURCES = {                 # what the log names: function, which adapter is left alone, stage
     "dm": ("dmd_loss", "generator", 1), "dsm": ("ambient_dsm_loss", "fake", 1),
-    "consistency": ("reverse_step", "fake", 1), "reward_attributes": ("score", "generator", 2),
+    "consistency": ("reverse_step", "fake", 1), "reward_attributes": ("rate", "generator", 2),
 }
 
 
@@ -2721,13 +2747,13 @@ def test_all_processes_skip_together(flags, tmp_path):
     assert [row["skipped"] for row in rows_of(tmp_path / "run/stage1")] == [0, 1, 1]
 
 
-@pytest.mark.parametrize("name, stage", [("dmd_loss", 1), ("score", 2), ("ambient_dsm_loss", 1)])
+@pytest.mark.parametrize("name, stage", [("dmd_loss", 1), ("rate", 2), ("ambient_dsm_loss", 1)])
 def test_a_run_without_numbers_stops(name, stage, flags, tmp_path, monkeypatch, capfd):
     """Although the other adapter goes on well in between."""
     monkeypatch.setattr(rtdmd, name, spoil(name, lambda: True))
     argv = flags(stage, "--max_bad_steps", 2, "--watch", "")
     text = refused(capfd, argv, "2 updates of the .* in a row were not finite", code=1)
-    assert {"dmd_loss": "(dm)", "score": "reward_attributes", "ambient_dsm_loss": "(dsm)"}[name] in text
+    assert {"dmd_loss": "(dm)", "rate": "reward_attributes", "ambient_dsm_loss": "(dsm)"}[name] in text
 
 
 # ---- Checkpoints and resuming
@@ -4550,7 +4576,7 @@ def test_pathwise_through_more_steps_is_the_gradient_with_fixed_noise(steps, fla
     smooth.differentiable, run.backbone.decode, run.rewards = True, lambda x: x, dict(smooth=(smooth, 1.0))
     b = SimpleNamespace(ids=list(range(12)), prompts=[p for p in run.prompts[:4] for _ in range(3)])
     start, noise, b.subsets = rtdmd.group_draws(run, 0, groups)
-    b.states, b.predictions = rtdmd.roll_out(run, start, noise, b.prompts)
+    b.states, b.predictions = rtdmd.rollout_in_chunks(run, start, noise, b.prompts)
     run.terms = {}
     rtdmd.judge_groups(run, b)
     params = run.roles.parameters("generator")
