@@ -2074,15 +2074,19 @@ LINE_COLOURS = [(31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189), (
 
 
 def draw_ablation_curves(out, seeds):
-    """OUT/curves.png: training reward and held-out judge of Table 4's rows, mean over seeds."""
-    panels = {"reward (trained on)": {}, "held-out judge": {}}
-    for row in STAGE2_ROWS["Table 4: the hybrid policy gradient"]:
-        files = [result_of(out, row, seed) for seed in seeds]
-        logs = [read_log(file.with_suffix("") / "stage2") for file in files if file.exists()]
-        for panel, name in zip(panels.values(), ("reward_attributes", "watch_heldout")):
+    """OUT/curves.png: reward and held-out judge of Table 4's rows while they train; stage 1's gap dm, healthy and with
+    a fake score that lags. Mean over seeds."""
+    table4, gap = STAGE2_ROWS["Table 4: the hybrid policy gradient"], (BASE, "lag, gamma .01")
+    panels = {}
+    for title, stage, rows, name in (("reward (trained on)", 2, table4, "reward_attributes"),
+                                     ("held-out judge", 2, table4, "watch_heldout"),
+                                     ("stage 1: dm, healthy and with a fake score that lags", 1, gap, "dm")):
+        for row in rows:
+            files = [result_of(out, row, seed) for seed in seeds]
+            logs = [read_log(file.with_suffix("") / f"stage{stage}") for file in files if file.exists()]
             if logs:
-                panel[row] = mean_curve(logs, name)
-    if any(panels.values()):
+                panels.setdefault(title, {})[row] = mean_curve(logs, name)
+    if panels:
         draw_curves(out / "curves.png", panels)
 
 

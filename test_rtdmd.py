@@ -4536,7 +4536,7 @@ def test_ablations_go_on_where_they_were_stopped(flags, tmp_path, monkeypatch, c
     assert f"### {first}" in table and re.search(r"\| DM only \| 1 \| -\d", table)
     results = json.loads((tmp_path / "abl/results.json").read_text())
     assert set(results) == {ev.BASE, "DM only"} and all(len(rows) == 1 for rows in results.values())
-    assert Image.open(tmp_path / "abl/curves.png").size[0] == 2 * 560
+    assert Image.open(tmp_path / "abl/curves.png").size[0] == 3 * 560
     result = ev.result_of(tmp_path / "abl", ev.BASE, 0)
     trained = result.stat().st_mtime_ns
     ev.main(line)
