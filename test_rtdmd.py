@@ -1081,10 +1081,11 @@ def test_functions_can_be_copied_out():
 FAKE, TEACHER = torch.tensor([-0.6, 0.5]), torch.tensor([0.4, -1.0])
 
 
-def toy_run(monkeypatch, stage, iterations):
+def toy_run(monkeypatch, stage, iterations, dims=128, rewards=None, **options):
     """The gradients {role: (updates, 2)} of a stage's own loop on the linear-Gaussian world, v = p x + q."""
-    cfg = rtdmd.Config(stage=stage, eta=ETA, gamma=0.0, batch=8, fake_updates=3 if stage == 1 else 1, groups=2,
-                       group_size=8, micro_batch=9, no_policy=True, no_det=True)
+    settings = dict(stage=stage, eta=ETA, gamma=0.0, batch=8, fake_updates=3 if stage == 1 else 1, groups=2,
+                    group_size=8, micro_batch=9, no_policy=not rewards, no_det=not rewards)
+    cfg = rtdmd.Config(**settings | options)
     weights = {"generator": THETA.clone().requires_grad_(), "fake": FAKE.clone().requires_grad_(),
                "teacher": TEACHER}
     gradients = {"generator": [], "fake": []}
@@ -1096,14 +1097,16 @@ def toy_run(monkeypatch, stage, iterations):
 
     velocity = lambda role, x, t, cond: weights[role][0] * x + weights[role][1]
     run = SimpleNamespace(
-        cfg=cfg, device="cpu", times=rtdmd.timestep_schedule(cfg.steps), terms={}, rewards={}, prompts=["a", "b"],
-        text=SimpleNamespace(batch=lambda prompts, device: {}, prefetch=lambda prompts: None),
-        backbone=SimpleNamespace(latent_shape=(128,), quantise=lambda t: t),
+        cfg=cfg, device="cpu", times=rtdmd.timestep_schedule(cfg.steps), terms={}, rewards=rewards or {},
+        prompts=["a", "b"], text=SimpleNamespace(batch=lambda prompts, device: {}, prefetch=lambda prompts: None),
+        backbone=SimpleNamespace(latent_shape=(dims,), quantise=lambda t: t, decode=lambda x: x),
         roles=SimpleNamespace(velocity=velocity, teacher=lambda x, t, cond, null: velocity("teacher", x, t, cond)))
-    monkeypatch.setattr(rtdmd, "iterations", lambda run: range(iterations))
-    monkeypatch.setattr(rtdmd, "optimizer_step", keep_gradient)
-    monkeypatch.setattr(rtdmd, "judge_groups", lambda run, b: None)
-    (rtdmd.stage1 if stage == 1 else rtdmd.stage2)(run)
+    with monkeypatch.context() as patch:
+        patch.setattr(rtdmd, "iterations", lambda run: range(iterations))
+        patch.setattr(rtdmd, "optimizer_step", keep_gradient)
+        if not rewards:
+            patch.setattr(rtdmd, "judge_groups", lambda run, b: None)
+        (rtdmd.stage1 if stage == 1 else rtdmd.stage2)(run)
     return {role: torch.stack(rows) for role, rows in gradients.items()}
 
 
@@ -1181,6 +1184,23 @@ def test_shared_rollouts_keep_the_expected_gradients(stage, monkeypatch):
     assert off(updates, truth) < AGREE and apart(found["generator"], fresh) < AGREE
 
 
+@pytest.mark.parametrize("subset_size", [1, 2, 3])
+def test_stage_2_climbs_the_exact_gradient(subset_size, monkeypatch):
+    """The very loop of stage 2 gives Eq. 14: its stochastic part through S, noise and advantages (Eqs. 16, 17), its
+    pathwise part through the last step (Eq. 15), each times its weights in Eq. 18, both per dimension."""
+    def reward(images, prompts):
+        return toy_reward(images)
+
+    reward.differentiable, ratio = True, 2.0 * 1.5 * 0.5                    # weights of the reward, beta, the term
+    stochastic, pathwise = toy_gradients(4)
+    options = dict(dims=DIMS, rewards={"bump": (reward, 2.0)}, beta=1.5, no_dmd=True, advantage_std="none",
+                   groups=24, micro_batch=192, subset_size=subset_size)
+    for term, truth in ((dict(no_det=True, policy_weight=0.5), stochastic),
+                        (dict(no_policy=True, det_weight=0.5), pathwise)):
+        found = -DIMS * toy_run(monkeypatch, 2, 80, **options | term)["generator"]
+        assert off(found, ratio * truth) < AGREE and off(found) > DIFFER, term
+
+
 def test_one_side_of_the_consistency_term_is_enough(monkeypatch):
     """Eq. 12: update_fake's gradient is gamma times that of Eq. 11 at the levels that it drew."""
     n, w, drawn = 40_000, torch.tensor([0.9, -0.5]), {}
@@ -1205,6 +1225,74 @@ def test_one_side_of_the_consistency_term_is_enough(monkeypatch):
     residual = residual_of(wrong_fake(exact), drawn["x"], drawn["t"], drawn["t_next"], "posterior")
     slopes, = torch.autograd.grad(residual.square().sum(), exact)
     assert off(n * copies.grad - 2.0 * slopes) < AGREE and slopes.mean(0).abs().min() > 1e-3
+
+
+def test_the_levels_of_a_pair():
+    """t'' of Eq. 11: uniform from t' - delta, or from the boundary level below t', up to t' (DEPARTURE 4)."""
+    run = SimpleNamespace(cfg=rtdmd.Config(delta=0.1), times=rtdmd.timestep_schedule(4),
+                          backbone=SimpleNamespace(quantise=lambda t: t))
+    t, low = torch.tensor([[0.7], [0.55], [0.05], [1.0]]), torch.tensor([[0.6], [0.5], [0.0], [0.9]])
+    for u in (0.0, 0.5, 1.0):
+        close(rtdmd.draw_next_level(run, t, torch.full_like(t, u)), low + u * (t - low))
+    with ev.replaced(["pairs_across"], None):
+        close(rtdmd.draw_next_level(run, t, torch.zeros_like(t)), (t - 0.1).clamp_min(0))
+
+
+def test_the_times_of_appendix_f(monkeypatch):
+    """--consistency_times schedule: x' is the boundary state itself, t' = t_k and t'' = t_{k+1}, 0 after the last."""
+    n, drawn = 8, {}
+    cfg = rtdmd.Config(model="tiny", gamma=1.0, consistency_times="schedule", micro_batch=n)
+    velocity = lambda role, x, t, cond: 0.3 * x + torch.zeros((), requires_grad=True)
+    run = SimpleNamespace(cfg=cfg, device="cpu", terms={}, times=rtdmd.timestep_schedule(4),
+                          roles=SimpleNamespace(velocity=velocity), text=SimpleNamespace(batch=lambda *a: {}),
+                          backbone=SimpleNamespace(quantise=lambda t: t))
+    original = rtdmd.reverse_step
+    monkeypatch.setattr(rtdmd, "optimizer_step", lambda run, role: None)
+    monkeypatch.setattr(rtdmd, "reverse_step", lambda x, v, t, t_next, *rest:
+                        drawn.update(x=x, t=t, t_next=t_next) or original(x, v, t, t_next, *rest))
+    k, x_s = torch.arange(n) % 4 + 1, torch.randn(n, 3, generator=rng(52))
+    rtdmd.update_fake(run, 0, 0, x_s, run.times[k].float(), k, [""] * n, list(range(n)), n)
+    assert torch.equal(drawn["x"], x_s)
+    close(drawn["t"].flatten(), run.times[k].float(), 1e-5)
+    close(drawn["t_next"].flatten(), torch.tensor([0.5, 0.25, 0.0, 0.0] * 2))
+
+
+def test_boundary_states():
+    """x_s and s after step k, each sample its own; dmd2 takes the x-prediction of step k for clean (App. K)."""
+    states, predictions, k = torch.arange(15.0).view(5, 3, 1), -torch.arange(12.0).view(4, 3, 1), [1, 4, 2]
+    run = SimpleNamespace(cfg=SimpleNamespace(renoise="markov"), times=rtdmd.timestep_schedule(4, 3.0))
+    x_s, s = rtdmd.boundary_states(run, states, predictions, torch.tensor(k))
+    assert x_s.flatten().tolist() == [3, 13, 8]
+    close(s, torch.tensor([0.9, 0.0, 0.75]))
+    run.cfg.renoise = "dmd2"
+    x_s, s = rtdmd.boundary_states(run, states, predictions, torch.tensor(k))
+    assert x_s.flatten().tolist() == [0, -10, -5] and not s.any()
+
+
+def test_an_update_is_clipped_and_averaged():
+    """The gradient's norm is cut to --grad_clip and not raised to it; the EMA's decay warms up to --ema."""
+    p = torch.nn.Parameter(torch.zeros(4))
+    cfg = rtdmd.Config(grad_clip=2.0, ema=0.3)
+    run = SimpleNamespace(cfg=cfg, device="cpu", terms={}, bad=dict(generator=0), skipped=0, ema=[torch.zeros(4)],
+                          roles=SimpleNamespace(parameters=lambda role: [p]), ema_updates=0,
+                          optimizers={"generator": torch.optim.SGD([p], 1.0)})
+    for size, step in ((10.0, 2.0), (0.5, 0.5)):
+        before, p.grad = p.detach().clone(), torch.tensor([0.6, 0.0, -0.8, 0.0]) * size
+        assert rtdmd.optimizer_step(run, "generator")
+        close(p.detach(), before - torch.tensor([0.6, 0.0, -0.8, 0.0]) * step, 1e-5)
+    average = torch.zeros(4)
+    for decay in (2 / 11, 3 / 12, 0.3, 0.3):
+        rtdmd.update_ema(run)
+        average = decay * average + (1 - decay) * p.detach()
+        close(run.ema[0], average, 1e-6)
+
+
+def test_prompts_come_once_an_epoch_and_each_time_in_another_order():
+    run = SimpleNamespace(cfg=SimpleNamespace(seed=3), prompts=[f"p{i}" for i in range(20)])
+    epochs = [[rtdmd.prompt_at(run, 20 * e + i) for i in range(20)] for e in range(3)]
+    assert all(sorted(epoch) == sorted(run.prompts) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in [*epochs, run.prompts]}) == 4
+    assert [rtdmd.prompt_at(run, i) for i in range(20)] == epochs[0]
 
 
 def test_every_step_is_matched_equally_often():
@@ -1347,22 +1435,33 @@ def test_the_ratio_is_exactly_one_before_the_first_update(flags, monkeypatch):
     assert clipped > 0
 
 
+@pytest.fixture(scope="session")
+def plain_updates(cache, begun, tmp_path_factory):
+    """{stage: the state after its first iteration, without any switch}."""
+    out = tmp_path_factory.mktemp("plain")
+    rtdmd.main([*small_flags(2, cache, begun, out), "--iterations", "1"])
+    return {1: state_of(begun / "stage1/checkpoint-000001"), 2: state_of(out / "stage2")}
+
+
 ABLATIONS = [
     "1 --gamma 0", "1 --eta 0", "1 --eta .5", "1 --eta 1", "1 --kernel cps", "1 --consistency_times schedule",
     "1 --renoise paper", "1 --renoise dmd2", "1 --recipe official --lora_rank 4 --lora_alpha 4", "1 --guidance 1",
     "2 --gamma 0", "2 --eta .5", "2 --eta 1", "2 --eta 0 --no_policy", "2 --subset_size 1", "2 --subset_size 3",
     "2 --independent_noise", "2 --share_initial", "2 --no_det", "2 --no_dmd", "2 --no_policy", "2 --kernel cps",
     "2 --consistency_times schedule", "2 --renoise paper", "2 --renoise dmd2", "2 --advantage_std none",
-    "2 --advantage_std global", "2 --dm_steps last", "2 --log_prob unscaled", "2 --inner_epochs 2",
+    "2 --advantage_std global --std_floor 1e-4", "2 --dm_steps last", "2 --log_prob unscaled", "2 --inner_epochs 2",
     "2 --recipe official --lora_rank 4 --lora_alpha 4", "2 --rewards strict=1,attributes=-.5", "2 --checkpointing",
     "2 --recipe pathwise"]
 
 
 @pytest.mark.parametrize("switch", ABLATIONS)
-def test_every_switch_runs(switch, flags, tmp_path):
-    """Each ablation and each switch of a DEPARTURE: adapters that move, and finite numbers."""
+def test_every_switch_runs(switch, flags, tmp_path, plain_updates):
+    """Each ablation and each switch of a DEPARTURE: adapters that move, finite numbers, another first update."""
     stage, *more = switch.split()
     rtdmd.main(flags(int(stage), *more, "--iterations", 2))
+    if not {"--checkpointing", "--lora_rank"} & set(more):
+        mine = state_of(tmp_path / f"run/stage{stage}/checkpoint-000001")
+        assert bytes_differing(mine, plain_updates[int(stage)]) > 0
     states = [state_of(folder) for folder in rtdmd.list_checkpoints(tmp_path / f"run/stage{stage}")]
     assert len(states) == 2 and all(p.isfinite().all() for p in states[0].values())
     for role in ("generator.", "fake.", "ema."):
@@ -1871,22 +1970,21 @@ def test_the_scheduler_keeps_eta_and_repeats_with_a_generator(folders, tmp_path)
 
 @pytest.mark.parametrize("name, folder", [("sd3m", "sd3m"), ("sd35m", "sd35m"), ("flux2-4b", "base")])
 def test_teacher_guidance_equals_the_stock_pipeline(folders, name, folder):
-    """The guided psi is u + w (c - u), step by step what the stock pipeline takes."""
+    """The guided psi, u + w (c - u), is step by step what the stock pipeline takes, and not the plain one."""
     backbone, pipe, w = backbone_of(folders, name), stock(folders[folder]), rtdmd.MODELS[name]["guidance"]
     seen, step = [], pipe.scheduler.step
     pipe.scheduler.step = lambda v, t, x, **options: seen.append((v, t, x)) or step(v, t, x, **options)
     image_of(pipe, latents(backbone), guidance_scale=w)
-    cond, null = backbone.encode(PROMPTS), backbone.encode(["", ""])
-    both = {name: torch.cat([null[name], cond[name]]) for name in cond}
+    cond, null = backbone.encode(PROMPTS), backbone.encode([""])
+    roles = rtdmd.Roles(backbone, rtdmd.Config(model=name, device="cpu", lora_rank=4, guidance=w))
     assert len(seen) == 4
     for v, t, x in seen:
         if x.dim() == 3:                                          # FLUX.2's tokens (B, h w, 128)
             v, x = (tokens.transpose(1, 2).unflatten(2, (4, 4)) for tokens in (v, x))
+        t = (t / 1000).expand(2)
         with torch.no_grad():
-            out = backbone.velocity(backbone.nets["teacher"], torch.cat([x, x]), (t / 1000).expand(4), both)
-        u, c = out.chunk(2)
-        torch.testing.assert_close(u + w * (c - u), v, atol=1e-5, rtol=1e-5)
-        assert (c - u).abs().max() > 1e-4
+            torch.testing.assert_close(roles.teacher(x, t, cond, null), v, atol=1e-5, rtol=1e-5)
+            assert (roles.velocity("teacher", x, t, cond) - v).abs().max() > 1e-4
 
 
 def test_flux2_is_told_what_quantise_says(folders):
@@ -1932,7 +2030,7 @@ def test_encoding_is_the_pipelines_bit_for_bit(folders, name, length):
             rows = pipe.encode_prompt(prompts, None, None, do_classifier_free_guidance=False, **options)
             theirs = {"text": rows[0], "pooled": rows[2]}
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert ours["text"].shape[1] == (length or 512) if name.startswith("flux2") else 77 + (length or 256)
+    assert ours["text"].shape[1] == ((length or 512) if name.startswith("flux2") else 77 + (length or 256))
     backbone.free_text()
     assert backbone.text is None
 
@@ -2406,7 +2504,7 @@ def real_run(request, folders, tmp_path_factory):
 
 def test_both_stages_train_a_real_class(real_run):
     """Finite losses and gradients, adapters that move, a base that does not; DEPARTURE 14: stage 2 starts where
-    stage 1's average ended."""
+    stage 1's average and its fake score ended."""
     for stage, one in real_run.stages.items():
         rows = [json.loads(line) for line in (one.folder / "metrics.jsonl").read_text().splitlines()]
         assert [row["iteration"] for row in rows] == [1, 2]
@@ -2424,6 +2522,8 @@ def test_both_stages_train_a_real_class(real_run):
     first, second = real_run.stages[1], real_run.stages[2]
     average = dict(zip(first.run.roles.named["generator"], first.run.ema))
     assert all(torch.equal(second.start["generator"][n], p) for n, p in average.items())
+    fake = adapter_copy(first.run, "fake")
+    assert all(torch.equal(second.start["fake"][n], p) for n, p in fake.items())
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -3192,6 +3292,14 @@ def test_tiny_captions_are_disjoint_and_parse():
     for bad in ("a pink circle", "a red circle above", three, "circle"):
         with pytest.raises(rtdmd.UsageError, match="cannot draw"):
             rtdmd.parse_caption(bad)
+
+
+def test_render_draws_what_the_caption_says():
+    """Above is above, left is left, and the colours are those of the objects."""
+    red, blue = (lambda image: image[:, 0] - image[:, 2]), (lambda image: image[:, 2] - image[:, 0])
+    for caption, axis in (("a red square above a blue square", 2), ("a blue circle right of a red triangle", 3)):
+        one, two = (half.mean((2, 3)) for half in rtdmd.render([caption] * 50, rng(53)).split(6, axis))
+        assert (red(one) > 0.05).all() and (blue(two) > 0.05).all(), caption
 
 
 def test_tiny_judge_learns_and_scores():
@@ -4562,6 +4670,20 @@ def test_antithetic_noise(flags):
                 assert torch.equal(noise[k - 1, g, 2:], -noise[k - 1, g, :2])
             else:
                 assert torch.equal(noise[k - 1, g], noise[k - 1, g, :1].expand_as(noise[k - 1, g]))
+
+
+def test_what_a_group_shares(flags):
+    """Eq. 16: noise outside S; with --independent_noise nothing, with --share_initial x_{t_0} too."""
+    for more, noise_is_shared, start_is_shared in (((), True, False), (("--independent_noise",), False, False),
+                                                   (("--share_initial",), True, True)):
+        cfg = rtdmd.resolve(rtdmd.parse_flags(flags(2, "--group_size", 4, "--subset_size", 1, *more)))
+        run = SimpleNamespace(cfg=cfg, device="cpu", backbone=SimpleNamespace(latent_shape=(3, 5, 5)))
+        first, noise, subsets = rtdmd.group_draws(run, 0, range(6))
+        first, noise, S = first.unflatten(0, (6, 4)), noise.unflatten(1, (6, 4)), subsets.view(6, 4).tolist()
+        alike = lambda x: bool((x == x[:1]).all())
+        assert all(alike(first[g]) is start_is_shared for g in range(6))
+        for g, k in itertools.product(range(6), (1, 2, 3)):
+            assert alike(noise[k - 1, g]) is (noise_is_shared and k != S[g][0])
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
