@@ -1288,6 +1288,7 @@ def test_an_update_is_clipped_and_averaged():
 
 
 def test_prompts_come_once_an_epoch_and_each_time_in_another_order():
+    """An endless stream: each epoch is a permutation of its own, the same at every start."""
     run = SimpleNamespace(cfg=SimpleNamespace(seed=3), prompts=[f"p{i}" for i in range(20)])
     epochs = [[rtdmd.prompt_at(run, 20 * e + i) for i in range(20)] for e in range(3)]
     assert all(sorted(epoch) == sorted(run.prompts) for epoch in epochs)
@@ -1569,6 +1570,7 @@ def test_which_reward_sees_what():
 
 
 def test_half_precision_images_are_resized_in_fp32():
+    """bf16 in, fp32 out: antialiasing sums many small weights."""
     image = tensor(picture(64, 48)).bfloat16()
     assert rtdmd.square_crop(image).dtype == torch.float32 and rtdmd.letterbox(image).dtype == torch.float32
 
@@ -1954,6 +1956,7 @@ def test_the_grid_by_resolution(folders, name, resolution, grid):
 
 
 def test_the_scheduler_keeps_eta_and_repeats_with_a_generator(folders, tmp_path):
+    """eta survives saving and loading; the attribute `generator` makes the noise of the steps repeatable."""
     pipe = stock(folders["sd3m"])
     pipe.scheduler = rtdmd.CPSScheduler.from_config(pipe.scheduler.config, eta=0.7)
     assert rtdmd.CPSScheduler.from_config(pipe.scheduler.config).eta == 0.7
@@ -2007,6 +2010,7 @@ def test_flux2_is_told_what_quantise_says(folders):
 
 
 def test_sd3_is_told_the_exact_timestep_even_in_bf16(folders):
+    """1000 t reaches the network in fp32."""
     backbone, told = backbone_of(folders, "sd3m", dtype="bf16"), []
     net, cond = backbone.nets["teacher"], backbone.encode(PROMPTS[:1])
     net.time_text_embed.time_proj.register_forward_pre_hook(lambda module, inputs: told.append(inputs[0]))
@@ -2154,6 +2158,7 @@ def test_meta_device_counts_full_size_networks_without_memory(tmp_path, name):
 
 
 def test_load_backbone_knows_every_model(monkeypatch):
+    """Each --model has its adapter class."""
     for name in ("TinyBackbone", "SD3Backbone", "Flux2Backbone"):
         monkeypatch.setattr(rtdmd, name, lambda cfg, name=name: name)
     found = {model: rtdmd.load_backbone(rtdmd.Config(model=model)) for model in ("tiny", *rtdmd.BACKBONES)}
@@ -2229,6 +2234,7 @@ def test_the_distilled_flux2_is_no_teacher(folders):
 
 
 def test_a_resolution_that_does_not_fit(folders):
+    """No multiple of 16, or beyond the position table: one sentence."""
     for name, resolution in (("sd3m", 100), ("sd3m", 272), ("flux2-4b", 72), ("sd3m", 0)):  # pos_embed: 256
         backbone = backbone_of(folders, name)
         cls = type(backbone)
@@ -3697,6 +3703,7 @@ def test_geneval_single_and_two_objects():
 
 
 def test_geneval_counting_is_exact_through_exclude():
+    """Three cats asked for: two and four are wrong, a fourth below the threshold is not seen."""
     row = {"include": [{"class": "cat", "count": 3}], "exclude": [{"class": "cat", "count": 4}]}
     cats = [seen("cat", .95, (10 * i, 0, 10 * i + 5, 5)) for i in range(4)]
     assert judge(cats[:3], row, threshold=.9) == (True, 1, True)
@@ -3706,12 +3713,14 @@ def test_geneval_counting_is_exact_through_exclude():
 
 
 def test_geneval_keeps_sixteen_of_a_class_the_best_first():
+    """GenEval's own limit on detections, and its floor of .3."""
     found = ev.objects_of([seen("cat", .31 + i / 100) for i in range(30)] + [seen("dog", .2)], .3)
     assert set(found) == {"cat"} and len(found["cat"]) == 16
     assert [d.score for d in found["cat"]] == sorted((.31 + i / 100 for i in range(14, 30)), reverse=True)
 
 
 def test_geneval_colours_look_at_the_best_objects_only():
+    """With one car asked for, the colour of the second one neither helps nor hurts."""
     row = {"include": [{"class": "car", "count": 1, "color": "blue"}]}
     pair = [seen("car", .9, A), seen("car", .5, B)]
     assert judge(pair[:1], row, {A: "blue"}) == (True, 1, True)
@@ -4059,6 +4068,7 @@ def test_load_geneval2(tmp_path):
     ("flaw", "lawn", 2), ("intention", "execution", 5), ("saturday", "sunday", 3), ("abc", "acb", 2),
     ("open", "0pen", 1)])
 def test_edit_distance(a, b, distance):
+    """Levenshtein's distance, symmetric."""
     assert ev.edit_distance(a, b) == ev.edit_distance(b, a) == distance
 
 
@@ -4074,6 +4084,7 @@ def test_text_score():
 
 
 def test_components_against_flood_fill():
+    """Connected regions by runs of rows are those of a plain flood fill."""
     draw = np.random.default_rng(0)
     for density in (.1, .3, .45, .6):
         mask = draw.random((23, 31)) < density
@@ -4179,6 +4190,7 @@ def test_ocr_reads_rendered_text():
 
 
 def test_ocr_drops_lines_it_is_unsure_of():
+    """A line read with a score below .5 is no text."""
     scorer = ocr_with_stubs()
     sure = scorer.reader
     scorer.reader = lambda pixels: SimpleNamespace(last_hidden_state=sure(pixels).last_hidden_state * .49)
