@@ -163,8 +163,8 @@ class Config:
     iterations: int = opt(0, "passes of Algorithm 1's loop; 0: the stage's own (paper 4.1: 1500, then 1000)")
     seed: int = opt(0, "the only source of randomness")
     device: str = opt("", "cuda, cpu or meta (counting only); default: cuda if there is one")
-    prompts: str = opt("pickapic", "file (.txt .jsonl .csv .tsv .parquet) or pickapic (released), drawbench, "
-                         "partiprompts, hpdv2")
+    prompts: str = opt("pickapic", "file (.txt .jsonl .csv .tsv .parquet) or pickapic (released; paper 4.1 for SD3-M: "
+                         "text-to-image-2M, 423 GB of pictures), drawbench, partiprompts, hpdv2")
     max_prompts: int = opt(25000, "prompts taken from the set: their text embeddings go to disk, 2 to 8 MB each")
     cache: str = opt("runs/cache", "text embeddings and the tiny world's teacher, shared by all runs")
     # ---- Network
@@ -245,7 +245,7 @@ MODELS = {
              1: dict(iterations=150, lr=1e-3, lr_fake=1e-3, fake_updates=3, batch=48),
              # DM is divided by D (DEPARTURE 20), so the balance of Eq. 18 does not carry over from the paper's
              # models. The tiny world gives the pathwise term ten times the weight of the others; README has both.
-             2: dict(iterations=50, lr=1e-3, lr_fake=1e-3, fake_updates=2, groups=4, group_size=12,
+             2: dict(iterations=50, lr=1e-3, lr_fake=1e-3, fake_updates=4, groups=4, group_size=12,
                      det_weight=10.0)},
     "sd3m": {"guidance": 7.0, 1: dict(micro_batch=8), 2: dict(micro_batch=2)},
     "sd35m": {"guidance": 4.5, "rewards": "hpsv2=1,clipscore=1,pickscore=1",                            # paper 4.3
@@ -420,7 +420,8 @@ def rollout(velocity, x, noise, times, eta):
 
 
 class CPSScheduler(FlowMatchEulerDiscreteScheduler):
-    """Eq. 21 for the stock diffusers pipelines of SD3 and FLUX.2.  Copy it alone: it needs nothing else here.
+    """Eq. 21 for the stock diffusers pipelines of SD3 and FLUX.2.  Copy it alone, with the imports of math, torch,
+    FlowMatchEulerDiscreteScheduler, SchedulerOutput and randn_tensor above.
 
         pipe.scheduler = CPSScheduler.from_config(pipe.scheduler.config, eta=0.9)
         pipe.scheduler.generator = torch.Generator().manual_seed(0)      # the noise of the steps
@@ -1006,10 +1007,17 @@ def reinforce_slot(run, b, slot, reward_term, rows, here, u, noise, first, total
 
 
 def pathwise_terms(run, x_0, prompts, scales):
-    """Eq. 15 for each differentiable reward, divided by the std of its own advantage, weighted and added up."""
-    images = run.backbone.decode(x_0)
-    return sum(weight * pathwise_loss(rate(reward, images, prompts), scales[name], x_0[0].numel())
-               for name, (reward, weight) in run.rewards.items() if reward.differentiable)
+    """Eq. 15 for each differentiable reward, divided by the std of its own advantage, weighted and added up.
+    UsageError for a reward that only claims to be differentiable."""
+    images, total = run.backbone.decode(x_0), 0.0
+    for name, (reward, weight) in run.rewards.items():
+        if reward.differentiable:
+            r = rate(reward, images, prompts)
+            if not r.requires_grad:
+                raise UsageError(f"reward {name} says that it is differentiable, but its result has no gradient: leave "
+                                 "out .differentiable, or compute in torch, without detach or no_grad.")
+            total = total + weight * pathwise_loss(r, scales[name], x_0[0].numel())
+    return total
 
 
 def pathwise_through(run, b, rows, total):
@@ -1360,14 +1368,18 @@ def find_weights(repo, filename, cfg):
     """Path of a file: of the folder `repo`, of WEIGHTS_DIR/<its last name>, of WEIGHTS_DIR, or of the hub."""
     own = Path(cfg.weights_dir or repo).expanduser()
     places = [folder / filename for folder in (Path(repo), own / Path(repo).name, own)]
+    if found := next(filter(Path.is_file, places), None):
+        return found
+    if Path(repo).is_dir():                               # or the hub would be asked for it, some 20 s
+        raise UsageError(f"{repo} has no {filename}: name a folder that is whole.")
     try:
-        return next(filter(Path.is_file, places), None) or Path(huggingface_hub.hf_hub_download(repo, filename))
+        return Path(huggingface_hub.hf_hub_download(repo, filename))
     except (OSError, ValueError) as error:                # ValueError: a path, which is no name on the hub
         remedy = "check name and network, or name a folder that has it by --pretrained or (rewards) --weights_dir"
         if isinstance(error, huggingface_hub.errors.GatedRepoError):
             remedy = f"accept the licence on https://huggingface.co/{repo} and run `hf auth login`"
-        raise UsageError(f"{filename} of {repo} is neither in {own} nor on the hub ({type(error).__name__}): "
-                         f"{remedy}.") from error
+        where = f"neither in {own} nor" if cfg.weights_dir else "not"
+        raise UsageError(f"{filename} of {repo} is {where} on the hub ({type(error).__name__}): {remedy}.") from error
 
 
 def from_hub(load, repo, cfg, needs="config.json", **options):
@@ -1393,7 +1405,8 @@ def random_text(prompts, dtype, **shapes):
 
 def attention_linears(net):
     """Full names of the attention linears of both streams: 191 in SD3, 243 in SD3.5 (with its second, image-only
-    attention attn2), 80 and 112 in FLUX.2, whose single-stream blocks fuse q, k, v and the MLP into one linear.
+    attention attn2), 80 and 112 in FLUX.2, whose single-stream blocks fuse q, k, v and the MLP into one linear: there
+    the MLP is adapted too (App. J speaks of attention only).
     Full, because PEFT reads others as suffixes: `attn.to_q` misses attn2, `to_out` hits lists as well."""
     pattern = re.compile(r"(single_)?transformer_blocks\.\d+\.attn2?\..+")
     return [name for name, part in net.named_modules() if isinstance(part, nn.Linear) and pattern.fullmatch(name)]
@@ -1443,7 +1456,7 @@ class TextCache:
             if 1.1 * need > free:
                 raise UsageError(f"{need:.1f} GB of text embeddings, {free:.1f} GB free: --cache needs more room.")
         parts = [missing[i:i + batch] for i in range(rank * batch, len(missing), world * batch)]
-        for part in progress(parts, len(parts), "text embeddings"):
+        for part in progress(parts, len(parts), "text embeddings") if parts else ():
             cond = self.backbone.encode(part)
             for i, prompt in enumerate(part):
                 write_atomic(self.path(prompt), safetensors_bytes({name: rows[i] for name, rows in cond.items()}))
@@ -1820,7 +1833,7 @@ def find_start(run):
             raise UsageError(f"{start} is not of this version of rtdmd.py (no {', '.join(sorted(missing))}): take "
                              "another --out or --init.")
         then, now = dict(saved["config"], prompts=saved["prompts"]), dict(vars(cfg), prompts=run.prompt_hash)
-        matter = now.keys() - FREE_SETTINGS if own else {"model", "lora_rank", "lora_alpha"}
+        matter = now.keys() - FREE_SETTINGS if own else {"model", "pretrained", "tiny_steps", "lora_rank", "lora_alpha"}
         changed = [f"{n} {then.get(n)!r} -> {v!r}" for n, v in now.items() if n in matter and then.get(n) != v]
         if changed and not cfg.force_resume:
             raise UsageError(f"{start} was made with other settings ({'; '.join(changed)}): take those, or "
@@ -1947,6 +1960,8 @@ def watch_signals(run):
     A second SIGTERM does not: a cluster sends it to every process, and torchrun sends it on to its own."""
     def handler(number, _):
         run.stop = True
+        if dist_info()[0] == 0:                                             # print may be what was interrupted
+            os.write(2, b"\nStopping after this iteration; Ctrl-C again stops at once.\n")
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, handler)
@@ -2007,7 +2022,8 @@ def main(argv=None):
         cfg = resolve(parse_flags(argv))
         with claim(cfg) if dist_info()[0] == 0 and not cfg.dry_run else contextlib.nullcontext():
             run = prepare(cfg)
-            watch_signals(run)
+            if not cfg.dry_run:                                             # there is nothing to save
+                watch_signals(run)
             (stage1 if cfg.stage == 1 else stage2)(run)
             if cfg.dry_run:
                 eval_module().report_costs(run)

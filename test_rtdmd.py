@@ -1731,6 +1731,21 @@ class Broken:
     assert rtdmd.load_reward("judge", settings(), extra={"judge": own}) is own
 
 
+def test_a_reward_that_only_says_that_it_is_differentiable(flags, tmp_path, monkeypatch, capfd):
+    """A detach or NumPy on the way is named; without the check PyTorch would speak of element 0 of tensors."""
+    written(tmp_path, "cut_rewards.py", """def cut(images, prompts):
+    return images.detach().mean((1, 2, 3))
+cut.differentiable = True
+""")
+    monkeypatch.syspath_prepend(tmp_path)
+    refused(capfd, flags(2, "--rewards", "cut_rewards:cut=1"), "cut says that it is differentiable.*no gradient")
+
+
+def test_stage_2_wants_the_world_of_its_stage_1(flags, capfd):
+    """Adapters of another base are refused, as those of another rank are; --force_resume overrides it."""
+    refused(capfd, flags(2, "--tiny_steps", 2), "tiny_steps 1 -> 2")
+
+
 def test_rate_names_reward_and_prompt():
     """A reward that raises or returns another shape is named with its prompt; nan passes as it is, and so does a
     lack of GPU memory, for which main has the remedy."""
@@ -2175,17 +2190,17 @@ def test_a_repository_that_cannot_be_used(folders, tmp_path):
             backbone_of({model: str(path)}, model)
         return sentence(error)
 
-    for path in (tmp_path / "nowhere", "someone/model-that-is-not-cached", tmp_path):
+    for path in (tmp_path / "nowhere", "someone/model-that-is-not-cached"):
         text = attempt(path)
-        assert text.startswith(f"model_index.json of {path} is neither in {path} nor on the hub")
-        assert "check name" in text
+        assert text.startswith(f"model_index.json of {path} is not on the hub") and "check name" in text
+    assert attempt(tmp_path) == f"{tmp_path} has no model_index.json: name a folder that is whole."
     assert "Flux2KleinPipeline" in attempt(folders["base"])
     assert "StableDiffusion3Pipeline" in attempt(folders["sd3m"], "flux2-4b")
     broken = tmp_path / "broken"
     for part in ("vae", "transformer", "scheduler"):
         shutil.copytree(folders["sd3m"], broken)
         shutil.rmtree(broken / part)
-        assert re.match(fr"{part}/\S*config.json of {broken} is neither in", attempt(broken))
+        assert re.match(fr"{broken} has no {part}/\S*config.json", attempt(broken))
         shutil.rmtree(broken)
     shutil.copytree(folders["sd3m"], broken)
     weights = broken / "transformer" / "diffusion_pytorch_model.safetensors"
@@ -3215,8 +3230,8 @@ WRONG = [line.split(" | ") for line in r"""
 1 --prompts TMP/broken.jsonl | line 1
 1 --prompts TMP/sentence.txt | tiny world (does not know|cannot draw)
 1 --prompts TMP/what.docx | none of .txt
-1 SD3 --pretrained TMP/nothing | neither in .* nor on the hub
-1 SD3 --pretrained TMP/cut | model_index.json of .* is neither in
+1 SD3 --pretrained TMP/nothing | not on the hub
+1 SD3 --pretrained TMP/cut | has no model_index.json
 """.strip().splitlines()]
 
 

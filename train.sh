@@ -6,6 +6,7 @@
 #   bash train.sh ablations                the paper's questions on the tiny world, a night; --quick: half an hour
 set -euo pipefail
 cd "$(dirname "$0")"
+case ${1:-} in -h | --help) sed -n '2,6s/^# *//p' train.sh; exit ;; esac
 
 # Environment: an active one is used as it is, else .venv is made once. PYTHON chooses the interpreter that makes it.
 if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
@@ -23,6 +24,10 @@ if [ "${1:-}" = ablations ]; then
     exec python eval.py --ablations "$@"
 fi
 model=${1:-tiny} processes=${2:-1}
+if [[ $model == -* || ! $processes =~ ^[1-9][0-9]*$ ]]; then
+    echo "train.sh: give a model, the number of processes, then flags, as in: bash train.sh sd3m 8 --steps 4" >&2
+    exit 2
+fi
 shift $(($# < 2 ? $# : 2))
 out=${OUT:-runs/$model}
 run=(python)
@@ -40,6 +45,12 @@ timed() {
     "$@"
     echo "$label: $(((SECONDS - start) / 60)) min $(((SECONDS - start) % 60)) s"
 }
+# What stage 2 would refuse is refused before stage 1 has trained for hours.
+[ "$model" = tiny ] || python -c 'import sys, rtdmd
+try:
+    rtdmd.resolve(rtdmd.parse_flags(sys.argv[1:]))
+except rtdmd.UsageError as error:
+    sys.exit(f"rtdmd: stage 2: {error}")' --stage 2 --model "$model" "$@"
 timed "stage 1" "${run[@]}" rtdmd.py --stage 1 --model "$model" --out "$out" "$@"
 timed "stage 2" "${run[@]}" rtdmd.py --stage 2 --model "$model" --out "$out" "$@"
 timed "evaluation" "${run[@]}" eval.py --model "$model" --run_folder "$out"
