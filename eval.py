@@ -632,13 +632,23 @@ class GenEval:
         return self.details(images, prompts)[self.rule]
 
 
-def geneval_summary(scores, rows):
-    """Mean of each task, and under "geneval" the unweighted mean of these, which the paper prints."""
-    tasks = {}
-    for value, row in zip(scores, rows):
-        tasks.setdefault(row["tag"], []).append(float(value))
-    means = {tag: sum(values) / len(values) for tag, values in tasks.items()}
-    return {**means, "geneval": sum(means.values()) / len(means)}        # tasks differ in size: 80 to 100 prompts
+def geneval_tasks(metrics, prompts, cfg):
+    """{prompt: its task}, {} if geneval is not among the metrics. Refuses prompts without a metadata row."""
+    if "geneval" not in metrics.split(","):
+        return {}
+    rows = find_rows(prompts, rows_of(cfg, ("tag", "include", "prompt")), "geneval")
+    return {prompt: row["tag"] for prompt, row in zip(prompts, rows)}
+
+
+def geneval_summary(scores, prompts, tasks):
+    """(mean, standard error) of each task, and under "geneval" of their unweighted mean, which the paper prints:
+    tasks differ in size, 80 to 100 prompts. tasks {prompt: its task}."""
+    result = {}
+    for task in dict.fromkeys(tasks[prompt] for prompt in prompts):
+        mine = [i for i, prompt in enumerate(prompts) if tasks[prompt] == task]
+        result[task] = mean_and_error([scores[i] for i in mine], [prompts[i] for i in mine])
+    means, errors = zip(*result.values())
+    return {**result, "geneval": (sum(means) / len(means), math.hypot(*errors) / len(errors))}
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -874,6 +884,7 @@ METRICS = {
 }
 TINY_COLUMNS = dict(attributes="reward", strict="accuracy", heldout="held-out reward",
                     heldout_strict="held-out accuracy", distance="distance", diversity="diversity")
+SET_METRICS = ("distance", "diversity")           # of the whole set, not of a picture
 DEFAULT_METRICS = {"tiny": ",".join(TINY_COLUMNS), "real": "clipscore,aesthetic,pickscore,hpsv2,imagereward"}
 
 
@@ -987,12 +998,17 @@ def free():
     torch.cuda.empty_cache()
 
 
-def mean_and_error(values, per_prompt):
-    """Mean of the scores that are not NaN, and its standard error over prompts.
+def mean_and_error(values, prompts=None):
+    """Mean of the scores that are not NaN, and its standard error over prompts (none given: all differ).
 
     The pictures of one prompt are not independent: an error over pictures would be too small.
     """
-    table = torch.tensor(values, dtype=torch.float64).view(-1, per_prompt)
+    groups = {}
+    for prompt, value in zip(prompts or range(len(values)), values):
+        groups.setdefault(prompt, []).append(value)
+    longest = max(map(len, groups.values()))
+    rows = [group + [math.nan] * (longest - len(group)) for group in groups.values()]
+    table = torch.tensor(rows, dtype=torch.float64)
     prompts = table.nanmean(1)[~table.isnan().all(1)]
     error = prompts.std().item() / math.sqrt(len(prompts)) if len(prompts) > 1 else math.nan
     return prompts.mean().item() if len(prompts) else math.nan, error
@@ -1306,27 +1322,25 @@ def score_rows(pictures, captions, flags, cfg, own=()):
     """{row: {metric: list over all pictures}}, sentences on failures. One scorer is in memory at a time."""
     scores, failures = {row: {} for row in pictures}, []
     for name in flags.metrics.split(","):
-        if name in ("distance", "diversity"):                # of the set, not of a picture
+        if name in SET_METRICS:
             continue
         scorer = own[name] if name in own else load_metric(name, cfg)
         for row, (index, images) in pictures.items():
             texts = [captions[i] for i in index]
             values, failed = run_metric(scorer, images, texts, max(flags.batch, 16), cfg.device)
-            failures += [f"{row}: {sentence}" for sentence in failed]
-            scores[row].update({metric: gathered(zip(index, mine)) for metric, mine in values.items()})
+            failures += [f"{row}: {sentence}" for sentence in itertools.chain(*rtdmd.everyone(failed))]
+            lost = [math.nan] * len(index)           # a process without a score does not know all of the names
+            for metric in dict.fromkeys(itertools.chain(*rtdmd.everyone(list(values)))):
+                scores[row][metric] = gathered(zip(index, values.get(metric, lost)))
         del scorer
         free()
     return scores, failures
 
 
-def summarise(scores, captions, per_prompt, cfg):
+def summarise(scores, captions, tasks):
     """{metric: (mean, standard error)} of one row; for geneval the mean of task means, and each task."""
-    result = {name: mean_and_error(values, per_prompt) for name, values in scores.items()}
-    if "geneval" in scores:
-        rows = rows_of(cfg, ("tag", "prompt"))
-        for name, value in geneval_summary(scores["geneval"], [rows[c] for c in captions]).items():
-            result[name] = value, result["geneval"][1] if name == "geneval" else math.nan
-    return result
+    result = {name: mean_and_error(values, captions) for name, values in scores.items()}
+    return result | (geneval_summary(scores["geneval"], captions, tasks) if "geneval" in scores else {})
 
 
 def number(mean, error):
@@ -1377,6 +1391,7 @@ def evaluate(flags, cfg):
     check_names(flags.metrics.split(","), TINY_COLUMNS if cfg.model == "tiny" else (), "--metrics")
     rows, pictures, seconds = plan(flags, cfg), {}, {}
     prompts = read_prompts(cfg.prompts, cfg.seed)[:flags.max_prompts]
+    tasks = geneval_tasks(flags.metrics, prompts, cfg)
     captions = [prompt for prompt in prompts for _ in range(flags.per_prompt)]
     sampler = Sampler(cfg, rows, prompts)
     for name, row in rows.items():
@@ -1385,9 +1400,9 @@ def evaluate(flags, cfg):
         sampler.free()
     scores, failures = score_rows(pictures, captions, flags, cfg, getattr(sampler.backbone, "rewards", ()))
     shown, panels = range(0, len(captions), flags.per_prompt)[:12], []
-    results = {name: summarise(scores[name], captions, flags.per_prompt, cfg) for name in rows}
+    results = {name: summarise(scores[name], captions, tasks) for name in rows}
     for name, (index, images) in pictures.items():
-        if {"distance", "diversity"} & set(flags.metrics.split(",")):
+        if {*SET_METRICS} & set(flags.metrics.split(",")):
             everything = torch.stack(gathered(zip(index, images))).float() / 255
             of_set = tiny_set_metrics(sampler.backbone, everything, captions, flags.per_prompt)
             results[name].update({m: value for m, value in of_set.items() if m in flags.metrics})
@@ -1403,7 +1418,7 @@ def evaluate(flags, cfg):
     note = (f"{len(prompts)} prompts x {flags.per_prompt} pictures, set {prompt_hash}, seed {cfg.seed}; +- is one "
             f"standard error. Rows of {flags.out}/grid.png: {', '.join(rows)}.")
     report(flags, results, scores, failures, note, model=cfg.model, prompts=prompts, prompt_hash=prompt_hash,
-           seed=cfg.seed, sampler=rows, resolution=cfg.resolution)
+           tasks=tasks, seed=cfg.seed, sampler=rows, resolution=cfg.resolution)
 
 
 def save_pictures(folder, pictures, captions):
@@ -1440,34 +1455,43 @@ def score_folder(flags, cfg):
     """--images: scores pictures of any origin."""
     files, prompts = read_folder(flags.images)
     check_names(flags.metrics.split(","), (), "--metrics")
+    tasks = geneval_tasks(flags.metrics, prompts, cfg)
     cfg.device = rtdmd.start_processes(cfg.device)
     flags.per_prompt, name, index = 1, Path(flags.images).name, rtdmd.share(len(files))
     scores, failures = score_rows({name: (index, [files[i] for i in index])}, prompts, flags, cfg)
-    report(flags, {name: summarise(scores[name], prompts, 1, cfg)}, scores, failures,
-           images=[str(file) for file in files], prompts=prompts)
+    report(flags, {name: summarise(scores[name], prompts, tasks)}, scores, failures,
+           images=[str(file) for file in files], prompts=prompts, tasks=tasks)
 
 
 def compare(flags, cfg):
     """--compare A B: B - A for every row and metric that both have; without a common row, of the first of each.
 
-    Paired, with the same prompts and noise on both sides: their part of the standard error cancels.
+    Scores are paired picture by picture: two pictures of one prompt and seed have the same noise, and what that
+    and the prompt do to both cancels, in the standard error too. Pictures of other origin share only the prompt.
     """
     called = f"--compare {' '.join(flags.compare)}"
     try:
         a, b = (json.loads(Path(path).read_text()) for path in flags.compare)
+        if not all(isinstance(report, dict) and "scores" in report for report in (a, b)):
+            raise ValueError("there are no scores in one of them")
     except (OSError, ValueError) as error:
         raise UsageError(f"{called}: {error}; give two report.json of eval.py.") from None
     if a["prompts"] != b["prompts"] or a["per_prompt"] != b["per_prompt"]:
         raise UsageError(f"{called}: the reports are of different prompts, so their scores cannot be paired: "
                          "sample both with the same --prompts, --max_prompts and --per_prompt.")
+    captions = [prompt for prompt in a["prompts"] for _ in range(a["per_prompt"])]
+    tasks = a.get("tasks", {})                               # an earlier report does not have them
     pairs = [(row, row) for row in a["scores"] if row in b["scores"]] or [*zip(a["scores"], b["scores"])][:1]
     results = {}
     for left, right in pairs:
         mine, theirs = a["scores"][left], b["scores"][right]
-        results[right if left == right else f"{right} - {left}"] = {
-            m: mean_and_error([y - x for x, y in zip(mine[m], theirs[m])], a["per_prompt"])
-            for m in mine if m in theirs}
+        results[right if left == right else f"{right} - {left}"] = summarise(
+            {m: [y - x for x, y in zip(mine[m], theirs[m])] for m in mine
+             if m in theirs and (tasks or m != "geneval")}, captions, tasks)
     print(table(results))
+    if alone := [m for m in (*SET_METRICS, "geneval") if any(m in row for row in a.get("rows", {}).values())
+                 and not any(m in row for row in results.values())]:
+        print(f"Not compared, since the reports do not have them picture by picture: {', '.join(alone)}.")
 
 
 def one_picture(flags, cfg):
@@ -1968,7 +1992,7 @@ def ablation_table(rows, results):
         both = runs.keys() & first.keys() if runs is not first else ()
         values = [[scores[m] for scores in runs.values() if m in scores] for m in columns]
         values += [[runs[seed][m] - first[seed][m] for seed in both] for m in compared]
-        lines.append([row, str(len(runs)), *(number(*mean_and_error(v, 1)) if v else "" for v in values)])
+        lines.append([row, str(len(runs)), *(number(*mean_and_error(v)) if v else "" for v in values)])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 

@@ -3920,8 +3920,12 @@ def test_geneval_end_to_end_with_a_stub_detector(monkeypatch):
 
 
 def test_geneval_summary_is_the_mean_of_the_tasks():
-    rows = [{"tag": "colors"}] * 3 + [{"tag": "counting"}]
-    assert ev.geneval_summary([1, 1, 0, 0], rows) == {"colors": 2 / 3, "counting": 0, "geneval": 1 / 3}
+    """Its error is that of a mean of independent means; a picture without a score costs nothing but itself."""
+    tasks = dict(a="colors", b="colors", c="colors", d="counting", e="counting")
+    found = ev.geneval_summary([1, 1, 0, 0, 1, math.nan], [*"abcdee"], tasks)
+    assert found == {"colors": (pytest.approx(2 / 3), pytest.approx(1 / 3)), "counting": (.5, .5),
+                     "geneval": (pytest.approx(7 / 12), pytest.approx(math.hypot(1 / 3, .5) / 2))}
+    assert ev.geneval_summary([1, 0, 1], [*"ade"], tasks)["geneval"][0] == .75
 
 
 def test_geneval_metadata_and_training_prompts(tmp_path):
@@ -4304,10 +4308,54 @@ def test_run_metric_returns_every_number_that_a_scorer_knows():
 
 def test_mean_and_error_counts_prompts_not_pictures():
     """Two prompts of two pictures each: the error is over the two means; nan pictures are left out."""
-    mean, error = ev.mean_and_error([1.0, 3.0, 5.0, 7.0], 2)
-    assert (mean, error) == (4.0, pytest.approx(2.0))
-    assert ev.mean_and_error([1.0, math.nan, 5.0, 7.0], 2)[0] == 3.5
-    assert math.isnan(ev.mean_and_error([math.nan], 1)[0])
+    assert ev.mean_and_error([1.0, 3.0, 5.0, 7.0], [*"aabb"]) == (4.0, pytest.approx(2.0))
+    assert ev.mean_and_error([1.0, 5.0, 7.0, 3.0], [*"abba"]) == (4.0, pytest.approx(2.0))
+    assert ev.mean_and_error([2.0, 3.0, 7.0, 8.0], [*"abbb"]) == (4.0, pytest.approx(2.0))
+    assert ev.mean_and_error([1.0, math.nan, 5.0, 7.0], [*"aabb"])[0] == 3.5
+    assert ev.mean_and_error([1.0, 3.0]) == (2.0, pytest.approx(1.0))
+    assert math.isnan(ev.mean_and_error([math.nan])[0])
+
+
+def test_processes_agree_on_names_and_failures(monkeypatch):
+    """Rank 1 has no picture, or only one that fails: it makes the calls that rank 0 makes, and is heard."""
+    class Two:
+        name = "two"
+
+        def details(self, images, prompts):
+            if "bad" in prompts:
+                raise ValueError("broken")
+            return {"two": images.mean((1, 2, 3)), "more": images.amax((1, 2, 3))}
+
+    def process(rank, share):
+        """score_rows as on that rank, the other's values waited for where it asks everyone."""
+        def everyone(value):
+            values[rank].append(value)
+            meet.wait()
+            both = [values[r][-1] for r in (0, 1)]
+            meet.wait()
+            return both
+
+        local.everyone = everyone
+        index = [i for i in range(len(captions)) if i % 2 == rank][:share]
+        images = torch.stack([torch.full((3, 4, 4), i / 4) for i in range(len(captions))])
+        pictures = {"row": (index, images[index])}
+        flags = SimpleNamespace(metrics="two", batch=1)
+        found[rank] = ev.score_rows(pictures, captions, flags, settings(), {"two": Two()})
+
+    local = threading.local()
+    monkeypatch.setattr(rtdmd, "everyone", lambda value: local.everyone(value))
+    for captions in (["a", "bad", "c"], ["a"]):
+        meet, values, found = threading.Barrier(2, timeout=10), ([], []), {}
+        threads = [threading.Thread(target=process, args=(rank, 9)) for rank in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(15)
+        (scores, failures), other = found[0], found[1]
+        assert repr(found[0]) == repr(other) and set(scores["row"]) == {"two", "more"}
+        for row in scores["row"].values():
+            assert [math.isnan(v) for v in row] == [text == "bad" for text in captions]
+        assert len(failures) == captions.count("bad") and all("'bad'" in text for text in failures)
 
 
 def test_frechet_and_spread_against_known_values():
@@ -4483,6 +4531,52 @@ def test_compare_and_images_read_what_eval_writes(tiny_report, capsys):
     capsys.readouterr()
     ev.main(["--compare", report, report])
     assert "0.000+-0.000" in capsys.readouterr().out
+
+
+def written_report(folder, name, scores, prompts, per_prompt=1, **facts):
+    rows = {"row": {m: 0.0 for m in (*scores, "distance")}}
+    return written(folder, name, json.dumps(dict(scores={"row": scores}, prompts=prompts, rows=rows,
+                                                 per_prompt=per_prompt, **facts)))
+
+
+def test_compare_is_the_second_less_the_first(tmp_path, capsys):
+    """In the statistic of each metric; what has no score for each picture is said to be left out."""
+    prompts, tasks = ["a", "b", "c", "d"], dict(a="colors", b="colors", c="colors", d="counting")
+    a = written_report(tmp_path, "a.json", dict(geneval=[0, 0, 0, 0], ocr=[.1, .3, .5, .2]), prompts, tasks=tasks)
+    b = written_report(tmp_path, "b.json", dict(geneval=[0, 0, 0, 1], ocr=[.6, .8, 1., .7]), prompts, tasks=tasks)
+    ev.main(["--compare", a, b])
+    head, row, *rest = capsys.readouterr().out.splitlines()
+    found = dict(zip(re.split("  +", head.strip()), row.split()[1:]))
+    assert found == {"GenEval": "0.5", "OCR": "0.500+-0.000", "colors": "0.000+-0.000", "counting": "1"}
+    assert len(rest) == 1 and "Not compared" in rest[0] and rest[0].endswith("distance.")
+    for path in (a, b):
+        Path(path).write_text(json.dumps({**json.loads(Path(path).read_text()), "tasks": {}}))
+    ev.main(["--compare", a, b])
+    out = capsys.readouterr().out
+    assert "GenEval" not in out and "distance, geneval." in out
+
+
+def test_images_of_one_prompt_are_not_independent(tmp_path, monkeypatch, capsys):
+    """--images: 2 prompts x 4 pictures give the error of two prompts; an unreadable file is one sentence."""
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path, "grey_judge.py", "def grey(images, prompts):\n    return images.mean((1, 2, 3))\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rows = [dict(file_name=f"{i}.png", prompt="ab"[i % 2]) for i in range(8)]
+    for i in range(8):
+        Image.new("RGB", (8, 8), 3 * (255 * (i % 2),)).save(folder / f"{i}.png")
+    written(folder, "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    line = ["--images", str(folder), "--metrics", "grey_judge:grey", "--device", "cpu", "--out", "out"]
+    ev.main(line)
+    report = json.loads(Path("out/report.json").read_text())
+    name = "grey_judge:grey"
+    assert report["rows"]["pictures"][name] == .5 and report["errors"]["pictures"][name] == pytest.approx(.5)
+    (folder / "7.png").write_bytes(b"no picture")
+    ev.main(line)
+    report = json.loads(Path("out/report.json").read_text())
+    assert len(report["failures"]) == 1 and report["rows"]["pictures"][name] == .5
+    assert "not scored: pictures: " in capsys.readouterr().out
 
 
 def test_eval_prompt_makes_one_picture(tiny_report):
