@@ -25,9 +25,8 @@ A scorer is called as scorer(images (B,3,H,W) in [0,1], prompts or metadata rows
 arguments, so that tests use the real classes at small size; `load(cfg)` takes the real ones from --weights_dir
 or the hub. No package beyond requirements.txt: mmdet, paddle and the rewards' own break on today's transformers.
 
-Order: 1-7 scorers | 8 METRICS, run_metric | 9 prompts | 10 flags | 11 sampling | 12 reports, one function for
-each command: evaluate, score_folder, compare, one_picture | 13 records of a training run | 14 its cost (rtdmd.py
---dry_run) | 15 ablations, experiments beyond the paper, curves; main.
+Order: 1-7 scorers | 8 METRICS, run_metric | 9 prompts | 10 flags | 11 sampling | 12 reports, a function for each
+command: evaluate, score_folder, compare, one_picture | 13 records and 14 cost of a training run | 15 ablations.
 """
 import argparse
 import ast
@@ -135,12 +134,9 @@ def read_rows(path, **fields):
                 continue
             row = json.loads(text)
         except (ValueError, RecursionError) as error:
-            reason = getattr(error, "msg", error)
-            raise UsageError(f"{path}, line {number}: this is not JSON in UTF-8 ({reason}).") from error
-        if not isinstance(row, dict):
-            raise UsageError(f"{path}, line {number}: this is no object with the field {[*fields][0]!r}.")
+            raise UsageError(f"{path}, line {number}: this is not JSON in UTF-8 ({error}).") from error
         for name, kind in fields.items():
-            if not isinstance(row.get(name), kind):
+            if not isinstance(row, dict) or not isinstance(row.get(name), kind):
                 raise UsageError(f"{path}, line {number}: the field {name!r} is missing, or no {kind.__name__}.")
         rows.append({**row, "prompt": row["prompt"].strip()})
     return rows
@@ -339,9 +335,8 @@ class HPSv3:
     def __call__(self, images, prompts):
         """images (B,3,H,W), prompts -> (B,), unbounded: 10 to 16 in the paper's tables."""
         texts = [self.instruction.format(text_prompt=p) for p in prompts]
-        size = {"shortest_edge": self.PIXELS, "longest_edge": self.PIXELS}
-        inputs = chat_inputs(self.processor, as_bytes(images), texts, images_kwargs={"size": size})
-        inputs = inputs.to(self.device)
+        view = {"size": {"shortest_edge": self.PIXELS, "longest_edge": self.PIXELS}}
+        inputs = chat_inputs(self.processor, as_bytes(images), texts, images_kwargs=view).to(self.device)
         return self.read(inputs["input_ids"], inputs["attention_mask"], inputs["pixel_values"],
                          inputs["image_grid_thw"])
 
@@ -386,8 +381,8 @@ def read_geneval_metadata(path):
     """
     rows = read_rows(path, prompt=str, tag=str, include=list)
     for row in rows:
-        named = [need["class"] for need in [*row["include"], *row.get("exclude", ())]]
-        strange = [name for name in named if name not in COCO]
+        needs = [*row["include"], *row.get("exclude", ())]
+        strange = [need["class"] for need in needs if need["class"] not in COCO]
         if strange or row["tag"] not in TASKS:
             raise UsageError(f"{path}: {row['prompt']!r} has an unknown " + (
                 f"class, {strange[0]!r}." if strange else f"tag, {row['tag']!r}; known are {TASKS}."))
@@ -690,10 +685,9 @@ class GenEval2:
     @classmethod
     def load(cls, cfg):
         """The judge of the benchmark's authors, in bf16: some 17 GB."""
-        repo = "Qwen/Qwen3-VL-8B-Instruct"
+        repo, known = "Qwen/Qwen3-VL-8B-Instruct", rows_of(cfg, lambda p: read_rows(p, prompt=str, vqa_list=list))
         net = load_net(transformers.Qwen3VLForConditionalGeneration, repo, cfg, dtype=torch.bfloat16)
         processor = from_hub(transformers.AutoProcessor.from_pretrained, repo, cfg, needs="tokenizer.json")
-        known = rows_of(cfg, functools.partial(read_rows, prompt=str, vqa_list=list))
         return cls(net, processor, known, cfg.device)
 
     @torch.no_grad()
@@ -1014,9 +1008,8 @@ def mean_and_error(values, prompts=None):
     groups = {}
     for prompt, value in zip(prompts or range(len(values)), values):
         groups.setdefault(prompt, []).append(value)
-    longest = max(map(len, groups.values()))
-    rows = [group + [math.nan] * (longest - len(group)) for group in groups.values()]
-    table = torch.tensor(rows, dtype=torch.float64)
+    rows = zip(*itertools.zip_longest(*groups.values(), fillvalue=math.nan))         # one for each prompt
+    table = torch.tensor([*rows], dtype=torch.float64)
     prompts = table.nanmean(1)[~table.isnan().all(1)]
     error = prompts.std().item() / math.sqrt(len(prompts)) if len(prompts) > 1 else math.nan
     return prompts.mean().item() if len(prompts) else math.nan, error
@@ -1481,8 +1474,8 @@ def score_folder(flags, cfg):
 def compare(flags, cfg):
     """--compare A B: B - A for every row and metric that both have; without a common row, of the first of each.
 
-    Scores are paired picture by picture: two pictures of one prompt and seed have the same noise, and what that
-    and the prompt do to both cancels, in the standard error too. Pictures of other origin share only the prompt.
+    Paired picture by picture: what the prompt does to both cancels, in the standard error too, and what the noise
+    does, if both were sampled with one seed.
     """
     called = f"--compare {' '.join(flags.compare)}"
     try:
@@ -1929,12 +1922,12 @@ def ablations(flags, cfg):
                 jobs[row, seed] = (stage, row, rows[row], seed)
     starting = {seed for stage, row, words, seed in jobs.values() if stage == 2 or "@fake_from_zero" in words}
     base = [(1, BASE, STAGE1_ROWS[QUICK[1]][BASE], seed) for seed in seeds if seed in starting]
-    if jobs:
+    if not jobs:
+        rtdmd.log(f"--only {flags.only!r} names no row of these tables: nothing is trained.")
+    else:
         rtdmd.load_backbone(rtdmd.resolve(dict(cache=cfg.cache, tiny_steps=cfg.tiny_steps)))    # makes the world
         train_rows(base, out, cfg, flags.jobs)                                           # where these rows start
         train_rows(list(jobs.values()), out, cfg, flags.jobs)
-    else:
-        rtdmd.log(f"--only {flags.only!r} names no row of these tables: nothing is trained.")
     files = {row: [result_of(out, row, seed) for seed in seeds] for _, _, rows in tables for row in rows}
     results = {row: [json.loads(file.read_text()) for file in found if file.exists()] for row, found in files.items()}
     text = "\n\n".join(f"### {name}\n\n{ablation_table(rows, results)}" for _, name, rows in tables)
@@ -2038,8 +2031,7 @@ def replaced(names, start):
 
 
 def antithetic(start):
-    """Half of a group has minus the noise of the other half, wherever Eq. 16 draws it anew. x_{t_0} too. The last
-    of an odd group has its own."""
+    """Half of a group has minus the noise of the other half, wherever Eq. 16 draws it anew. x_{t_0} too."""
     original = rtdmd.group_draws
 
     def group_draws(run, it, groups):
@@ -2142,10 +2134,10 @@ def draw_run_curves(run, path):
     """README's healthy run as a picture: the gap between fake score and teacher of both stages, the rewards of
     stage 2."""
     logs = {i: read_log(run / f"stage{i}") for i in (1, 2) if (run / f"stage{i}/metrics.jsonl").exists()}
-    known = {stage: dict.fromkeys(name for line in log for name in line) for stage, log in logs.items()}
     panels = {f"stage {stage}: dm, the gap between fake score and teacher": {"dm": mean_curve([log], "dm")}
-              for stage, log in logs.items() if "dm" in known[stage]}
-    if names := [name for name in known.get(2, ()) if name.startswith(("reward_", "watch_"))]:
+              for stage, log in logs.items() if any("dm" in line for line in log)}
+    known = dict.fromkeys(name for line in logs.get(2, ()) for name in line)
+    if names := [name for name in known if name.startswith(("reward_", "watch_"))]:
         panels["stage 2: rewards; watch_ is never trained on"] = {n: mean_curve([logs[2]], n) for n in names}
     if panels:
         draw_curves(path, panels)

@@ -4577,15 +4577,14 @@ def test_compare_and_images_read_what_eval_writes(tiny_report, capsys):
     assert "0.000+-0.000" in capsys.readouterr().out
 
 
-def test_the_sampler_guides(tiny_report):
+def test_the_sampler_guides(cache):
     """One Euler step is linear in the guidance weight, and 1 is no guidance."""
-    _, flags = tiny_report
-    parsed, cfg = ev.parse(flags)
+    parsed, cfg = ev.parse(["--teacher", "--cache", str(cache), "--tiny_steps", "1", "--device", "cpu"])
     sampler = ev.Sampler(cfg, ev.plan(parsed, cfg), ["a red circle"])
     sampler.backbone.decode = lambda x: x
     row = dict(role="teacher", nfe=1, eta=0.0, lora=None)
     one, two, three = (sampler.batch(dict(row, guidance=w), ["a red circle"], [1]) for w in (1.0, 2.0, 3.0))
-    assert (two - one).abs().max() > 1e-4
+    assert (two - one).abs().max() > 1e-2
     close(three - one, 2 * (two - one), 1e-4)
     close(one, sampler.batch(dict(row, role="generator", guidance=1.0), ["a red circle"], [1]), 1e-5)
 
