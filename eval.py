@@ -1487,8 +1487,7 @@ def compare(flags, cfg):
     if a["prompts"] != b["prompts"] or a["per_prompt"] != b["per_prompt"]:
         raise UsageError(f"{called}: the reports are of different prompts, so their scores cannot be paired: "
                          "sample both with the same --prompts, --max_prompts and --per_prompt.")
-    captions = [prompt for prompt in a["prompts"] for _ in range(a["per_prompt"])]
-    tasks = a.get("tasks", {})                               # an earlier report does not have them
+    captions, tasks = [p for p in a["prompts"] for _ in range(a["per_prompt"])], a.get("tasks", {})
     pairs = [(row, row) for row in a["scores"] if row in b["scores"]] or [*zip(a["scores"], b["scores"])][:1]
     results = {}
     for left, right in pairs:
@@ -2189,8 +2188,7 @@ def main(argv=None):
         print(f"eval: {error}", file=sys.stderr)
         sys.exit(error.code)
     except torch.OutOfMemoryError:
-        print(f"eval: out of GPU memory: lower --batch (was {flags.batch}; it changes nothing else).",
-              file=sys.stderr)
+        print(f"eval: out of GPU memory: lower --batch (was {flags.batch}; no result changes).", file=sys.stderr)
         sys.exit(1)
     except OSError as error:                                 # a disk is full, a folder cannot be read
         print(f"eval: {error}: mend that, or choose another folder.", file=sys.stderr)

@@ -3957,8 +3957,8 @@ def test_geneval_metadata_and_training_prompts(tmp_path):
     ('{"tag": "colors", "prompt": "x", "include": [], "exclude": [{"class": "elf", "count": 2}]}', "elf")])
 def test_geneval_metadata_complains(tmp_path, line, words):
     """A bad row is named by its line, its field or its class."""
-    good = json.dumps(ev.geneval_row("counting", random.Random(0))).encode()
-    rows = written(tmp_path, "rows.jsonl", good + b"\n" + (line if isinstance(line, bytes) else line.encode()) + b"\n")
+    good, line = json.dumps(ev.geneval_row("counting", random.Random(0))), getattr(line, "encode", lambda: line)()
+    rows = written(tmp_path, "rows.jsonl", good.encode() + b"\n" + line + b"\n")
     with pytest.raises(rtdmd.UsageError, match=words):
         ev.read_geneval_metadata(rows)
 
@@ -4664,8 +4664,9 @@ def test_pictures_without_metadata_are_refused(tmp_path, capsys):
     written(tmp_path, "a_cat.png", "")
     line = ["--images", str(tmp_path), "--metrics", "geneval", "--prompts", rows, "--device", "cpu"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ev.GenEval, "load", lambda cfg: SimpleNamespace(name="geneval", details=lambda images, rows: {}))
+        patch.setattr(ev.GenEval, "load", lambda cfg: SimpleNamespace(name="geneval"))
         eval_refused(capsys, line, "no metadata for the prompt 'a cat'")
+        eval_refused(capsys, [*line[:5], str(tmp_path / "no.jsonl")], "No such file.*no.jsonl")
 
 
 def test_a_finished_evaluation_is_not_lost(tiny_report, tmp_path, capsys):
@@ -4700,7 +4701,7 @@ def test_a_run_is_sampled_like_itself(tmp_path):
     written(tmp_path, "stage1/run.json", '{"config": {"steps": 2, "eta": 0.5, "model": "tiny", "batch": 16}}')
     assert pair(run()["student_init"]) == (2, .5) and pair(run("--nfe", "5")["student_init"]) == (5, .5)
     assert pair(run("--eta", "0")["student_init"]) == (2, 0)
-    written(tmp_path, "stage1/run.json", '{"config": {"steps": 5}}')             # no divisor of the default --batch
+    written(tmp_path, "stage1/run.json", '{"config": {"steps": 5}}')    # the default --batch is no multiple of it
     assert pair(run()["student_init"]) == (5, .9)
 
 
@@ -4716,8 +4717,8 @@ def test_geneval_of_a_folder(tmp_path, monkeypatch):
     written(tmp_path / "pictures", "metadata.jsonl", "".join(lines))
     score = lambda images, rows: {"geneval": images.mean((1, 2, 3)), "geneval_strict": 0 * images.mean((1, 2, 3))}
     monkeypatch.setattr(ev.GenEval, "load", lambda cfg: SimpleNamespace(name="geneval", details=score))
-    ev.main(["--images", "pictures", "--metrics", "geneval", "--prompts", path, "--device", "cpu", "--out", "out"])
-    report = json.loads(Path("out/report.json").read_text())
+    ev.main(["--images", "pictures", "--metrics", "geneval", "--prompts", path, "--device", "cpu", "--out", "."])
+    report = json.loads(Path("report.json").read_text())
     assert report["rows"]["pictures"] == dict(geneval=.5, colors=0, counting=1, geneval_strict=0)
     assert report["tasks"] == {row["prompt"]: row["tag"] for row in rows}
 
