@@ -4647,12 +4647,14 @@ def eval_refused(capsys, line, words, code=2):
 
 @pytest.mark.parametrize("content", ["{}", "[]", '{"scores": 3}', '"x"'])
 def test_compare_refuses_what_is_no_report(content, tmp_path, capsys):
+    """Valid JSON that holds no scores."""
     path = written(tmp_path, "report.json", content)
     eval_refused(capsys, ["--compare", path, path], "two report.json")
 
 
 @pytest.mark.parametrize("content", ['{"config": {"mod', "[]", "{}"])
 def test_a_damaged_run_json_is_named(content, tmp_path, capsys):
+    """Cut short, or without its settings: one sentence, and no model is guessed."""
     (tmp_path / "run/stage1").mkdir(parents=True)
     written(tmp_path, "run/stage1/run.json", content)
     eval_refused(capsys, ["--run_folder", str(tmp_path / "run")], "run.json is damaged")
@@ -4680,6 +4682,7 @@ def test_a_finished_evaluation_is_not_lost(tiny_report, tmp_path, capsys):
 
 
 def test_eval_out_of_memory_names_the_knob(tiny_report, monkeypatch, capsys):
+    """A GPU that is full while sampling ends with --batch in the sentence."""
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
