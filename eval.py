@@ -25,8 +25,8 @@ A scorer is called as scorer(images (B,3,H,W) in [0,1], prompts or metadata rows
 arguments, so that tests use the real classes at small size; `load(cfg)` takes the real ones from --weights_dir
 or the hub. No package beyond requirements.txt: mmdet, paddle and the rewards' own break on today's transformers.
 
-Order: 1-7 scorers | 8 METRICS, run_metric | 9 flags | 10 sampling | 11 reports, one function for each command:
-evaluate, score_folder, compare, one_picture | 12 cost of training (rtdmd.py --dry_run) | ablations.
+Order: 1-7 scorers | 8 METRICS, run_metric | 9 prompts | 10 flags | 11 sampling | 12 reports, a function for each
+command: evaluate, score_folder, compare, one_picture | 13 records and 14 cost of a training run | 15 ablations.
 """
 import argparse
 import ast
@@ -59,7 +59,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -113,7 +113,7 @@ def score_head(state, prefix):
     return head
 
 
-def ask(processor, images, texts, **options):
+def chat_inputs(processor, images, texts, **options):
     """Inputs of a Qwen-VL network: one talk for each uint8 image (B,3,H,W), the image and then its text.
 
     Padding stands on the right, where it moves no position of the text before it.
@@ -124,36 +124,37 @@ def ask(processor, images, texts, **options):
                      **options)
 
 
-def read_rows(path, needed):
-    """The objects of a .jsonl file, one a line, each with the fields `needed`. UsageError names the line."""
+def read_rows(path, **fields):
+    """The objects of a .jsonl file, one a line, each with the fields name=type. UsageError names the line.
+    Lines are what prompt_rows takes for lines, and prompts are stripped: the two files may be one."""
     rows = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UsageError(f"{path}, line {number}: this is not JSON ({error.msg}).") from error
-        missing = [name for name in needed if name not in row]
-        if missing:
-            raise UsageError(f"{path}, line {number}: the field {missing[0]!r} is missing.")
-        rows.append(row)
+            if not (text := line.decode("utf-8-sig").strip()):
+                continue
+            row = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"{path}, line {number}: this is not JSON in UTF-8 ({error}).") from error
+        for name, kind in fields.items():
+            if not isinstance(row, dict) or not isinstance(row.get(name), kind):
+                raise UsageError(f"{path}, line {number}: the field {name!r} is missing, or no {kind.__name__}.")
+        rows.append({**row, "prompt": row["prompt"].strip()})
     return rows
 
 
 def find_rows(prompts, known, name):
     """Metadata rows for prompts: a dict is a row already, a text is looked up in `known` {prompt: row}."""
-    rows = [p if isinstance(p, dict) else known.get(p) for p in prompts]
+    rows = [p if isinstance(p, dict) else known.get(p.strip()) for p in prompts]
     if None in rows:
         raise UsageError(f"{name} needs to know what the image must show, and has no metadata for the prompt "
                          f"{prompts[rows.index(None)]!r}: give --prompts a metadata .jsonl file.")
     return rows
 
 
-def rows_of(cfg, needed):
-    """{prompt: row} of the .jsonl file that --prompts names, {} if it names another kind."""
+def rows_of(cfg, read):
+    """{prompt: row} of the .jsonl file that --prompts names, read by `read`; {} if it is of another kind."""
     path = str(cfg.prompts or "")
-    return {row["prompt"]: row for row in read_rows(path, needed)} if path.endswith(".jsonl") else {}
+    return {row["prompt"]: row for row in read(path)} if path.endswith(".jsonl") else {}
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -334,8 +335,8 @@ class HPSv3:
     def __call__(self, images, prompts):
         """images (B,3,H,W), prompts -> (B,), unbounded: 10 to 16 in the paper's tables."""
         texts = [self.instruction.format(text_prompt=p) for p in prompts]
-        size = {"shortest_edge": self.PIXELS, "longest_edge": self.PIXELS}
-        inputs = ask(self.processor, as_bytes(images), texts, images_kwargs={"size": size}).to(self.device)
+        view = {"size": {"shortest_edge": self.PIXELS, "longest_edge": self.PIXELS}}
+        inputs = chat_inputs(self.processor, as_bytes(images), texts, images_kwargs=view).to(self.device)
         return self.read(inputs["input_ids"], inputs["attention_mask"], inputs["pixel_values"],
                          inputs["image_grid_thw"])
 
@@ -378,16 +379,17 @@ def read_geneval_metadata(path):
 
     include lists {class, count, (color), (position)}; position is [relation, index of its anchor in include].
     """
-    rows = read_rows(path, ("tag", "include", "prompt"))
+    rows = read_rows(path, prompt=str, tag=str, include=list)
     for row in rows:
-        strange = [need["class"] for need in row["include"] if need["class"] not in COCO]
+        needs = [*row["include"], *row.get("exclude", ())]
+        strange = [need["class"] for need in needs if need["class"] not in COCO]
         if strange or row["tag"] not in TASKS:
             raise UsageError(f"{path}: {row['prompt']!r} has an unknown " + (
                 f"class, {strange[0]!r}." if strange else f"tag, {row['tag']!r}; known are {TASKS}."))
     return rows
 
 
-def an(words):
+def with_article(words):
     """"an apple", "a red apple": by the first letter, as the evaluation prompts have it."""
     return ("an " if words[0] in "aeiou" else "a ") + words
 
@@ -403,22 +405,22 @@ def geneval_row(task, draw):
     include, exclude = [one, two], []
     match task:
         case "single_object":
-            include, words = [one], an(first)
+            include, words = [one], with_article(first)
         case "two_object":
-            words = f"{an(first)} and {an(second)}"
+            words = f"{with_article(first)} and {with_article(second)}"
         case "counting":
             one["count"] = draw.randint(2, 4)
             include, exclude = [one], [{"class": first, "count": one["count"] + 1}]   # exactly so many
             words = f"{NUMBERS[one['count']]} {first}{'es' if first.endswith('s') else 's'}"
         case "colors":
             one["color"] = draw.choice(COLOURS)
-            include, words = [one], f"{an(one['color'])} {first}"
+            include, words = [one], f"{with_article(one['color'])} {first}"
         case "position":
             two["position"] = [draw.choice(RELATIONS), 0]             # relative to include[0], its anchor
-            words = f"{an(second)} {two['position'][0]} {an(first)}"
+            words = f"{with_article(second)} {two['position'][0]} {with_article(first)}"
         case "color_attr":
             one["color"], two["color"] = draw.sample(COLOURS, 2)
-            words = f"{an(one['color'])} {first} and {an(two['color'])} {second}"
+            words = f"{with_article(one['color'])} {first} and {with_article(two['color'])} {second}"
     row = {"tag": task, "include": include, "prompt": f"a photo of {words}"}
     return {**row, "exclude": exclude} if exclude else row
 
@@ -609,12 +611,12 @@ class GenEval:
     def load(cls, cfg):
         """open_clip must be asked for the quickgelu twin: OpenAI's weights under plain GELU lose accuracy."""
         import open_clip                                    # takes seconds, which nothing else here needs
+        known = rows_of(cfg, read_geneval_metadata)         # first: a misspelt class would cost a download
         arch, repo = "ViT-L-14-quickgelu", "timm/vit_large_patch14_clip_224.openai"
         detector = load_net(detector_class(), "facebook/mask2former-swin-small-coco-instance", cfg)
         weights = find_weights(repo, "open_clip_model.safetensors", cfg)
         clip = frozen(open_clip.create_model(arch, pretrained=str(weights)), cfg)
-        return cls(detector, ColourNames(clip, open_clip.get_tokenizer(arch)),
-                   known=rows_of(cfg, ("tag", "include", "prompt")))
+        return cls(detector, ColourNames(clip, open_clip.get_tokenizer(arch)), known=known)
 
     @torch.no_grad()
     def details(self, images, prompts):
@@ -632,13 +634,23 @@ class GenEval:
         return self.details(images, prompts)[self.rule]
 
 
-def geneval_summary(scores, rows):
-    """Mean of each task, and under "geneval" the unweighted mean of these, which the paper prints."""
-    tasks = {}
-    for value, row in zip(scores, rows):
-        tasks.setdefault(row["tag"], []).append(float(value))
-    means = {tag: sum(values) / len(values) for tag, values in tasks.items()}
-    return {**means, "geneval": sum(means.values()) / len(means)}        # tasks differ in size: 80 to 100 prompts
+def geneval_tasks(metrics, prompts, cfg):
+    """{prompt: its task}, {} if geneval is not among the metrics. Refuses prompts without a metadata row."""
+    if "geneval" not in metrics.split(","):
+        return {}
+    rows = find_rows(prompts, rows_of(cfg, read_geneval_metadata), "geneval")
+    return {prompt: row["tag"] for prompt, row in zip(prompts, rows)}
+
+
+def geneval_summary(scores, prompts, tasks):
+    """(mean, standard error) of each task, and under "geneval" of their unweighted mean, which the paper prints:
+    tasks differ in size, 80 to 100 prompts. tasks {prompt: its task}."""
+    result = {}
+    for task in dict.fromkeys(tasks[prompt] for prompt in prompts):
+        mine = [i for i, prompt in enumerate(prompts) if tasks[prompt] == task]
+        result[task] = mean_and_error([scores[i] for i in mine], [prompts[i] for i in mine])
+    means, errors = zip(*result.values())
+    return {**result, "geneval": (sum(means) / len(means), math.hypot(*errors) / len(errors))}
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -673,10 +685,10 @@ class GenEval2:
     @classmethod
     def load(cls, cfg):
         """The judge of the benchmark's authors, in bf16: some 17 GB."""
-        repo = "Qwen/Qwen3-VL-8B-Instruct"
+        repo, known = "Qwen/Qwen3-VL-8B-Instruct", rows_of(cfg, lambda p: read_rows(p, prompt=str, vqa_list=list))
         net = load_net(transformers.Qwen3VLForConditionalGeneration, repo, cfg, dtype=torch.bfloat16)
         processor = from_hub(transformers.AutoProcessor.from_pretrained, repo, cfg, needs="tokenizer.json")
-        return cls(net, processor, rows_of(cfg, ("prompt", "vqa_list")), cfg.device)
+        return cls(net, processor, known, cfg.device)
 
     @torch.no_grad()
     def first_word(self, images, questions):
@@ -684,7 +696,7 @@ class GenEval2:
 
         One forward and no generation: greedy decoding changes nothing before the first token.
         """
-        inputs = ask(self.processor, images, questions).to(self.device)
+        inputs = chat_inputs(self.processor, images, questions).to(self.device)
         states = self.net.model(**inputs).last_hidden_state
         last = inputs["attention_mask"].sum(1) - 1   # the end of each question, before its padding
         return self.net.lm_head(states[torch.arange(len(last)), last]).float().softmax(-1)
@@ -786,7 +798,7 @@ def edit_distance(a, b):
 def quoted_text(prompt):
     """What the image should say: the prompt's first text in double quotes, straight or curly."""
     found = re.search(r'["“”]([^"“”]+)["“”]', prompt)
-    if not found:
+    if not found or not found[1].strip():
         raise UsageError(f"ocr compares with the text in double quotes, and the prompt {prompt!r} has none.")
     return found[1]
 
@@ -874,6 +886,7 @@ METRICS = {
 }
 TINY_COLUMNS = dict(attributes="reward", strict="accuracy", heldout="held-out reward",
                     heldout_strict="held-out accuracy", distance="distance", diversity="diversity")
+SET_METRICS = ("distance", "diversity")           # of the whole set, not of a picture
 DEFAULT_METRICS = {"tiny": ",".join(TINY_COLUMNS), "real": "clipscore,aesthetic,pickscore,hpsv2,imagereward"}
 
 
@@ -987,19 +1000,25 @@ def free():
     torch.cuda.empty_cache()
 
 
-def mean_and_error(values, per_prompt):
-    """Mean of the scores that are not NaN, and its standard error over prompts.
+def mean_and_error(values, prompts=None):
+    """Mean of the scores that are not NaN, and its standard error over prompts (none given: all differ).
 
     The pictures of one prompt are not independent: an error over pictures would be too small.
     """
-    table = torch.tensor(values, dtype=torch.float64).view(-1, per_prompt)
+    groups = {}
+    for prompt, value in zip(prompts or range(len(values)), values):
+        groups.setdefault(prompt, []).append(value)
+    rows = zip(*itertools.zip_longest(*groups.values(), fillvalue=math.nan))         # one for each prompt
+    table = torch.tensor([*rows], dtype=torch.float64)
     prompts = table.nanmean(1)[~table.isnan().all(1)]
     error = prompts.std().item() / math.sqrt(len(prompts)) if len(prompts) > 1 else math.nan
     return prompts.mean().item() if len(prompts) else math.nan, error
 
 
 def frechet(a, b):
-    """Frechet distance of two sets of features (n, d): |mean - mean|^2 + tr(A + B - 2 (A B)^1/2)."""
+    """Frechet distance of features a, b (n, d): |mean - mean|^2 + tr(A + B - 2 (A B)^1/2). NaN for n < 2."""
+    if min(len(a), len(b)) < 2:
+        return math.nan
     a, b = a.double(), b.double()
     A, B = torch.cov(a.T), torch.cov(b.T)
     values, vectors = torch.linalg.eigh(A)
@@ -1033,7 +1052,7 @@ def tiny_set_metrics(backbone, images, captions, per_prompt):
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# Prompts, for training too
+# 9. Prompts, for training too
 # -----------------------------------------------------------------------------------------------------------------
 
 KNOWN_PROMPTS = {        # name: (data set on the hub, its files)
@@ -1106,7 +1125,7 @@ def prompt_rows(source):
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# 9. Command line. About the model itself eval.py has rtdmd.py's flags; a run folder and a checkpoint bring
+# 10. Command line. About the model itself eval.py has rtdmd.py's flags; a run folder and a checkpoint bring
 # theirs.
 # -----------------------------------------------------------------------------------------------------------------
 
@@ -1169,8 +1188,10 @@ def read_flags(argv):
 def parse(argv):
     """(Flags, rtdmd.Config) from the command line. Raises UsageError for a value out of range."""
     given = read_flags(argv)
-    shared = {n: v for n, v in given.items() if n in MODEL_FLAGS}
-    cfg = rtdmd.resolve({**settings_of(given.get("run_folder", "")), **shared})
+    shared, run = {n: v for n, v in given.items() if n in MODEL_FLAGS}, settings_of(given.get("run_folder", ""))
+    of_model = {*MODEL_FLAGS, "guidance"} - {"device", "prompts"}
+    cfg = rtdmd.resolve({**{n: v for n, v in run.items() if n in of_model}, **shared})
+    cfg.steps, cfg.eta = run.get("steps", cfg.steps), run.get("eta", cfg.eta)    # resolve would want its --batch
     own = dict(OWN_DEFAULTS["tiny" if cfg.model == "tiny" else "real"])
     cfg.prompts = given.get("prompts", own.pop("prompts"))
     if "images" in given:
@@ -1192,14 +1213,18 @@ def parse(argv):
 
 
 def settings_of(run):
-    """What a run folder's own run.json says about its model: --run_folder needs no second list of flags."""
+    """The settings in a run folder's own run.json: --run_folder needs no second list of flags. {} without one."""
     found = [path for stage in (1, 2) if run and (path := Path(run) / f"stage{stage}/run.json").exists()]
-    config = json.loads(found[0].read_text())["config"] if found else {}
-    return {n: v for n, v in config.items() if n in (*MODEL_FLAGS, "guidance") and n not in ("device", "prompts")}
+    if run and not found and not any(Path(run).glob("stage[12]/checkpoint-*")):
+        raise UsageError(f"--run_folder {run}: there is no run here: give the --out of rtdmd.py, or --lora.")
+    try:
+        return json.loads(found[0].read_text())["config"] if found else {}
+    except (ValueError, LookupError, TypeError) as error:
+        raise UsageError(f"{found[0]} is damaged ({error!r}): delete it, and give the run's flags.") from None
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# 10. Sampling
+# 11. Sampling
 # -----------------------------------------------------------------------------------------------------------------
 
 def checkpoint_at(path):
@@ -1219,8 +1244,8 @@ def plan(flags, cfg):
         info = rtdmd.load_lora(lora)[1] if lora else {}
         if "resolution" not in flags.given:
             cfg.resolution = info.get("resolution", cfg.resolution)
-        return dict(role="generator", nfe=flags.nfe or info.get("steps", 4), guidance=1.0, lora=lora,
-                    eta=flags.eta if flags.eta >= 0 else info.get("eta", 0.9))
+        return dict(role="generator", nfe=flags.nfe or info.get("steps", cfg.steps), guidance=1.0, lora=lora,
+                    eta=flags.eta if flags.eta >= 0 else info.get("eta", cfg.eta))
 
     def teacher(nfe, guidance):
         return dict(role="teacher", nfe=nfe, eta=0.0, guidance=guidance, lora=None)
@@ -1255,7 +1280,7 @@ class Sampler:
         self.text = rtdmd.TextCache(self.backbone, Path(cfg.cache) / "text")
         self.text.prepare(prompts)
 
-    def wear(self, name):
+    def load_adapter(self, name):
         """Puts a row's adapter on; a row without one gets the untrained adapter, which does nothing."""
         tensors = self.adapters.get(name, (self.blank,))[0]
         rtdmd.copy_tensors(tensors, self.roles.named["generator"], f"The adapter of {name}")
@@ -1277,7 +1302,7 @@ class Sampler:
 
     def sample(self, name, row, captions, flags):
         """This process's share of a row: indices into captions, bytes (n, 3, H, W), seconds per image."""
-        self.wear(name)
+        self.load_adapter(name)
         mine, parts, start = rtdmd.share(len(captions)), [], time.perf_counter()
         for rows in rtdmd.progress(rtdmd.chunks(len(mine), flags.batch), -(-len(mine) // flags.batch), name):
             texts = [captions[i] for i in mine[rows]]
@@ -1293,7 +1318,7 @@ class Sampler:
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# 11. Scoring and reports. pictures {row: (indices, images)}: this process's share, all rows of the same captions
+# 12. Scoring and reports. pictures {row: (indices, images)}: this process's share, all rows of the same captions
 # -----------------------------------------------------------------------------------------------------------------
 
 def gathered(pairs):
@@ -1306,27 +1331,25 @@ def score_rows(pictures, captions, flags, cfg, own=()):
     """{row: {metric: list over all pictures}}, sentences on failures. One scorer is in memory at a time."""
     scores, failures = {row: {} for row in pictures}, []
     for name in flags.metrics.split(","):
-        if name in ("distance", "diversity"):                # of the set, not of a picture
+        if name in SET_METRICS:
             continue
         scorer = own[name] if name in own else load_metric(name, cfg)
         for row, (index, images) in pictures.items():
             texts = [captions[i] for i in index]
             values, failed = run_metric(scorer, images, texts, max(flags.batch, 16), cfg.device)
-            failures += [f"{row}: {sentence}" for sentence in failed]
-            scores[row].update({metric: gathered(zip(index, mine)) for metric, mine in values.items()})
+            failures += [f"{row}: {sentence}" for sentence in itertools.chain(*rtdmd.everyone(failed))]
+            lost = [math.nan] * len(index)           # a process without a score does not know all of the names
+            for metric in dict.fromkeys(itertools.chain(*rtdmd.everyone(list(values)))):
+                scores[row][metric] = gathered(zip(index, values.get(metric, lost)))
         del scorer
         free()
     return scores, failures
 
 
-def summarise(scores, captions, per_prompt, cfg):
+def summarise(scores, captions, tasks):
     """{metric: (mean, standard error)} of one row; for geneval the mean of task means, and each task."""
-    result = {name: mean_and_error(values, per_prompt) for name, values in scores.items()}
-    if "geneval" in scores:
-        rows = rows_of(cfg, ("tag", "prompt"))
-        for name, value in geneval_summary(scores["geneval"], [rows[c] for c in captions]).items():
-            result[name] = value, result["geneval"][1] if name == "geneval" else math.nan
-    return result
+    result = {name: mean_and_error(values, captions) for name, values in scores.items()}
+    return result | (geneval_summary(scores["geneval"], captions, tasks) if "geneval" in scores else {})
 
 
 def number(mean, error):
@@ -1377,6 +1400,7 @@ def evaluate(flags, cfg):
     check_names(flags.metrics.split(","), TINY_COLUMNS if cfg.model == "tiny" else (), "--metrics")
     rows, pictures, seconds = plan(flags, cfg), {}, {}
     prompts = read_prompts(cfg.prompts, cfg.seed)[:flags.max_prompts]
+    tasks = geneval_tasks(flags.metrics, prompts, cfg)
     captions = [prompt for prompt in prompts for _ in range(flags.per_prompt)]
     sampler = Sampler(cfg, rows, prompts)
     for name, row in rows.items():
@@ -1385,25 +1409,25 @@ def evaluate(flags, cfg):
         sampler.free()
     scores, failures = score_rows(pictures, captions, flags, cfg, getattr(sampler.backbone, "rewards", ()))
     shown, panels = range(0, len(captions), flags.per_prompt)[:12], []
-    results = {name: summarise(scores[name], captions, flags.per_prompt, cfg) for name in rows}
+    results = {name: summarise(scores[name], captions, tasks) for name in rows}
     for name, (index, images) in pictures.items():
-        if {"distance", "diversity"} & set(flags.metrics.split(",")):
+        if {*SET_METRICS} & set(flags.metrics.split(",")):
             everything = torch.stack(gathered(zip(index, images))).float() / 255
             of_set = tiny_set_metrics(sampler.backbone, everything, captions, flags.per_prompt)
             results[name].update({m: value for m, value in of_set.items() if m in flags.metrics})
         results[name]["seconds_per_image"] = (seconds[name], math.nan)
         panels += gathered((i, image) for i, image in zip(index, images) if i in shown)
-    if rtdmd.dist_info()[0] == 0:
+    prompt_hash = f"{rtdmd.key(prompts):016x}"               # two reports compare only if it is the same
+    note = (f"{len(prompts)} prompts x {flags.per_prompt} pictures, set {prompt_hash}, seed {cfg.seed}; +- is one "
+            f"standard error. Rows of {flags.out}/grid.png: {', '.join(rows)}.")
+    report(flags, results, scores, failures, note, model=cfg.model, prompts=prompts, prompt_hash=prompt_hash,
+           tasks=tasks, seed=cfg.seed, sampler=rows, resolution=cfg.resolution)
+    if rtdmd.dist_info()[0] == 0:                            # after the report: no picture is worth losing it for
         save_grid(Path(flags.out) / "grid.png", torch.stack(panels).float() / 255, columns=len(shown))
         if flags.run_folder:
             draw_run_curves(Path(flags.run_folder), Path(flags.out) / "curves.png")
     if flags.save_images:
         save_pictures(Path(flags.out) / "images", pictures, captions)
-    prompt_hash = f"{rtdmd.key(prompts):016x}"               # two reports compare only if it is the same
-    note = (f"{len(prompts)} prompts x {flags.per_prompt} pictures, set {prompt_hash}, seed {cfg.seed}; +- is one "
-            f"standard error. Rows of {flags.out}/grid.png: {', '.join(rows)}.")
-    report(flags, results, scores, failures, note, model=cfg.model, prompts=prompts, prompt_hash=prompt_hash,
-           seed=cfg.seed, sampler=rows, resolution=cfg.resolution)
 
 
 def save_pictures(folder, pictures, captions):
@@ -1411,9 +1435,8 @@ def save_pictures(folder, pictures, captions):
     names = [f"{i:06d}.png" for i in range(len(captions))]
     lines = [json.dumps({"file_name": name, "prompt": text}) + "\n" for name, text in zip(names, captions)]
     for row, (index, images) in pictures.items():
-        (folder / row).mkdir(parents=True, exist_ok=True)
         for i, image in zip(index, images):
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / row / names[i])
+            write_png(folder / row / names[i], Image.fromarray(image.permute(1, 2, 0).numpy()))
         if rtdmd.dist_info()[0] == 0:
             rtdmd.write_atomic(folder / row / "metadata.jsonl", "".join(lines))
 
@@ -1424,7 +1447,7 @@ def read_folder(folder):
     if not folder.is_dir():
         raise UsageError(f"--images {folder} is not a folder: give one that holds pictures.")
     if listed.exists():
-        rows = read_rows(listed, ("file_name", "prompt"))
+        rows = read_rows(listed, file_name=str, prompt=str)
         files, prompts = [folder / row["file_name"] for row in rows], [row["prompt"] for row in rows]
     else:
         files = sorted(p for p in folder.iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
@@ -1440,62 +1463,74 @@ def score_folder(flags, cfg):
     """--images: scores pictures of any origin."""
     files, prompts = read_folder(flags.images)
     check_names(flags.metrics.split(","), (), "--metrics")
+    tasks = geneval_tasks(flags.metrics, prompts, cfg)
     cfg.device = rtdmd.start_processes(cfg.device)
     flags.per_prompt, name, index = 1, Path(flags.images).name, rtdmd.share(len(files))
     scores, failures = score_rows({name: (index, [files[i] for i in index])}, prompts, flags, cfg)
-    report(flags, {name: summarise(scores[name], prompts, 1, cfg)}, scores, failures,
-           images=[str(file) for file in files], prompts=prompts)
+    report(flags, {name: summarise(scores[name], prompts, tasks)}, scores, failures,
+           images=[str(file) for file in files], prompts=prompts, tasks=tasks)
 
 
 def compare(flags, cfg):
     """--compare A B: B - A for every row and metric that both have; without a common row, of the first of each.
 
-    Paired, with the same prompts and noise on both sides: their part of the standard error cancels.
+    Paired picture by picture: what the prompt does to both cancels, in the standard error too, and what the noise
+    does, if both were sampled with one seed.
     """
     called = f"--compare {' '.join(flags.compare)}"
     try:
         a, b = (json.loads(Path(path).read_text()) for path in flags.compare)
+        if not all(isinstance(r, dict) and {"scores", "prompts", "per_prompt"} <= r.keys() for r in (a, b)):
+            raise ValueError("there are no scores in one of them")
     except (OSError, ValueError) as error:
         raise UsageError(f"{called}: {error}; give two report.json of eval.py.") from None
     if a["prompts"] != b["prompts"] or a["per_prompt"] != b["per_prompt"]:
         raise UsageError(f"{called}: the reports are of different prompts, so their scores cannot be paired: "
                          "sample both with the same --prompts, --max_prompts and --per_prompt.")
+    captions, tasks = [p for p in a["prompts"] for _ in range(a["per_prompt"])], a.get("tasks", {})
     pairs = [(row, row) for row in a["scores"] if row in b["scores"]] or [*zip(a["scores"], b["scores"])][:1]
     results = {}
     for left, right in pairs:
         mine, theirs = a["scores"][left], b["scores"][right]
-        results[right if left == right else f"{right} - {left}"] = {
-            m: mean_and_error([y - x for x, y in zip(mine[m], theirs[m])], a["per_prompt"])
-            for m in mine if m in theirs}
+        results[right if left == right else f"{right} - {left}"] = summarise(
+            {m: [y - x for x, y in zip(mine[m], theirs[m])] for m in mine
+             if m in theirs and (tasks or m != "geneval")}, captions, tasks)
     print(table(results))
+    if alone := [m for m in (*SET_METRICS, "geneval") if any(m in row for row in a.get("rows", {}).values())
+                 and not any(m in row for row in results.values())]:
+        print(f"Not compared, since the reports do not have them picture by picture: {', '.join(alone)}.")
 
 
 def one_picture(flags, cfg):
     """--prompt: OUT/prompt.png, by the last row of the plan, without scores."""
     name, row = plan(flags, cfg).popitem()
     sampler = Sampler(cfg, {name: row}, [flags.prompt])
-    sampler.wear(name)
+    sampler.load_adapter(name)
     image = sampler.batch(row, [flags.prompt], [rtdmd.key("eval", cfg.seed, flags.prompt, 0)])
     save_grid(Path(flags.out) / "prompt.png", image, columns=1)
     print(f"{flags.out}/prompt.png: {flags.prompt}")
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# 12. The records of a training run: what made it, and the panel that is looked at
+# 13. The records of a training run: what made it, and the panel that is looked at
 # -----------------------------------------------------------------------------------------------------------------
+
+def write_png(path, image):
+    """A PIL image as a file that is whole or not there."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    rtdmd.write_atomic(path, buffer.getvalue())
+
 
 def save_grid(path, images, columns):
     """Writes images (B, 3, H, W) in [0, 1] as one PNG; small ones are enlarged to 64 pixels."""
-    from PIL import Image
     zoom = max(1, 64 // images.shape[-1])
     images = F.pad(images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3), (1, 1, 1, 1), value=1.0)
     blank = images.new_ones(-len(images) % columns, *images.shape[1:])
     B, _, H, W = (images := torch.cat([images, blank])).shape
     rows = images.view(B // columns, columns, 3, H, W).permute(0, 3, 1, 4, 2)
     canvas = rows.reshape(B // columns * H, columns * W, 3)
-    buffer = io.BytesIO()
-    Image.fromarray((canvas.cpu().numpy() * 255).round().astype(np.uint8)).save(buffer, "PNG")
-    rtdmd.write_atomic(path, buffer.getvalue())
+    write_png(path, Image.fromarray((canvas.cpu().numpy() * 255).round().astype(np.uint8)))
 
 
 def open_log(run):
@@ -1546,7 +1581,7 @@ def panel(run):
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# 13. What training costs (rtdmd.py --dry_run)
+# 14. What training costs (rtdmd.py --dry_run)
 # -----------------------------------------------------------------------------------------------------------------
 
 class CostMeter(TorchDispatchMode):
@@ -1802,7 +1837,7 @@ def cost_lines(run, phases, total, weights, samples):
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# The paper's questions, asked on the tiny world (bash train.sh ablations)
+# 15. The paper's questions, asked on the tiny world (bash train.sh ablations)
 #
 # A question is a dict {row: words}: flags of rtdmd.py, and @names of VARIANTS, which are none of its flags:
 # experiments beyond the paper, small functions that stand in for one of rtdmd's. Its first row is what the others
@@ -1884,10 +1919,14 @@ def ablations(flags, cfg):
             chosen = [row for row in rows if flags.only in f"stage {stage}: {row}"]
             for row in [*list(rows)[:1], *chosen] if chosen else []:
                 jobs[row, seed] = (stage, row, rows[row], seed)
-    base = [(1, BASE, STAGE1_ROWS[QUICK[1]][BASE], seed) for seed in seeds]
-    rtdmd.load_backbone(rtdmd.resolve(dict(cache=cfg.cache, tiny_steps=cfg.tiny_steps)))    # makes the world, once
-    train_rows(base, out, cfg, flags.jobs)                                                # stage 2 starts there
-    train_rows(list(jobs.values()), out, cfg, flags.jobs)
+    starting = {seed for stage, row, words, seed in jobs.values() if stage == 2 or "@fake_from_zero" in words}
+    base = [(1, BASE, STAGE1_ROWS[QUICK[1]][BASE], seed) for seed in seeds if seed in starting]
+    if not jobs:
+        rtdmd.log(f"--only {flags.only!r} names no row of these tables: nothing is trained.")
+    else:
+        rtdmd.load_backbone(rtdmd.resolve(dict(cache=cfg.cache, tiny_steps=cfg.tiny_steps)))    # makes the world
+        train_rows(base, out, cfg, flags.jobs)                                           # where these rows start
+        train_rows(list(jobs.values()), out, cfg, flags.jobs)
     files = {row: [result_of(out, row, seed) for seed in seeds] for _, _, rows in tables for row in rows}
     results = {row: [json.loads(file.read_text()) for file in found if file.exists()] for row, found in files.items()}
     text = "\n\n".join(f"### {name}\n\n{ablation_table(rows, results)}" for _, name, rows in tables)
@@ -1944,13 +1983,13 @@ def ablation(out, cfg, stage, row, words, seed):
 
 
 def read_log(folder):
-    """The lines of a stage's metrics.jsonl."""
-    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    """The whole lines of a stage's metrics.jsonl: a run that was killed, or is at work, may leave half of one."""
+    lines = (Path(folder) / "metrics.jsonl").read_text(errors="replace").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("}\n")]
 
 
 def best_checkpoint(folder):
-    """The checkpoint with the highest score of the held-out judge on the panel, averaged with its two
-    neighbours."""
+    """The checkpoint with the highest score of the held-out judge, averaged over panels within 10 iterations."""
     curve = {line["iteration"]: line["watch_heldout"] for line in read_log(folder) if "watch_heldout" in line}
     near = lambda it: np.mean([score for other, score in curve.items() if abs(other - it) <= 10])
     return max(rtdmd.list_checkpoints(folder), key=lambda path: near(int(path.name[-6:])))
@@ -1968,7 +2007,7 @@ def ablation_table(rows, results):
         both = runs.keys() & first.keys() if runs is not first else ()
         values = [[scores[m] for scores in runs.values() if m in scores] for m in columns]
         values += [[runs[seed][m] - first[seed][m] for seed in both] for m in compared]
-        lines.append([row, str(len(runs)), *(number(*mean_and_error(v, 1)) if v else "" for v in values)])
+        lines.append([row, str(len(runs)), *(number(*mean_and_error(v)) if v else "" for v in values)])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
@@ -1997,7 +2036,7 @@ def antithetic(start):
     def group_draws(run, it, groups):
         first, noise, subsets = original(run, it, groups)
         half = run.cfg.group_size // 2
-        for g in range(0, len(first), 2 * half):
+        for g in range(0, len(first), run.cfg.group_size):
             one, two = slice(g, g + half), slice(g + half, g + 2 * half)
             first[two] = -first[one]
             for k in subsets[g].tolist():
@@ -2095,9 +2134,9 @@ def draw_run_curves(run, path):
     stage 2."""
     logs = {i: read_log(run / f"stage{i}") for i in (1, 2) if (run / f"stage{i}/metrics.jsonl").exists()}
     panels = {f"stage {stage}: dm, the gap between fake score and teacher": {"dm": mean_curve([log], "dm")}
-              for stage, log in logs.items() if "dm" in log[-1]}
-    names = [name for name in logs[2][-1] if name.startswith(("reward_", "watch_"))] if 2 in logs else []
-    if names:
+              for stage, log in logs.items() if any("dm" in line for line in log)}
+    known = dict.fromkeys(name for line in logs.get(2, ()) for name in line)
+    if names := [name for name in known if name.startswith(("reward_", "watch_"))]:
         panels["stage 2: rewards; watch_ is never trained on"] = {n: mean_curve([logs[2]], n) for n in names}
     if panels:
         draw_curves(path, panels)
@@ -2114,7 +2153,6 @@ def mean_curve(logs, name, width=5):
 
 def draw_curves(path, panels, width=560, height=330):
     """One PNG, a panel beside the other, each with its legend below. panels {title: {label: [(x, y), ...]}}."""
-    from PIL import Image, ImageDraw, ImageFont
     font, rows = ImageFont.load_default(13), max(-(-len(curves) // 2) for curves in panels.values())
     image = Image.new("RGB", (width * len(panels), height + 18 * rows + 8), "white")
     pen = ImageDraw.Draw(image)
@@ -2136,9 +2174,7 @@ def draw_curves(path, panels, width=560, height=330):
             pen.line([place(*point) for point in curve], colour, 2)
             pen.line([(x, y + 8), (x + 22, y + 8)], colour, 3)
             pen.text((x + 28, y), label, "black", font)
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    rtdmd.write_atomic(path, buffer.getvalue())
+    write_png(path, image)
 
 
 def main(argv=None):
@@ -2151,6 +2187,12 @@ def main(argv=None):
     except UsageError as error:
         print(f"eval: {error}", file=sys.stderr)
         sys.exit(error.code)
+    except torch.OutOfMemoryError:
+        print(f"eval: out of GPU memory: lower --batch (was {flags.batch}; no result changes).", file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:                                 # a disk is full, a folder cannot be read
+        print(f"eval: {error}: mend that, or choose another folder.", file=sys.stderr)
+        sys.exit(2)
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

@@ -3920,8 +3920,12 @@ def test_geneval_end_to_end_with_a_stub_detector(monkeypatch):
 
 
 def test_geneval_summary_is_the_mean_of_the_tasks():
-    rows = [{"tag": "colors"}] * 3 + [{"tag": "counting"}]
-    assert ev.geneval_summary([1, 1, 0, 0], rows) == {"colors": 2 / 3, "counting": 0, "geneval": 1 / 3}
+    """Its error is that of a mean of independent means; a picture without a score costs nothing but itself."""
+    tasks = dict(a="colors", b="colors", c="colors", d="counting", e="counting")
+    found = ev.geneval_summary([1, 1, 0, 0, 1, math.nan], [*"abcdee"], tasks)
+    assert found == {"colors": (pytest.approx(2 / 3), pytest.approx(1 / 3)), "counting": (.5, .5),
+                     "geneval": (pytest.approx(7 / 12), pytest.approx(math.hypot(1 / 3, .5) / 2))}
+    assert ev.geneval_summary([1, 0, 1], [*"ade"], tasks)["geneval"][0] == .75
 
 
 def test_geneval_metadata_and_training_prompts(tmp_path):
@@ -3948,13 +3952,34 @@ def test_geneval_metadata_and_training_prompts(tmp_path):
 @pytest.mark.parametrize("line, words", [
     ("{oops", "line 2.*JSON"), ('{"tag": "colors", "prompt": "x"}', "line 2.*include"),
     ('{"tag": "colors", "prompt": "x", "include": [{"class": "elf", "count": 1}]}', "elf"),
-    ('{"tag": "colour", "prompt": "x", "include": []}', "colour")])
+    ('{"tag": "colour", "prompt": "x", "include": []}', "colour"), ("7", "line 2"), ('"x"', "line 2"),
+    ('{"tag": "colors", "prompt": 7, "include": []}', "line 2.*prompt"), (b"\xefx", "line 2.*UTF-8"),
+    ('{"tag": "colors", "prompt": "x", "include": [], "exclude": [{"class": "elf", "count": 2}]}', "elf")])
 def test_geneval_metadata_complains(tmp_path, line, words):
     """A bad row is named by its line, its field or its class."""
-    good = json.dumps(ev.geneval_row("counting", random.Random(0)))
-    (tmp_path / "rows.jsonl").write_text(good + "\n" + line + "\n")
+    good, line = json.dumps(ev.geneval_row("counting", random.Random(0))), getattr(line, "encode", lambda: line)()
+    rows = written(tmp_path, "rows.jsonl", good.encode() + b"\n" + line + b"\n")
     with pytest.raises(rtdmd.UsageError, match=words):
-        ev.read_geneval_metadata(tmp_path / "rows.jsonl")
+        ev.read_geneval_metadata(rows)
+
+
+def test_metadata_is_read_as_prompts_are(tmp_path):
+    """One file is both: a mark at its start, blanks around a prompt, a line separator inside one."""
+    texts = ["a photo of a cat", "two\u2028lines", "a dog"]
+    rows = [json.dumps(dict(prompt=f" {text} ", file_name=f"{i}.png"), ensure_ascii=False)
+            for i, text in enumerate(texts)]
+    path = written(tmp_path, "metadata.jsonl", b"\xef\xbb\xbf" + "\r\n\n".join(rows).encode())
+    read = lambda path: ev.read_rows(path, prompt=str)
+    assert [*ev.rows_of(settings(prompts=path), read)] == ev.read_prompts(path) == texts
+    known = ev.rows_of(settings(prompts=path), read)
+    assert [row["file_name"] for row in ev.find_rows([" a dog"], known, "x")] == ["2.png"]
+    for i in range(3):
+        (tmp_path / f"{i}.png").touch()
+    assert ev.read_folder(tmp_path)[1] == texts
+    written(tmp_path, "metadata.jsonl", '{"file_name": 7, "prompt": "a"}')
+    with pytest.raises(rtdmd.UsageError, match="line 1.*file_name") as error:
+        ev.read_folder(tmp_path)
+    sentence(error)
 
 
 def test_load_geneval(tmp_path, monkeypatch):
@@ -3974,6 +3999,9 @@ def test_load_geneval(tmp_path, monkeypatch):
     assert scorer(torch.rand(1, 3, 64, 64), [row["prompt"]]).tolist() == [0]
     cfg = settings(tmp_path)
     assert (scorer.rule, ev.load_metric("geneval", cfg, training=True).rule) == ("geneval", "geneval_partial")
+    row["include"][0]["class"] = "elf"
+    with pytest.raises(rtdmd.UsageError, match="elf"):
+        load("geneval", tmp_path, written(tmp_path, "rows.jsonl", json.dumps(row)))
 
 
 # ---- GenEval2
@@ -4094,8 +4122,9 @@ def test_text_score():
     assert ev.text_score("something else entirely", "open") == 0       # capped: never negative
     assert ev.quoted_text('a sign "Open 24h" and "no"') == "Open 24h"
     assert ev.quoted_text("a sign “Olá”") == "Olá"
-    with pytest.raises(rtdmd.UsageError, match="a sign without"):
-        ev.quoted_text("a sign without a text")
+    for prompt in ("a sign without a text", 'a sign " "', 'a sign ""'):
+        with pytest.raises(rtdmd.UsageError, match="a sign"):
+            ev.quoted_text(prompt)
 
 
 def test_components_against_flood_fill():
@@ -4271,17 +4300,14 @@ def test_one_bad_image_does_not_stop_an_evaluation():
 
 def test_an_unreadable_file_is_counted(tmp_path):
     """Images from files, read one by one; a broken and a missing one cost nothing but their own scores."""
-    class Folder:
-        def __getitem__(self, i):
-            return tensor(np.array(Image.open(tmp_path / f"{i}.png")))[0]
-
     scorer = SimpleNamespace(name="mean", details=lambda images, rows: {"mean": images.mean((1, 2, 3))})
     for i in (0, 3):
         Image.fromarray(picture(8, 8, i)).save(tmp_path / f"{i}.png")
     (tmp_path / "1.png").write_bytes(b"not a picture")
     rows = [{"prompt": f"prompt {i}", "tag": "colors"} for i in range(4)]
-    scores, failures = ev.run_metric(scorer, Folder(), rows)
-    assert [math.isnan(v) for v in scores["mean"]] == [False, True, True, False]
+    scores, failures = ev.run_metric(scorer, [tmp_path / f"{i}.png" for i in range(4)], rows)
+    truth = [picture(8, 8, i).mean() / 255 if i in (0, 3) else math.nan for i in range(4)]
+    assert scores["mean"] == pytest.approx(truth, nan_ok=True)
     assert len(failures) == 2 and "'prompt 1'" in failures[0] and "2.png" in failures[1]
 
 
@@ -4304,18 +4330,81 @@ def test_run_metric_returns_every_number_that_a_scorer_knows():
 
 def test_mean_and_error_counts_prompts_not_pictures():
     """Two prompts of two pictures each: the error is over the two means; nan pictures are left out."""
-    mean, error = ev.mean_and_error([1.0, 3.0, 5.0, 7.0], 2)
-    assert (mean, error) == (4.0, pytest.approx(2.0))
-    assert ev.mean_and_error([1.0, math.nan, 5.0, 7.0], 2)[0] == 3.5
-    assert math.isnan(ev.mean_and_error([math.nan], 1)[0])
+    assert ev.mean_and_error([1.0, 3.0, 5.0, 7.0], [*"aabb"]) == (4.0, pytest.approx(2.0))
+    assert ev.mean_and_error([1.0, 5.0, 7.0, 3.0], [*"abba"]) == (4.0, pytest.approx(2.0))
+    assert ev.mean_and_error([2.0, 3.0, 7.0, 8.0], [*"abbb"]) == (4.0, pytest.approx(2.0))
+    assert ev.mean_and_error([1.0, math.nan, 5.0, 7.0], [*"aabb"])[0] == 3.5
+    assert ev.mean_and_error([1.0, 3.0]) == (2.0, pytest.approx(1.0))
+    assert math.isnan(ev.mean_and_error([math.nan])[0])
+
+
+def test_processes_agree_on_names_and_failures(monkeypatch):
+    """Rank 1 has no picture, or only one that fails: it makes the calls that rank 0 makes, and is heard."""
+    class Two:
+        name = "two"
+
+        def details(self, images, prompts):
+            if "bad" in prompts:
+                raise ValueError("broken")
+            return {"two": images.mean((1, 2, 3)), "more": images.amax((1, 2, 3))}
+
+    def process(rank, share):
+        """score_rows as on that rank, the other's values waited for where it asks everyone."""
+        def everyone(value):
+            values[rank].append(value)
+            meet.wait()
+            both = [values[r][-1] for r in (0, 1)]
+            meet.wait()
+            return both
+
+        local.everyone = everyone
+        index = [i for i in range(len(captions)) if i % 2 == rank][:share]
+        images = torch.stack([torch.full((3, 4, 4), i / 4) for i in range(len(captions))])
+        pictures = {"row": (index, images[index])}
+        flags = SimpleNamespace(metrics="two", batch=1)
+        found[rank] = ev.score_rows(pictures, captions, flags, settings(), {"two": Two()})
+
+    local = threading.local()
+    monkeypatch.setattr(rtdmd, "everyone", lambda value: local.everyone(value))
+    for captions in (["a", "bad", "c"], ["a"]):
+        meet, values, found = threading.Barrier(2, timeout=10), ([], []), {}
+        threads = [threading.Thread(target=process, args=(rank, 9)) for rank in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(15)
+        (scores, failures), other = found[0], found[1]
+        assert repr(found[0]) == repr(other) and set(scores["row"]) == {"two", "more"}
+        for row in scores["row"].values():
+            assert [math.isnan(v) for v in row] == [text == "bad" for text in captions]
+        assert len(failures) == captions.count("bad") and all("'bad'" in text for text in failures)
 
 
 def test_frechet_and_spread_against_known_values():
-    """Two Gaussians whose distance is |m|^2 + sum (s_a - s_b)^2; points whose mean distance is known."""
+    """Two Gaussians whose distance is |m|^2 + sum (s_a - s_b)^2; a correlated one, by the closed form of 2 x 2
+    matrices, tr (A B)^1/2 = sqrt(tr A B + 2 sqrt(det A B)); points whose mean distance is known."""
     g = rng(0)
     a, b = torch.randn(200_000, 3, generator=g), torch.randn(200_000, 3, generator=g) * 2 + 1
     assert abs(ev.frechet(a, b) - 6) < 0.1 and abs(ev.frechet(a, a)) < 1e-6
+    a = torch.randn(200_000, 2, generator=g)
+    a[:, 1] = .9 * a[:, 0] + math.sqrt(.19) * a[:, 1]
+    b = torch.randn(200_000, 2, generator=g) * torch.tensor([1., 2.])
+    truth = 2 + 5 - 2 * math.sqrt(5 + 2 * math.sqrt(.19 * 4))
+    assert abs(ev.frechet(a, b) - truth) < 0.03 and abs(ev.frechet(b, a) - truth) < 0.03
+    assert math.isnan(ev.frechet(a[:1], b[:1]))
     assert ev.spread(torch.tensor([[0.0], [3.0], [10.0], [10.0]]), 2) == 1.5
+
+
+def test_set_metrics_of_renders():
+    """Fresh renders are near the real ones and as diverse; one picture for each caption is not."""
+    backbone = SimpleNamespace(decode=lambda x: (x / 2 + 0.5).clamp(0, 1))
+    captions = [caption for caption in rtdmd.tiny_captions(True)[:24] for _ in range(8)]
+    fresh = backbone.decode(rtdmd.render(captions, rng(5)))
+    right = ev.tiny_set_metrics(backbone, fresh, captions, 8)
+    collapsed = ev.tiny_set_metrics(backbone, fresh[::8].repeat_interleave(8, 0), captions, 8)
+    assert abs(right["diversity"][0] - 1) < 0.1 and collapsed["diversity"][0] < 0.01
+    assert right["distance"][0] < 0.6 and collapsed["distance"][0] > 2 * right["distance"][0]
+    assert all(0 < error < 0.5 for _, error in right.values())
 
 
 # ---- Prompts
@@ -4441,8 +4530,11 @@ def test_known_prompts(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def tiny_report(tmp_path_factory):
-    """eval.py on a tiny world with a teacher of ten updates and no training: its folder, and its flags."""
+    """eval.py on a tiny world with a teacher of ten updates, of a run that has just begun: its folder, and its
+    flags."""
     folder = tmp_path_factory.mktemp("eval")
+    (folder / "run/stage1").mkdir(parents=True)
+    written(folder, "run/stage1/run.json", '{"config": {}}')
     flags = ["--run_folder", str(folder / "run"), "--cache", str(folder / "cache"), "--tiny_steps", "10",
              "--max_prompts", "4", "--per_prompt", "2"]
     ev.main(flags)
@@ -4485,6 +4577,167 @@ def test_compare_and_images_read_what_eval_writes(tiny_report, capsys):
     assert "0.000+-0.000" in capsys.readouterr().out
 
 
+def test_the_sampler_guides(cache):
+    """One Euler step is linear in the guidance weight, and 1 is no guidance."""
+    parsed, cfg = ev.parse(["--teacher", "--cache", str(cache), "--tiny_steps", "1", "--device", "cpu"])
+    sampler = ev.Sampler(cfg, ev.plan(parsed, cfg), ["a red circle"])
+    sampler.backbone.decode = lambda x: x
+    row = dict(role="teacher", nfe=1, eta=0.0, lora=None)
+    one, two, three = (sampler.batch(dict(row, guidance=w), ["a red circle"], [1]) for w in (1.0, 2.0, 3.0))
+    assert (two - one).abs().max() > 1e-2
+    close(three - one, 2 * (two - one), 1e-4)
+    close(one, sampler.batch(dict(row, role="generator", guidance=1.0), ["a red circle"], [1]), 1e-5)
+
+
+def written_report(folder, name, scores, prompts, per_prompt=1, **facts):
+    rows = {"row": {m: 0.0 for m in (*scores, "distance")}}
+    return written(folder, name, json.dumps(dict(scores={"row": scores}, prompts=prompts, rows=rows,
+                                                 per_prompt=per_prompt, **facts)))
+
+
+def test_compare_is_the_second_less_the_first(tmp_path, capsys):
+    """In the statistic of each metric; what has no score for each picture is said to be left out."""
+    prompts, tasks = ["a", "b", "c", "d"], dict(a="colors", b="colors", c="colors", d="counting")
+    a = written_report(tmp_path, "a.json", dict(geneval=[0, 0, 0, 0], ocr=[.1, .3, .5, .2]), prompts, tasks=tasks)
+    b = written_report(tmp_path, "b.json", dict(geneval=[0, 0, 0, 1], ocr=[.6, .8, 1., .7]), prompts, tasks=tasks)
+    ev.main(["--compare", a, b])
+    head, row, *rest = capsys.readouterr().out.splitlines()
+    found = dict(zip(re.split("  +", head.strip()), row.split()[1:]))
+    assert found == {"GenEval": "0.5", "OCR": "0.500+-0.000", "colors": "0.000+-0.000", "counting": "1"}
+    assert len(rest) == 1 and "Not compared" in rest[0] and rest[0].endswith("distance.")
+    for path in (a, b):
+        Path(path).write_text(json.dumps({**json.loads(Path(path).read_text()), "tasks": {}}))
+    ev.main(["--compare", a, b])
+    out = capsys.readouterr().out
+    assert "GenEval" not in out and "distance, geneval." in out
+
+
+def test_images_of_one_prompt_are_not_independent(tmp_path, monkeypatch, capsys):
+    """--images: 2 prompts x 4 pictures give the error of two prompts; an unreadable file is one sentence."""
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path, "grey_judge.py", "def grey(images, prompts):\n    return images.mean((1, 2, 3))\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rows = [dict(file_name=f"{i}.png", prompt="ab"[i % 2]) for i in range(8)]
+    for i in range(8):
+        Image.new("RGB", (8, 8), 3 * (255 * (i % 2),)).save(folder / f"{i}.png")
+    written(folder, "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    line = ["--images", str(folder), "--metrics", "grey_judge:grey", "--device", "cpu", "--out", "out"]
+    ev.main(line)
+    report = json.loads(Path("out/report.json").read_text())
+    name = "grey_judge:grey"
+    assert report["rows"]["pictures"][name] == .5 and report["errors"]["pictures"][name] == pytest.approx(.5)
+    (folder / "7.png").write_bytes(b"no picture")
+    ev.main(line)
+    report = json.loads(Path("out/report.json").read_text())
+    assert len(report["failures"]) == 1 and report["rows"]["pictures"][name] == .5
+    assert "not scored: pictures: " in capsys.readouterr().out
+
+
+def eval_refused(capsys, line, words, code=2):
+    """eval.py ends with this code and one sentence."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        ev.main(line)
+    error = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == code and error[-1].startswith("eval: ") and error[-1].endswith("."), error
+    assert re.search(words, error[-1]) and not any("Traceback" in text for text in error), error
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"scores": 3}', '"x"'])
+def test_compare_refuses_what_is_no_report(content, tmp_path, capsys):
+    """Valid JSON that holds no scores."""
+    path = written(tmp_path, "report.json", content)
+    eval_refused(capsys, ["--compare", path, path], "two report.json")
+
+
+@pytest.mark.parametrize("content", ['{"config": {"mod', "[]", "{}"])
+def test_a_damaged_run_json_is_named(content, tmp_path, capsys):
+    """Cut short, or without its settings: one sentence, and no model is guessed."""
+    (tmp_path / "run/stage1").mkdir(parents=True)
+    written(tmp_path, "run/stage1/run.json", content)
+    eval_refused(capsys, ["--run_folder", str(tmp_path / "run")], "run.json is damaged")
+
+
+def test_pictures_without_metadata_are_refused(tmp_path, capsys):
+    """GenEval needs a row for each prompt, and says so before it loads a network."""
+    rows = written(tmp_path, "rows.jsonl", json.dumps(ev.geneval_row("colors", random.Random(0))))
+    written(tmp_path, "a_cat.png", "")
+    line = ["--images", str(tmp_path), "--metrics", "geneval", "--prompts", rows, "--device", "cpu"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ev.GenEval, "load", lambda cfg: SimpleNamespace(name="geneval"))
+        eval_refused(capsys, line, "no metadata for the prompt 'a cat'")
+        eval_refused(capsys, [*line[:5], str(tmp_path / "no.jsonl")], "No such file.*no.jsonl")
+
+
+def test_a_finished_evaluation_is_not_lost(tiny_report, tmp_path, capsys):
+    """The report is there whatever happens to the pictures after it; a single picture has no distance."""
+    folder, flags = tiny_report
+    (tmp_path / "images").touch()                                              # where a folder would go
+    line = [*flags[:6], "--max_prompts", "1", "--per_prompt", "1", "--out", str(tmp_path), "--save_images"]
+    eval_refused(capsys, line, "Cannot write .*images/teacher/000000.png")
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert math.isnan(report["rows"]["teacher"]["distance"]) and report["rows"]["teacher"]["attributes"] < 0
+
+
+def test_eval_out_of_memory_names_the_knob(tiny_report, monkeypatch, capsys):
+    """A GPU that is full while sampling ends with --batch in the sentence."""
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(ev.Sampler, "batch", full)
+    eval_refused(capsys, tiny_report[1], "lower --batch .was 128", code=1)
+
+
+def test_a_run_is_sampled_like_itself(tmp_path):
+    """The untrained student too; a checkpoint's own numbers come before the run's, and flags before both."""
+    (tmp_path / "stage1").mkdir()
+    run = lambda *more: ev.plan(*ev.parse(["--run_folder", str(tmp_path), *more]))
+    pair = lambda row: (row["nfe"], row["eta"])
+    written(tmp_path, "stage1/run.json", '{"config": {}}')
+    assert pair(run()["student_init"]) == (4, .9)
+    lora = {"attn.lora_A.weight": torch.zeros(4, 2)}
+    rtdmd.save_lora(tmp_path / "lora", lora, 4, 4, ["attn"], dict(model="tiny", steps=3, eta=.7, resolution=12))
+    of_lora = lambda *more: ev.plan(*ev.parse(["--lora", str(tmp_path / "lora"), *more]))["lora"]
+    assert pair(of_lora()) == (3, .7) and pair(of_lora("--nfe", "6", "--eta", ".2")) == (6, .2)
+    written(tmp_path, "stage1/run.json", '{"config": {"steps": 2, "eta": 0.5, "model": "tiny", "batch": 16}}')
+    assert pair(run()["student_init"]) == (2, .5) and pair(run("--nfe", "5")["student_init"]) == (5, .5)
+    assert pair(run("--eta", "0")["student_init"]) == (2, 0)
+    written(tmp_path, "stage1/run.json", '{"config": {"steps": 5}}')    # the default --batch is no multiple of it
+    assert pair(run()["student_init"]) == (5, .9)
+
+
+def test_geneval_of_a_folder(tmp_path, monkeypatch):
+    """--images with metadata rows: each task, and the mean of tasks as the headline."""
+    monkeypatch.chdir(tmp_path)
+    rows = [ev.geneval_row(task, random.Random(i)) for i, task in enumerate(["colors"] * 3 + ["counting"])]
+    path = written(tmp_path, "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "pictures").mkdir()
+    for i in range(4):
+        Image.new("RGB", (8, 8), 3 * (255 * (i == 3),)).save(tmp_path / f"pictures/{i}.png")
+    lines = [json.dumps(dict(file_name=f"{i}.png", prompt=row["prompt"])) + "\n" for i, row in enumerate(rows)]
+    written(tmp_path / "pictures", "metadata.jsonl", "".join(lines))
+    score = lambda images, rows: {"geneval": images.mean((1, 2, 3)), "geneval_strict": 0 * images.mean((1, 2, 3))}
+    monkeypatch.setattr(ev.GenEval, "load", lambda cfg: SimpleNamespace(name="geneval", details=score))
+    ev.main(["--images", "pictures", "--metrics", "geneval", "--prompts", path, "--device", "cpu", "--out", "."])
+    report = json.loads(Path("report.json").read_text())
+    assert report["rows"]["pictures"] == dict(geneval=.5, colors=0, counting=1, geneval_strict=0)
+    assert report["tasks"] == {row["prompt"]: row["tag"] for row in rows}
+
+
+def test_the_panel_measures_its_pictures(flags):
+    """Saturation, contrast and edges of pictures whose left half is one colour and whose right half is black."""
+    run = prepared(flags(1))
+    halves = torch.zeros(3, 12, 12)
+    halves[:, :, :6] = torch.tensor([.9, .6, .3]).view(3, 1, 1)
+    run.backbone.decode = lambda x: halves.expand(len(x), -1, -1, -1)
+    found = ev.panel(run)
+    half_and_half = torch.tensor([.6, 0.]).repeat(72).std().item()
+    assert found["saturation"] == pytest.approx(.3) and found["contrast"] == pytest.approx(half_and_half)
+    assert found["edges"] == pytest.approx(.6 / 11) and len([*(run.folder / "samples").iterdir()]) == 1
+
+
 def test_eval_prompt_makes_one_picture(tiny_report):
     """--prompt needs no checkpoint."""
     folder, flags = tiny_report
@@ -4498,7 +4751,7 @@ def test_eval_prompt_makes_one_picture(tiny_report):
     (["--teacher", "--metrics", "geneval"], "FILE.jsonl"), (["--images", "nowhere"], "not a folder"),
     (["--compare", "a"], "2 arguments"), (["--compare", "a", "b"], "report.json"),
     (["--teacher", "--model", "sd4"], "sd4"), (["--colour", "red"], "--colour"),
-    (["--teacher", "--prompts", "nowhere.txt"], "nowhere.txt")])
+    (["--teacher", "--prompts", "nowhere.txt"], "nowhere.txt"), (["--run_folder", "typo"], "no run")])
 def test_eval_refuses_in_one_sentence(flags, words, capsys, tmp_path, monkeypatch):
     """Exit code 2 and the remedy; no file is written."""
     monkeypatch.chdir(tmp_path)
@@ -4681,20 +4934,37 @@ def test_ablations_go_on_where_they_were_stopped(flags, tmp_path, monkeypatch, c
         ev.ablation(tmp_path / "abl", cfg, 2, "bad row", f"{small} --rewards beauty=1", 0)
 
 
-def test_antithetic_noise(flags):
+@pytest.mark.parametrize("only, base, rows", [
+    ("nonsense", None, None), ("lag, gamma 0", [], ["lag, gamma 0"]), ("stage 1: eta 0", [], [ev.BASE, "eta 0"]),
+    ("behind, gamma 1", [ev.BASE], ["behind, gamma 0", "behind, gamma 1"]),
+    ("strict, SubGRPO M=1", [ev.BASE], ["strict, naive GRPO", "strict, SubGRPO M=1"])])
+def test_ablations_train_what_is_asked_for(only, base, rows, tmp_path, monkeypatch, capsys):
+    """And what it starts from or is compared with. Nothing, said in one line, where --only names nothing."""
+    trained = []
+    monkeypatch.setattr(ev, "train_rows", lambda jobs, *_: trained.append([job[1] for job in jobs]))
+    monkeypatch.setattr(rtdmd, "load_backbone", lambda cfg: trained.append("world"))
+    ev.main(["--ablations", "--seeds", "1", "--only", only, "--out", str(tmp_path / "abl")])
+    out, err = capsys.readouterr()
+    assert trained == ([] if rows is None else ["world", base, rows])
+    assert ("'nonsense' names no row" in err) == (rows is None) and "### Table 3" in out
+
+
+@pytest.mark.parametrize("size", [4, 3])
+def test_antithetic_noise(size, flags):
     """The other half of a group has minus the noise where it is drawn anew, Eq. 16; shared noise stays shared."""
-    cfg = rtdmd.resolve(rtdmd.parse_flags(flags(2, "--group_size", 4)))
+    cfg, half = rtdmd.resolve(rtdmd.parse_flags(flags(2, "--group_size", size))), size // 2
     run = SimpleNamespace(cfg=cfg, device="cpu", backbone=SimpleNamespace(latent_shape=(3, 5, 5)))
     plain = rtdmd.group_draws(run, 0, range(6))
     with ev.replaced(["antithetic"], None):
         first, noise, subsets = rtdmd.group_draws(run, 0, range(6))
     assert torch.equal(subsets, plain[2]) and rtdmd.group_draws(run, 0, range(6))[1].equal(plain[1])
-    first, noise = first.unflatten(0, (6, 4)), noise.unflatten(1, (6, 4))
-    assert torch.equal(first[:, 2:], -first[:, :2])
+    first, noise = first.unflatten(0, (6, size)), noise.unflatten(1, (6, size))
+    assert torch.equal(first[:, half:2 * half], -first[:, :half])
+    assert torch.equal(first[:, 2 * half:], plain[0].unflatten(0, (6, size))[:, 2 * half:])
     for g in range(6):
         for k in (1, 2, 3):
-            if k in subsets[4 * g]:
-                assert torch.equal(noise[k - 1, g, 2:], -noise[k - 1, g, :2])
+            if k in subsets[size * g]:
+                assert torch.equal(noise[k - 1, g, half:2 * half], -noise[k - 1, g, :half])
             else:
                 assert torch.equal(noise[k - 1, g], noise[k - 1, g, :1].expand_as(noise[k - 1, g]))
 
@@ -4779,6 +5049,34 @@ def test_the_held_out_judge_chooses_a_checkpoint(tmp_path):
     for i in (20, 30, 50, 60):
         (tmp_path / f"checkpoint-{i:06d}").mkdir()
     assert ev.best_checkpoint(tmp_path).name == "checkpoint-000050"
+
+
+def test_curves_of_a_run(tmp_path, monkeypatch):
+    """From whole lines only; the last line need not be one of a panel. Nothing is drawn of nothing."""
+    for stage in (1, 2):
+        (tmp_path / f"stage{stage}").mkdir()
+        written(tmp_path, f"stage{stage}/metrics.jsonl", "")
+    ev.draw_run_curves(tmp_path, tmp_path / "c.png")
+    assert not (tmp_path / "c.png").exists()
+    lines = [json.dumps(dict(iteration=i, dm=-1.0, reward_a=i / 4) | (dict(watch_b=.5) if i == 2 else {}))
+             for i in (1, 2, 3)]
+    for stage, text in ((1, '{"iteration": 1, "d'), (2, "\n".join(lines) + '\n{"iteration": 4, "dm": 0')):
+        written(tmp_path, f"stage{stage}/metrics.jsonl", text)
+    ev.draw_run_curves(tmp_path, tmp_path / "c.png")
+    assert Image.open(tmp_path / "c.png").size[0] == 1120
+    drawn = {}
+    monkeypatch.setattr(ev, "draw_curves", lambda path, panels: drawn.update(panels))
+    ev.draw_run_curves(tmp_path, tmp_path / "c.png")
+    gap, rewards = drawn.values()
+    assert list(drawn)[0].startswith("stage 2: dm") and gap == {"dm": [(1, -1), (2, -1), (3, -1)]}
+    assert rewards == {"reward_a": [(1, .25), (2, .5), (3, .75)], "watch_b": [(2, .5)]}
+
+
+def test_a_curve_is_smoothed_over_what_was():
+    """The mean over logs, then over the last lines: a step at 20 is not seen before it."""
+    logs = [[dict(iteration=i, x=float(i >= 20) + side) for i in range(40)] for side in (-1, 1)]
+    curve = dict(ev.mean_curve(logs, "x"))
+    assert [curve[i] for i in (0, 19, 20, 21, 24, 39)] == pytest.approx([0, 0, .2, .4, 1, 1])
 
 
 def test_curves(tmp_path):
