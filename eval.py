@@ -1423,7 +1423,7 @@ def evaluate(flags, cfg):
     report(flags, results, scores, failures, note, model=cfg.model, prompts=prompts, prompt_hash=prompt_hash,
            tasks=tasks, seed=cfg.seed, sampler=rows, resolution=cfg.resolution)
     if rtdmd.dist_info()[0] == 0:                            # after the report: no picture is worth losing it for
-        save_grid(Path(flags.out) / "grid.png", torch.stack(panels).float() / 255, columns=len(shown))
+        save_grid(Path(flags.out) / "grid.png", torch.stack(panels).float() / 255, len(shown), list(rows))
         if flags.run_folder:
             draw_run_curves(Path(flags.run_folder), Path(flags.out) / "curves.png")
     if flags.save_images:
@@ -1522,15 +1522,22 @@ def write_png(path, image):
     rtdmd.write_atomic(path, buffer.getvalue())
 
 
-def save_grid(path, images, columns):
-    """Writes images (B, 3, H, W) in [0, 1] as one PNG; small ones are enlarged to 64 pixels."""
+def save_grid(path, images, columns, names=()):
+    """Writes images (B, 3, H, W) in [0, 1] as one PNG, small ones enlarged to 64 pixels; names stand left of its
+    rows."""
     zoom = max(1, 64 // images.shape[-1])
     images = F.pad(images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3), (1, 1, 1, 1), value=1.0)
     blank = images.new_ones(-len(images) % columns, *images.shape[1:])
     B, _, H, W = (images := torch.cat([images, blank])).shape
     rows = images.view(B // columns, columns, 3, H, W).permute(0, 3, 1, 4, 2)
-    canvas = rows.reshape(B // columns * H, columns * W, 3)
-    write_png(path, Image.fromarray((canvas.cpu().numpy() * 255).round().astype(np.uint8)))
+    canvas = (rows.reshape(B // columns * H, columns * W, 3).cpu().numpy() * 255).round().astype(np.uint8)
+    font = ImageFont.load_default(13)
+    margin = max((int(font.getlength(name)) + 12 for name in names), default=0)
+    image = Image.new("RGB", (margin + canvas.shape[1], canvas.shape[0]), "white")
+    image.paste(Image.fromarray(canvas), (margin, 0))
+    for i, name in enumerate(names):
+        ImageDraw.Draw(image).text((margin - 6, (i + 0.5) * H), name, "black", font, anchor="rm")
+    write_png(path, image)
 
 
 def open_log(run):
@@ -1849,6 +1856,7 @@ BASE, BASE_2 = "base (gamma .01)", "base (SubGRPO M=2 + pathwise)"
 LAG = "--fake_updates 1 --lr_fake 3e-4"
 BEHIND = "--iterations 75 @fake_from_zero"
 LONG = "--iterations 150 --save_every 25 --keep 6"
+STAGE2_FLAGS = "--fake_updates 2"    # of all rows of stage 2; MODELS has 4, because of the row "base, 4 fake updates"
 STAGE1_ROWS = {
     "Table 3: the consistency term": {
         BASE: "", "gamma 0 (A-DMD)": "--gamma 0", "gamma .001": "--gamma .001", "gamma .005": "--gamma .005",
@@ -1918,7 +1926,7 @@ def ablations(flags, cfg):
         for stage, _, rows in tables:
             chosen = [row for row in rows if flags.only in f"stage {stage}: {row}"]
             for row in [*list(rows)[:1], *chosen] if chosen else []:
-                jobs[row, seed] = (stage, row, rows[row], seed)
+                jobs[row, seed] = (stage, row, f"{STAGE2_FLAGS} {rows[row]}" if stage == 2 else rows[row], seed)
     starting = {seed for stage, row, words, seed in jobs.values() if stage == 2 or "@fake_from_zero" in words}
     base = [(1, BASE, STAGE1_ROWS[QUICK[1]][BASE], seed) for seed in seeds if seed in starting]
     if not jobs:
@@ -2151,8 +2159,15 @@ def mean_curve(logs, name, width=5):
     return [(x, float(np.mean(before(i)))) for i, (x, _) in enumerate(mean)]
 
 
+def ticks(low, high):
+    """Round numbers between low and high: some five multiples of 1, 2 or 5 times a power of ten."""
+    power = 10.0 ** math.floor(math.log10((high - low) / 5))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= (high - low) / 5 * 0.999)
+    return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
 def draw_curves(path, panels, width=560, height=330):
-    """One PNG, a panel beside the other, each with its legend below. panels {title: {label: [(x, y), ...]}}."""
+    """One PNG, a panel beside the other, each with its legend below.  panels {title: {label: [(iteration, y)]}}."""
     font, rows = ImageFont.load_default(13), max(-(-len(curves) // 2) for curves in panels.values())
     image = Image.new("RGB", (width * len(panels), height + 18 * rows + 8), "white")
     pen = ImageDraw.Draw(image)
@@ -2164,14 +2179,19 @@ def draw_curves(path, panels, width=560, height=330):
         place = lambda x, y: (left + (x - low[0]) / (high[0] - low[0]) * (right - left),
                               bottom - (y - low[1]) / (high[1] - low[1]) * (bottom - top))
         pen.text(((left + right) / 2, 8), title, "black", font, anchor="ma")
-        for x, y in np.linspace(low, high, 5):                              # grid lines and their numbers
+        for y in ticks(low[1], high[1]):                                    # grid lines and their numbers
             pen.line([place(low[0], y), place(high[0], y)], (225, 225, 225))
-            pen.text((left - 6, place(x, y)[1]), f"{y:.3g}", "black", font, anchor="rm")
-            pen.text((place(x, y)[0], bottom + 6), f"{x:.0f}", "black", font, anchor="ma")
+            pen.text((left - 6, place(low[0], y)[1]), f"{y:.4g}", "black", font, anchor="rm")
+        for x in ticks(low[0], high[0]):
+            pen.text((place(x, low[1])[0], bottom + 6), f"{x:.4g}", "black", font, anchor="ma")
+        pen.text((left - 6, bottom + 6), "iteration", "black", font, anchor="ra")
         for j, (label, curve) in enumerate(curves.items()):
             colour = LINE_COLOURS[j % len(LINE_COLOURS)]
             x, y = left + j % 2 * (right - left) // 2, height + 18 * (j // 2)
             pen.line([place(*point) for point in curve], colour, 2)
+            if len(curve) < 20:                                             # a panel's numbers: few, or only one
+                for px, py in (place(*point) for point in curve):
+                    pen.ellipse([px - 3, py - 3, px + 3, py + 3], colour)
             pen.line([(x, y + 8), (x + 22, y + 8)], colour, 3)
             pen.text((x + 28, y), label, "black", font)
     write_png(path, image)

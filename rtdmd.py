@@ -1014,8 +1014,8 @@ def pathwise_terms(run, x_0, prompts, scales):
         if reward.differentiable:
             r = rate(reward, images, prompts)
             if not r.requires_grad:
-                raise UsageError(f"reward {name} says that it is differentiable, but its result has no gradient: leave "
-                                 "out .differentiable, or compute in torch, without detach or no_grad.")
+                raise UsageError(f"reward {name} says that it is differentiable, but its result has no gradient: "
+                                 "leave out .differentiable, or compute in torch, without detach or no_grad.")
             total = total + weight * pathwise_loss(r, scales[name], x_0[0].numel())
     return total
 
@@ -1833,7 +1833,8 @@ def find_start(run):
             raise UsageError(f"{start} is not of this version of rtdmd.py (no {', '.join(sorted(missing))}): take "
                              "another --out or --init.")
         then, now = dict(saved["config"], prompts=saved["prompts"]), dict(vars(cfg), prompts=run.prompt_hash)
-        matter = now.keys() - FREE_SETTINGS if own else {"model", "pretrained", "tiny_steps", "lora_rank", "lora_alpha"}
+        same_network = {"model", "pretrained", "tiny_steps", "lora_rank", "lora_alpha"}
+        matter = now.keys() - FREE_SETTINGS if own else same_network
         changed = [f"{n} {then.get(n)!r} -> {v!r}" for n, v in now.items() if n in matter and then.get(n) != v]
         if changed and not cfg.force_resume:
             raise UsageError(f"{start} was made with other settings ({'; '.join(changed)}): take those, or "

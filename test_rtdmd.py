@@ -5079,6 +5079,14 @@ def test_a_curve_is_smoothed_over_what_was():
     assert [curve[i] for i in (0, 19, 20, 21, 24, 39)] == pytest.approx([0, 0, .2, .4, 1, 1])
 
 
+def test_ticks_are_round():
+    """Some five of them, inside the range, multiples of one round step."""
+    assert ev.ticks(1, 50) == [10, 20, 30, 40, 50] and ev.ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
+    for low, high in ((-0.351, -0.0605), (0.0386, 0.0933), (3.0, 4.0), (1, 6)):
+        found = ev.ticks(low, high)
+        assert 3 <= len(found) <= 7 and low <= found[0] and found[-1] <= high
+
+
 def test_curves(tmp_path):
     """One panel beside the other; a level curve and a single point have an axis too."""
     panels = {"a": {"x": [(1, 0.0), (2, 1.0)], "y": [(1, 1.0), (2, 0.0)]}, "b": {"x": [(1, 3.0)]}}
