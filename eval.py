@@ -912,8 +912,10 @@ def parse_rewards(text, extra=(), flag="--rewards"):
 
 
 def check_names(names, extra, flag):
-    """Refuses unknown rewards and metrics before anything is loaded or sampled."""
+    """Refuses unknown rewards and metrics, and modules without them, before anything is loaded or sampled."""
     for name in names:
+        if ":" in name:
+            user_object(name)
         if name not in extra and name not in METRICS and ":" not in name:
             known = ", ".join(dict.fromkeys([*extra, *METRICS]))
             raise UsageError(f"{flag}: no reward is called {name!r}; there are {known}, module:attribute.")
@@ -932,17 +934,21 @@ def load_metric(name, cfg, training=False):
     return scorer
 
 
-def user_reward(name):
-    """"module:attribute": a function (images, prompts) -> (B,), or a class without arguments whose objects are
-    one; from the current directory too. Its .differentiable counts as False if it has none."""
+def user_object(name, use=lambda found: found):
+    """use(what "module:attribute" names), looked for in the current directory too."""
     module, _, attribute = name.partition(":")
     sys.path.append(os.getcwd())   # Python itself looks in the script's folder
     try:
-        found = getattr(importlib.import_module(module), attribute)
-        reward = functools.partial(found() if isinstance(found, type) else found)
+        return use(getattr(importlib.import_module(module), attribute))
     except Exception as error:   # foreign code raises anything
         raise UsageError(f"reward {name}: {error!r}; looked in {os.getcwd()} and among the packages: mend the "
                          f"name or the code, or put {module}.py there.") from error
+
+
+def user_reward(name):
+    """"module:attribute": a function (images, prompts) -> (B,), or a class without arguments whose objects are
+    one. Its .differentiable counts as False if it has none."""
+    reward = user_object(name, lambda found: functools.partial(found() if isinstance(found, type) else found))
     reward.name, reward.differentiable = name, getattr(reward.func, "differentiable", False)
     return reward   # a partial: methods and builtins take no attributes
 
@@ -1328,12 +1334,20 @@ def gathered(pairs):
 
 
 def score_rows(pictures, captions, flags, cfg, own=()):
-    """{row: {metric: list over all pictures}}, sentences on failures. One scorer is in memory at a time."""
+    """{row: {metric: list over all pictures}}, sentences on failures. One scorer is in memory at a time; one that
+    cannot be loaded is a failure, and costs the others nothing."""
     scores, failures = {row: {} for row in pictures}, []
     for name in flags.metrics.split(","):
         if name in SET_METRICS:
             continue
-        scorer = own[name] if name in own else load_metric(name, cfg)
+        scorer = problem = None
+        try:
+            scorer = own[name] if name in own else load_metric(name, cfg)
+        except UsageError as error:
+            problem = f"{name}: {error}"
+        if problems := [text for text in rtdmd.everyone(problem) if text]:
+            failures.append(problems[0])
+            continue
         for row, (index, images) in pictures.items():
             texts = [captions[i] for i in index]
             values, failed = run_metric(scorer, images, texts, max(flags.batch, 16), cfg.device)
@@ -1394,6 +1408,13 @@ def report(flags, results, scores, failures, note="", **facts):
     print("\n".join([table(results), *filter(None, [note]), *(f"not scored: {text}" for text in failures[:10])]))
 
 
+def demand_scores(flags, scores):
+    """After the report: a metric without a single score is an error, for whoever waits on the exit code."""
+    found = {m for row in scores.values() for m, values in row.items() if np.isfinite(values).any()}
+    if lost := [m for m in flags.metrics.split(",") if m not in found and m not in SET_METRICS]:
+        raise UsageError(f"nothing was scored by {', '.join(lost)}; {flags.out}/report.json has the rest.", code=1)
+
+
 def evaluate(flags, cfg):
     """--run_folder, --lora, --teacher: samples the rows of a plan, scores them, writes the report and
     grid.png."""
@@ -1402,6 +1423,7 @@ def evaluate(flags, cfg):
     prompts = read_prompts(cfg.prompts, cfg.seed)[:flags.max_prompts]
     tasks = geneval_tasks(flags.metrics, prompts, cfg)
     captions = [prompt for prompt in prompts for _ in range(flags.per_prompt)]
+    Path(flags.out).mkdir(parents=True, exist_ok=True)       # what cannot be written is known before hours of work
     sampler = Sampler(cfg, rows, prompts)
     for name, row in rows.items():
         *pictures[name], seconds[name] = sampler.sample(name, row, captions, flags)
@@ -1428,6 +1450,7 @@ def evaluate(flags, cfg):
             draw_run_curves(Path(flags.run_folder), Path(flags.out) / "curves.png")
     if flags.save_images:
         save_pictures(Path(flags.out) / "images", pictures, captions)
+    demand_scores(flags, scores)
 
 
 def save_pictures(folder, pictures, captions):
@@ -1469,6 +1492,7 @@ def score_folder(flags, cfg):
     scores, failures = score_rows({name: (index, [files[i] for i in index])}, prompts, flags, cfg)
     report(flags, {name: summarise(scores[name], prompts, tasks)}, scores, failures,
            images=[str(file) for file in files], prompts=prompts, tasks=tasks)
+    demand_scores(flags, scores)
 
 
 def compare(flags, cfg):
@@ -1896,7 +1920,7 @@ STAGE2_ROWS = {
         "std floor .0001, SubGRPO M=2": "--no_det --std_floor 1e-4",
         "std floor .2, SubGRPO M=2": "--no_det --std_floor .2",
         "antithetic, SubGRPO M=2": "--no_det @antithetic"},
-    "The weight of the pathwise term (tiny: 10), fake updates (tiny: 2)": {
+    "The weight of the pathwise term (tiny: 10), fake updates (here: 2)": {
         BASE_2: "", "base, det_weight 1": "--det_weight 1", "base, 4 fake updates": "--fake_updates 4"},
     "Matching alone": {
         "DM only": "--no_policy --no_det", "DM only, 4 fake updates": "--no_policy --no_det --fake_updates 4"},

@@ -4681,6 +4681,23 @@ def test_a_finished_evaluation_is_not_lost(tiny_report, tmp_path, capsys):
     assert math.isnan(report["rows"]["teacher"]["distance"]) and report["rows"]["teacher"]["attributes"] < 0
 
 
+def test_a_metric_that_fails_costs_the_others_nothing(tiny_report, tmp_path, monkeypatch, capsys):
+    """Its weights are missing, or every picture is too much for it: the report has the rest, the exit code is 1.
+    A module that is not there is refused before anything is sampled."""
+    folder, flags = tiny_report
+    written(tmp_path, "sick_judge.py", "def score(images, prompts): raise ValueError('not today')\n")
+    monkeypatch.chdir(tmp_path)
+    line = [*flags[:6], "--max_prompts", "1", "--per_prompt", "1", "--out", str(tmp_path / "out"), "--metrics"]
+    load = ev.load_metric
+    lacking = lambda name, cfg: ev.find_weights(str(tmp_path), "x.bin", cfg) if name == "hpsv2" else load(name, cfg)
+    monkeypatch.setattr(ev, "load_metric", lacking)
+    eval_refused(capsys, [*line, "hpsv2,sick_judge:score,attributes"], "nothing was scored by hpsv2, sick_judge", 1)
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["rows"]["teacher"]["attributes"] < 0 and "hpsv2: " in report["failures"][0]
+    monkeypatch.setattr(ev, "Sampler", None)
+    eval_refused(capsys, [*line, "no_such:score"], "no_such.*mend")
+
+
 def test_eval_out_of_memory_names_the_knob(tiny_report, monkeypatch, capsys):
     """A GPU that is full while sampling ends with --batch in the sentence."""
     def full(*_):
