@@ -123,9 +123,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torch.utils.checkpoint
-from diffusers import FlowMatchEulerDiscreteScheduler
-from diffusers.schedulers.scheduling_utils import SchedulerOutput
-from diffusers.utils.torch_utils import randn_tensor
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
@@ -419,9 +416,8 @@ def rollout(velocity, x, noise, times, eta):
     return states, predictions
 
 
-class CPSScheduler(FlowMatchEulerDiscreteScheduler):
-    """Eq. 21 for the stock diffusers pipelines of SD3 and FLUX.2.  Copy it alone, with the imports of math, torch,
-    FlowMatchEulerDiscreteScheduler, SchedulerOutput and randn_tensor above.
+class CPSScheduler(diffusers.FlowMatchEulerDiscreteScheduler):
+    """Eq. 21 for the stock diffusers pipelines of SD3 and FLUX.2.  To copy it: import math, torch, diffusers.
 
         pipe.scheduler = CPSScheduler.from_config(pipe.scheduler.config, eta=0.9)
         pipe.scheduler.generator = torch.Generator().manual_seed(0)      # the noise of the steps
@@ -467,11 +463,12 @@ class CPSScheduler(FlowMatchEulerDiscreteScheduler):
         x0, eps = x - t * v, x + (1 - t) * v
         x = (1 - t_next) * x0 + t_next * math.cos(self.eta * math.pi / 2) * eps
         if self.eta > 0 and self.step_index < len(self.sigmas) - 2:      # the last step has no noise
-            noise = randn_tensor(x.shape, generator or self.generator, x.device, torch.float32)
+            noise = diffusers.utils.torch_utils.randn_tensor(x.shape, generator or self.generator, x.device,
+                                                             torch.float32)
             x = x + t_next * math.sin(self.eta * math.pi / 2) * noise
         self._step_index += 1
         x = x.to(model_output.dtype)
-        return SchedulerOutput(prev_sample=x) if return_dict else (x,)
+        return diffusers.schedulers.scheduling_utils.SchedulerOutput(prev_sample=x) if return_dict else (x,)
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -1220,9 +1217,9 @@ class SD3Backbone:
         self.vae = build(diffusers.AutoencoderKL, self.base, "vae", SD3_VAE, cfg)
         self.dtype, self.lora_targets = self.vae.dtype, attention_linears(self.nets["teacher"])
         self.latent_shape = (16, cfg.resolution // 8, cfg.resolution // 8)
-        self.shift = 3.0 if cfg.random_weights else from_hub(
-            FlowMatchEulerDiscreteScheduler.from_pretrained, self.base, cfg, "scheduler/scheduler_config.json",
-            subfolder="scheduler").config.shift
+        scheduler = None if cfg.random_weights else from_hub(
+            CPSScheduler.from_pretrained, self.base, cfg, "scheduler/scheduler_config.json", subfolder="scheduler")
+        self.shift = scheduler.config.shift if scheduler else 3.0
         self.text_key = f"{self.base} random {cfg.random_weights} clip 77 t5 {self.text_length} {self.dtype}"
 
     def shift_for(self, steps):
