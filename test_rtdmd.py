@@ -2939,7 +2939,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(name, damage, begun, four, f
     damage(tmp_path / "run/stage1/checkpoint-000003" / name)
     rtdmd.main(flags(1, "--iterations", 4, "--keep", 1))
     text = capfd.readouterr().err
-    assert re.search(r"checkpoint-000003 is damaged.*older", text)
+    assert re.search(r"checkpoint-000003 is damaged.*passed over", text)
     assert "Resumed" in text and "2 iterations are done" in text
     assert bytes_differing(state_of(tmp_path / "run/stage1"), state_of(four)) == 0
     assert names_in(tmp_path / "run/stage1") == ["checkpoint-000004"]
