@@ -611,11 +611,8 @@ def group_noise(shape, selected, group_size, steps, generator):
 
 
 def gaussian_log_prob(x_next, mean, std):
-    """log pi of Eq. 13 (written out in App. H) over the number of dimensions, (B,). x_next, mean (B, ...).
-
-    The exact density with its 1 / (2 std^2), which weighs the steps; the mean makes one clip suit every
-    resolution, and the ratio the d-th root of the likelihood ratio (DEPARTURE 7).
-    """
+    """log pi of Eq. 13 (written out in App. H) over the number of dimensions (DEPARTURE 7), (B,). x_next, mean
+    (B, ...)."""
     x_next, mean, std = fp32(x_next, mean, std)
     log_density = -0.5 * ((x_next - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)
     return log_density.flatten(1).mean(1)
@@ -635,8 +632,7 @@ def reward_scale(rewards, std="group", floor=1e-4):
 def group_advantages(rewards, std="group", floor=1e-4):
     """A_i of 3.2 and App. H: (G, N) -> (G, N), rewards of N trajectories for each of G prompts.
 
-    std="none" compares each with the mean of the N-1 others, i.e. stretches by N/(N-1): a baseline that contains
-    r_i itself would shrink the stochastic term of Eq. 14 by (N-1)/N against the pathwise one.
+    std="none" compares each with the mean of the N-1 others, i.e. stretches by N/(N-1) (DEPARTURE 12).
     """
     rewards, = fp32(rewards)
     centred = rewards - rewards.mean(1, keepdim=True)
@@ -662,8 +658,7 @@ def pathwise_loss(reward, scale=1.0, dims=1):
     """Loss whose gradient is minus Eq. 15 over dims, -> scalar. reward (B,) = r(G(x_{t_{K-1}})).
 
     x_{t_{K-1}} must enter detached: how it depends on theta is what the policy term measures (App. G.2), and
-    would be counted twice. scale (B,): the std that the advantage was divided by; dims: the log-probabilities and
-    the DM loss are means over dimensions, so this term is divided by their number too (DEPARTURE 11).
+    would be counted twice. scale (B,) and dims bring it into the units of the other terms (DEPARTURE 11).
     """
     return -(reward.float() / scale).mean() / dims
 
