@@ -999,17 +999,10 @@ def reinforce_slot(run, b, slot, reward_term, rows, here, u, noise, first, total
 
 
 def pathwise_terms(run, x_0, prompts, scales):
-    """Eq. 15 for each differentiable reward, divided by the std of its own advantage, weighted and added up.
-    UsageError for a reward that only claims to be differentiable."""
-    images, total = run.backbone.decode(x_0), 0.0
-    for name, (reward, weight) in run.rewards.items():
-        if reward.differentiable:
-            r = rate(reward, images, prompts)
-            if not r.requires_grad:
-                raise UsageError(f"reward {name} says that it is differentiable, but its result has no gradient: "
-                                 "leave out .differentiable, or compute in torch, without detach or no_grad.")
-            total = total + weight * pathwise_loss(r, scales[name], x_0[0].numel())
-    return total
+    """Eq. 15 for each differentiable reward, divided by the std of its own advantage, weighted and added up."""
+    images = run.backbone.decode(x_0)
+    return sum(weight * pathwise_loss(rate(reward, images, prompts), scales[name], x_0[0].numel())
+               for name, (reward, weight) in run.rewards.items() if reward.differentiable)
 
 
 def pathwise_through(run, b, rows, total):
@@ -1152,6 +1145,8 @@ def rate(reward, images, prompts):
         values = torch.as_tensor(reward(images, prompts), device=images.device)
         if values.shape != (len(prompts),):
             raise ValueError(f"the result has shape {tuple(values.shape)}, must have ({len(prompts)},)")
+        if images.requires_grad and not values.requires_grad and reward.differentiable:
+            raise ValueError("it is said to be .differentiable, but its result has no gradient")
     except (UsageError, torch.OutOfMemoryError):                            # main knows what to say
         raise
     except Exception as error:                                              # foreign code raises anything

@@ -1735,7 +1735,7 @@ def test_a_reward_that_only_says_that_it_is_differentiable(flags, tmp_path, monk
 cut.differentiable = True
 """)
     monkeypatch.syspath_prepend(tmp_path)
-    refused(capfd, flags(2, "--rewards", "cut_rewards:cut=1"), "cut says that it is differentiable.*no gradient")
+    refused(capfd, flags(2, "--rewards", "cut_rewards:cut=1"), "cut_rewards:cut, prompt.*differentiable.*no gradient")
 
 
 def test_stage_2_wants_the_world_of_its_stage_1(flags, capfd):
