@@ -2145,13 +2145,13 @@ LINE_COLOURS = [(31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189), (
 
 
 def draw_ablation_curves(out, seeds):
-    """OUT/curves.png: reward and held-out judge of Table 4's rows while they train; stage 1's gap dm, healthy and with
+    """OUT/curves.png: reward and held-out judge of Table 4's rows while they train; stage 1's dsm, healthy and with
     a fake score that lags. Mean over seeds."""
     table4, gap = STAGE2_ROWS["Table 4: the hybrid policy gradient"], (BASE, "lag, gamma .01")
     panels = {}
     for title, stage, rows, name in (("reward (trained on)", 2, table4, "reward_attributes"),
                                      ("held-out judge", 2, table4, "watch_heldout"),
-                                     ("stage 1: dm, healthy and with a fake score that lags", 1, gap, "dm")):
+                                     ("stage 1: dsm, healthy and with a fake score that lags", 1, gap, "dsm")):
         for row in rows:
             files = [result_of(out, row, seed) for seed in seeds]
             logs = [read_log(file.with_suffix("") / f"stage{stage}") for file in files if file.exists()]
