@@ -916,7 +916,7 @@ def check_names(names, extra, flag):
     for name in names:
         if ":" in name:
             user_object(name)
-        if name not in extra and name not in METRICS and ":" not in name:
+        elif name not in extra and name not in METRICS:
             known = ", ".join(dict.fromkeys([*extra, *METRICS]))
             raise UsageError(f"{flag}: no reward is called {name!r}; there are {known}, module:attribute.")
 
@@ -1013,12 +1013,11 @@ def mean_and_error(values, prompts=None):
     """
     groups = {}
     for prompt, value in zip(prompts or range(len(values)), values):
-        groups.setdefault(prompt, []).append(value)
-    rows = zip(*itertools.zip_longest(*groups.values(), fillvalue=math.nan))         # one for each prompt
-    table = torch.tensor([*rows], dtype=torch.float64)
-    prompts = table.nanmean(1)[~table.isnan().all(1)]
-    error = prompts.std().item() / math.sqrt(len(prompts)) if len(prompts) > 1 else math.nan
-    return prompts.mean().item() if len(prompts) else math.nan, error
+        if not math.isnan(value):
+            groups.setdefault(prompt, []).append(value)
+    means = [sum(group) / len(group) for group in groups.values()]
+    error = float(np.std(means, ddof=1)) / math.sqrt(len(means)) if len(means) > 1 else math.nan
+    return float(np.mean(means)) if means else math.nan, error
 
 
 def frechet(a, b):
@@ -1888,8 +1887,8 @@ STAGE1_ROWS = {
         "gamma 1, App. F's times": "--gamma 1 --consistency_times schedule",
         "gamma 1, pairs across boundaries": "--gamma 1 @pairs_across"},
     "Figure 5: randomness of the sampler (base: eta .9)": {
-        BASE: "", "eta 0": "--eta 0", "eta .5": "--eta .5", "eta .8": "--eta .8", "eta 1": "--eta 1",
-        "eta 1, DMD2's re-noising": "--eta 1 --renoise dmd2"},
+        BASE: "", "eta 0": "--eta 0", "eta .5": "--eta .5", "eta .8": "--eta .8", "eta 1": "--eta 1"},
+    "App. K: DMD2": {"eta 1": "--eta 1", "eta 1, DMD2's re-noising": "--eta 1 --renoise dmd2"},
     "DEPARTURE 1: the re-noising std": {BASE: "", "the paper's (t-s)/(1-s)": "--renoise paper"},
     "A fake score that lags (1 update at lr 3e-4)": {
         "lag, gamma 0": f"{LAG} --gamma 0", "lag, gamma .01": LAG, "lag, gamma 1": f"{LAG} --gamma 1"},
@@ -2147,11 +2146,11 @@ LINE_COLOURS = [(31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189), (
 def draw_ablation_curves(out, seeds):
     """OUT/curves.png: reward and held-out judge of Table 4's rows while they train; stage 1's dsm, healthy and with
     a fake score that lags. Mean over seeds."""
-    table4, gap = STAGE2_ROWS["Table 4: the hybrid policy gradient"], (BASE, "lag, gamma .01")
+    table4, lag = STAGE2_ROWS["Table 4: the hybrid policy gradient"], (BASE, "lag, gamma .01")
     panels = {}
     for title, stage, rows, name in (("reward (trained on)", 2, table4, "reward_attributes"),
                                      ("held-out judge", 2, table4, "watch_heldout"),
-                                     ("stage 1: dsm, healthy and with a fake score that lags", 1, gap, "dsm")):
+                                     ("stage 1: dsm, healthy and with a fake score that lags", 1, lag, "dsm")):
         for row in rows:
             files = [result_of(out, row, seed) for seed in seeds]
             logs = [read_log(file.with_suffix("") / f"stage{stage}") for file in files if file.exists()]

@@ -683,7 +683,7 @@ def stage1(run):
     cfg, K = run.cfg, run.cfg.steps
     block = cfg.batch // K                                                  # trajectories per block
     for it in iterations(run):
-        # Line 2: roll out G_theta from noise.
+        # Line 2: roll out G_theta from noise. (Its x_t are made where they are used, in lines 3 and 4.)
         ids = share(block * cfg.fake_updates)
         prompts = [prompt_at(run, it * prompts_per_iteration(cfg) + i) for i in ids]
         own = [*ids, *(block * cfg.fake_updates + i for i in share(cfg.batch))]
@@ -701,8 +701,8 @@ def stage1(run):
                         if (update + k - i // block) % cfg.fake_updates == 0]
                 rows, k = [row for row, _ in pick], torch.tensor([k for _, k in pick], dtype=torch.long)
                 x_s, s = boundary_states(run, states[:, rows], predictions[:, rows], k)
-                who = [prompts[row] for row in rows], [ids[row] for row in rows]
-                update_fake(run, it, update, x_s, s, k, *who, cfg.batch)
+                update_fake(run, it, update, x_s, s, k, [prompts[row] for row in rows], [ids[row] for row in rows],
+                            cfg.batch)
         # Line 4: update theta on Eq. 9.
         with phase(run, "generator"):
             update_generator(run, it)
@@ -929,7 +929,7 @@ def reinforce(run, it, epoch, b):
         for slot in range(M + 1):
             reward_term = (pathwise and not cfg.no_det) if slot == M else (not cfg.no_policy)
             if slot == M and reward_term and cfg.pathwise_steps > 1:
-                pathwise_through(run, b, list(range(part.start, part.stop)), total)
+                pathwise_through(run, b, part, total)
                 reward_term = False
             use = [i for i, m in enumerate(matched) if m == slot or reward_term]    # who needs a forward here,
             here = [j for j, i in enumerate(use) if matched[i] == slot]             # and who of them for DM
@@ -1006,18 +1006,18 @@ def pathwise_terms(run, x_0, prompts, scales):
 
 
 def pathwise_through(run, b, rows, total):
-    """Beyond the paper: Eq. 15 through the last cfg.pathwise_steps steps with their noise held fixed.
+    """Beyond the paper: Eq. 15 through the last cfg.pathwise_steps steps with their noise held fixed. rows: slice.
 
     Exact for all that these steps do to the reward, so no policy term may act on them.
     """
-    cfg, K, prompts = run.cfg, run.cfg.steps, [b.prompts[r] for r in rows]
+    cfg, K, prompts = run.cfg, run.cfg.steps, b.prompts[rows]
     x, cond = b.states[K - cfg.pathwise_steps, rows], run.text.batch(prompts, run.device)
     for k in range(K - cfg.pathwise_steps + 1, K + 1):
-        t, t_next = (level(run.times[[j] * len(rows)], x) for j in (k - 1, k))
+        t, t_next = (level(run.times[[j] * len(x)], x) for j in (k - 1, k))
         mean, _ = cps_mean_std(x, run.roles.velocity("generator", x, t, cond), t, t_next, cfg.eta)
         x = b.states[k, rows] + mean - mean.detach()                        # the rollout's state, with a gradient
     loss = pathwise_terms(run, x, prompts, {name: scale[rows] for name, scale in b.scales.items()})
-    (cfg.beta * cfg.det_weight * loss * len(rows) / total).backward()
+    (cfg.beta * cfg.det_weight * loss * len(x) / total).backward()
 
 
 # -----------------------------------------------------------------------------------------------------------------

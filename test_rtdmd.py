@@ -4309,16 +4309,19 @@ def test_an_unreadable_file_is_counted(tmp_path):
     assert len(failures) == 2 and "'prompt 1'" in failures[0] and "2.png" in failures[1]
 
 
+class Two:
+    """A scorer that knows two numbers, and cannot look at the prompt "bad"."""
+
+    name = "two"
+
+    def details(self, images, prompts):
+        if "bad" in prompts:
+            raise ValueError("broken")
+        return {"two": images.mean((1, 2, 3)), "two_max": images.amax((1, 2, 3))}
+
+
 def test_run_metric_returns_every_number_that_a_scorer_knows():
     """details() names several; a picture that fails is nan in all."""
-    class Two:
-        name = "two"
-
-        def details(self, images, prompts):
-            if "bad" in prompts:
-                raise ValueError("broken")
-            return {"two": images.mean((1, 2, 3)), "two_max": images.amax((1, 2, 3))}
-
     scores, failures = ev.run_metric(Two(), torch.rand(4, 3, 4, 4), ["a", "b", "bad", "d"], batch=2)
     assert set(scores) == {"two", "two_max"} and len(failures) == 1
     assert ev.run_metric(Two(), torch.rand(1, 3, 4, 4), ["bad"])[0].keys() == {"two"}
@@ -4338,15 +4341,7 @@ def test_mean_and_error_counts_prompts_not_pictures():
 
 def test_processes_agree_on_names_and_failures(monkeypatch):
     """Rank 1 has no picture, or only one that fails: it makes the calls that rank 0 makes, and is heard."""
-    class Two:
-        name = "two"
-
-        def details(self, images, prompts):
-            if "bad" in prompts:
-                raise ValueError("broken")
-            return {"two": images.mean((1, 2, 3)), "more": images.amax((1, 2, 3))}
-
-    def process(rank, share):
+    def process(rank):
         """score_rows as on that rank, the other's values waited for where it asks everyone."""
         def everyone(value):
             values[rank].append(value)
@@ -4356,7 +4351,7 @@ def test_processes_agree_on_names_and_failures(monkeypatch):
             return both
 
         local.everyone = everyone
-        index = [i for i in range(len(captions)) if i % 2 == rank][:share]
+        index = [i for i in range(len(captions)) if i % 2 == rank]
         images = torch.stack([torch.full((3, 4, 4), i / 4) for i in range(len(captions))])
         pictures = {"row": (index, images[index])}
         flags = SimpleNamespace(metrics="two", batch=1)
@@ -4366,13 +4361,13 @@ def test_processes_agree_on_names_and_failures(monkeypatch):
     monkeypatch.setattr(rtdmd, "everyone", lambda value: local.everyone(value))
     for captions in (["a", "bad", "c"], ["a"]):
         meet, values, found = threading.Barrier(2, timeout=10), ([], []), {}
-        threads = [threading.Thread(target=process, args=(rank, 9)) for rank in (0, 1)]
+        threads = [threading.Thread(target=process, args=(rank,)) for rank in (0, 1)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join(15)
         (scores, failures), other = found[0], found[1]
-        assert repr(found[0]) == repr(other) and set(scores["row"]) == {"two", "more"}
+        assert repr(found[0]) == repr(other) and set(scores["row"]) == {"two", "two_max"}
         for row in scores["row"].values():
             assert [math.isnan(v) for v in row] == [text == "bad" for text in captions]
         assert len(failures) == captions.count("bad") and all("'bad'" in text for text in failures)
