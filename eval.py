@@ -18,7 +18,7 @@ Metrics, better when higher, on the scale of the paper's tables, with the range 
     geneval      0 to 1                       GenEval: mean of six tasks; prompts are rows of its metadata
     geneval2     0 to 1                       GenEval2: likewise
     ocr          0 to 1                       OCR: the prompt has the wanted text in double quotes
-    tiny world   attributes, strict, heldout (judges, in rtdmd.py); distance (better when lower) and diversity
+    tiny world   attributes, strict, heldout (judges, section 16); distance (better when lower) and diversity
                  (better near 1) of the whole set: tiny_set_metrics
 
 A scorer is called as scorer(images (B,3,H,W) in [0,1], prompts or metadata rows) -> (B,). Its networks are
@@ -26,7 +26,8 @@ arguments, so that tests use the real classes at small size; `load(cfg)` takes t
 or the hub. No package beyond requirements.txt: mmdet, paddle and the rewards' own break on today's transformers.
 
 Order: 1-7 scorers | 8 METRICS, run_metric | 9 prompts | 10 flags | 11 sampling | 12 reports, a function for each
-command: evaluate, score_folder, compare, one_picture | 13 records and 14 cost of a training run | 15 ablations.
+command: evaluate, score_folder, compare, one_picture | 13 records and 14 cost of a training run | 15 ablations | 16 the
+tiny world.
 """
 import argparse
 import ast
@@ -60,7 +61,9 @@ import torch
 import torch.nn.functional as F
 import transformers
 from PIL import Image, ImageDraw, ImageFont
+from safetensors import SafetensorError
 from safetensors.torch import load_file
+from safetensors.torch import save as safetensors_bytes
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -1045,7 +1048,7 @@ def tiny_set_metrics(backbone, images, captions, per_prompt):
     a second set of renders is at .18. diversity: spread within a caption over that of the renders, 1 is right.
     Neither looks through a judge's eyes: a judge's features would also measure what the reward may have spoilt.
     """
-    real = backbone.decode(rtdmd.render(captions, torch.Generator().manual_seed(rtdmd.key("real renders"))))
+    real = backbone.decode(render(captions, torch.Generator().manual_seed(rtdmd.key("real renders"))))
     pooled, truth = (F.avg_pool2d(2 * x, 2).flatten(1) for x in (images, real))
     generator, P, results = torch.Generator().manual_seed(0), len(captions) // per_prompt, []
     for draw in range(21):                                   # the set itself, then 20 resamples of its captions
@@ -1110,7 +1113,7 @@ def prompt_rows(source):
     """The rows of a known set or of a file by its ending: strings, or dicts by column names."""
     kind = Path(source).suffix.lower()
     if source in ("tiny", "tiny-test"):
-        return rtdmd.tiny_captions(source == "tiny-test")
+        return tiny_captions(source == "tiny-test")
     if source == "hpdv2":
         import hpsv2
         return sum(hpsv2.benchmark_prompts("all").values(), [])
@@ -1787,6 +1790,38 @@ def start_counting(run):
     run.standing_bytes = torch.cuda.memory_allocated() if "cuda" in run.device else 0
 
 
+# Full-size networks for --random_weights: where the hub's config.json departs from the defaults of the class.
+SD3_NET = dict(num_layers=24, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=192)
+SD35_NET = dict(SD3_NET, pos_embed_max_size=384, dual_attention_layers=tuple(range(13)), qk_norm="rms_norm")
+K4_NET = dict(num_layers=5, num_single_layers=20, num_attention_heads=24, joint_attention_dim=7680,
+              guidance_embeds=False)
+K9_NET = dict(K4_NET, num_layers=8, num_single_layers=24, num_attention_heads=32, joint_attention_dim=12288)
+SD3_VAE = dict(down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+               block_out_channels=[128, 256, 512, 512], layers_per_block=2, latent_channels=16,
+               use_quant_conv=False, use_post_quant_conv=False, scaling_factor=1.5305, shift_factor=0.0609)
+FULL_SIZE = {"sd3m": dict(transformer=SD3_NET, vae=SD3_VAE), "sd35m": dict(transformer=SD35_NET, vae=SD3_VAE),
+             "flux2-4b": dict(transformer=K4_NET, vae={}), "flux2-9b": dict(transformer=K9_NET, vae={})}
+
+
+def random_network(cls, path, part, dtype, cfg):
+    """A network of full size without download. Its seed is keyed: every rank makes the same weights, and the global
+    random state stays where it was."""
+    gpus = [torch.cuda.current_device()] if cfg.device.startswith("cuda") else []
+    with torch.random.fork_rng(gpus), torch.device(cfg.device):
+        torch.manual_seed(rtdmd.key("random weights", path, part))
+        torch.set_default_dtype(dtype)                          # built in fp32 first, it would need three times its memory
+        net = nn.Module.to(cls(**FULL_SIZE[cfg.model][part]), dtype)          # the position tables are made in fp32
+        torch.set_default_dtype(torch.float32)
+    return net
+
+
+def random_text(prompts, dtype, **shapes):
+    """Normal embeddings of the given shapes on the CPU, the same for the same prompt."""
+    normal = lambda shape, *what: torch.randn(shape, generator=torch.Generator().manual_seed(rtdmd.key(*what)))
+    return {name: torch.stack([normal(shape, "random text", name, prompt) for prompt in prompts]).to(dtype)
+            for name, shape in shapes.items()}
+
+
 CLIP_SIZES = {"hpsv2": "ViT-H-14", "clipscore": "ViT-L-14", "pickscore": "ViT-H-14"}
 
 
@@ -2084,7 +2119,7 @@ def fake_knows_k(start):
 
     def __init__(self, backbone, cfg):
         roles(self, backbone, cfg)
-        self.named["fake"]["steps"] = nn.Parameter(torch.zeros(cfg.steps + 1, rtdmd.TINY_WIDTH))
+        self.named["fake"]["steps"] = nn.Parameter(torch.zeros(cfg.steps + 1, TINY_WIDTH))
 
     def batch_with_k(self, prompts, device):
         texts, _, steps = zip(*(p.partition("\0") for p in prompts))
@@ -2218,6 +2253,251 @@ def draw_curves(path, panels, width=560, height=330):
             pen.line([(x, y + 8), (x + 22, y + 8)], colour, 3)
             pen.text((x + 28, y), label, "black", font)
     write_png(path, image)
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# 16. The tiny world (--model tiny): a text-to-image problem for a laptop, through the very same stages
+#
+# 12 x 12 pictures of one or two coloured shapes and their captions; a 0.6 M parameter SD3Transformer2DModel in
+# pixel space as teacher; two classifiers, A (the reward) and B (held out).
+# -----------------------------------------------------------------------------------------------------------------
+
+TINY_COLOURS = {"red": (.85, .15, .15), "green": (.15, .7, .2), "blue": (.15, .25, .9), "yellow": (.9, .85, .15)}
+TINY_SHAPES = ("circle", "square", "triangle")
+TINY_RELATIONS = {"above": (1, 0), "below": (1, 1), "left of": (2, 0), "right of": (2, 1)}     # layout, does order swap
+TINY_WORDS = ["<pad>", *TINY_COLOURS, *TINY_SHAPES, *TINY_RELATIONS]
+TINY_TOKENS, TINY_WIDTH, TINY_SIDE = 6, 64, 12
+TINY_REWARDS = ("attributes", "strict", "heldout", "heldout_strict")
+
+
+def tiny_captions(held_out=False):
+    """12 captions of one object and 462 of two, for all training; or 66 of two that no training sees."""
+    objects = [f"a {c} {s}" for c in TINY_COLOURS for s in TINY_SHAPES]
+    pairs = [f"{a} {r} {b}" for r in TINY_RELATIONS for a in objects for b in objects if a != b]
+    return pairs[3::8] if held_out else objects + [p for i, p in enumerate(pairs) if i % 8 != 3]
+
+
+@functools.cache
+def parse_caption(caption):
+    """(word ids (6,), attributes (5,)): layout 0 single, 1 stacked, 2 side by side; colour, shape of the upper or
+    left object, then of the other (-1: none). "a below b" is "b above a". UsageError for what cannot be drawn."""
+    text = caption.strip()
+    if not text:
+        return torch.zeros(TINY_TOKENS, dtype=torch.long), None            # the null condition
+    relation = next((r for r in TINY_RELATIONS if f" {r} " in text), None)
+    parts = text.split(f" {relation} ") if relation else [text]
+    words = [p.split() for p in parts]
+    known = [len(w) == 3 and w[0] == "a" and w[1] in TINY_COLOURS and w[2] in TINY_SHAPES for w in words]
+    if len(parts) > 2 or not all(known):
+        raise UsageError(f"The tiny world cannot draw {caption!r}: write 'a red circle', or 'a red circle above a "
+                         "blue square'.")
+    objects = [(list(TINY_COLOURS).index(w[1]), TINY_SHAPES.index(w[2])) for w in words]
+    tokens = [*words[0][1:], *([relation, *words[1][1:]] if relation else [])]
+    layout, swap = TINY_RELATIONS[relation] if relation else (0, 0)
+    first, second = objects[::-1] if swap else (objects * 2 if relation is None else objects)
+    ids = [TINY_WORDS.index(w) for w in tokens] + [0] * (TINY_TOKENS - len(tokens))
+    return torch.tensor(ids), torch.tensor([layout, *first, *(second if relation else (-1, -1))])
+
+
+def render(captions, generator):
+    """Pictures (B, 3, 12, 12) in [-1, 1] of captions: random place, size, shade and background; no two agree."""
+    B, facts = len(captions), torch.stack([parse_caption(c)[1] for c in captions])
+    rand = lambda *shape: torch.rand(B, *shape, generator=generator) * 2 - 1                    # U[-1, 1]
+    axis = (torch.arange(TINY_SIDE) + 0.5) * 16 / TINY_SIDE
+    y, x = axis.view(1, -1, 1), axis.view(1, 1, -1)
+    tilt = rand(2, 1, 1) * 0.15
+    slope = (tilt[:, :1] * (x - 8) / 8 + tilt[:, 1:] * (y - 8) / 8).view(B, 1, TINY_SIDE, TINY_SIDE)
+    image = 0.5 + 0.15 * rand(1, 1, 1) + slope + 0.04 * rand(3, 1, 1)
+    palette = torch.tensor(list(TINY_COLOURS.values()))
+    for which, (colour, shape) in enumerate(((1, 2), (3, 4))):
+        present, single = facts[:, colour] >= 0, facts[:, 0] == 0
+        shift = torch.where(single, 0.0, 3.8 * (2 * which - 1))          # from the centre, along the layout's axis
+        jitter, along = rand(2), facts[:, :1] == torch.tensor([2, 1])   # along: is this axis, x or y, the layout's
+        centre = 8 + torch.where(along, shift[:, None] + 0.5 * jitter, 1.2 * jitter)
+        radius = torch.where(single, 4.2 + 0.6 * rand(), 3.3 + 0.4 * rand()).view(B, 1, 1)
+        dx, dy = x - centre[:, 0].view(B, 1, 1), y - centre[:, 1].view(B, 1, 1)
+        # A circle is a ring: a disc is a square on so few pixels.
+        distance = torch.stack([((dx**2 + dy**2).sqrt() - 0.75 * radius).abs() - 0.35 * radius,
+                                torch.maximum(dx.abs(), dy.abs()) - radius,
+                                torch.maximum(0.87 * dx.abs() - 0.5 * dy, dy) - 0.62 * radius], 1)
+        distance = distance[torch.arange(B), facts[:, shape].clamp_min(0)]
+        cover = (0.5 - distance / 0.9).clamp(0, 1) * present.view(B, 1, 1)  # soft edge, about one pixel
+        paint = palette[facts[:, colour].clamp_min(0)] + 0.07 * rand(3)
+        image = torch.lerp(image, paint.view(B, 3, 1, 1), cover[:, None])
+    return image.clamp(0, 1) * 2 - 1
+
+
+class TinyText(nn.Module):
+    """Word + position embedding, trained with the teacher. ids (B, 6) -> tokens (B, 6, 64), pooled (B, 64)."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(len(TINY_WORDS), TINY_WIDTH)
+        self.places = nn.Parameter(torch.randn(TINY_TOKENS, TINY_WIDTH))    # loud, or word order is not heard
+        self.pool = nn.Linear(TINY_TOKENS * TINY_WIDTH, TINY_WIDTH)
+
+    def forward(self, ids):
+        tokens = self.words(ids) + self.places
+        return {"encoder_hidden_states": tokens, "pooled_projections": self.pool(tokens.flatten(1))}
+
+
+class TinyJudge(nn.Module):
+    """Reads layout, colours and shapes off images (B, 3, 12, 12) in [-1, 1] -> logits (B, n) of five heads."""
+
+    HEADS = (3, 4, 3, 4, 3)
+
+    def __init__(self, width, act):
+        super().__init__()
+        conv = lambda i, o, stride: nn.Sequential(nn.Conv2d(i, o, 3, stride, 1), nn.BatchNorm2d(o), act())
+        self.body = nn.Sequential(conv(5, width, 1), conv(width, 2 * width, 2), conv(2 * width, 2 * width, 2),
+                                  nn.Flatten(), nn.Linear(2 * width * 9, 64), act())
+        self.heads = nn.ModuleList(nn.Linear(64, n) for n in self.HEADS)
+
+    def forward(self, images):
+        axis = torch.linspace(-1, 1, TINY_SIDE, device=images.device)
+        grid = torch.stack(torch.meshgrid(axis, axis, indexing="ij")).expand(len(images), -1, -1, -1)
+        features = self.body(torch.cat([images, grid], 1))
+        return [head(features) for head in self.heads]
+
+
+def judge_scores(judge, images, captions):
+    """Mean log-probability of the caption's attributes, each at least -4, and whether all are right (0 or 1):
+    (B,), (B,). images (B, 3, 12, 12) in [0, 1]."""
+    facts = torch.stack([parse_caption(c)[1] for c in captions]).to(images.device)
+    logits = judge(images.float() * 2 - 1)
+    mask = facts >= 0
+    heads = list(zip(logits, facts.T))
+    log_p = torch.stack([l.log_softmax(1).gather(1, f.clamp_min(0)[:, None])[:, 0] for l, f in heads], 1)
+    right = torch.stack([l.argmax(1) == f for l, f in heads], 1) | ~mask
+    return (log_p.clamp_min(-4) * mask).sum(1) / mask.sum(1), right.all(1).float()
+
+
+def tiny_transformer():
+    """The teacher's network. Zero initialised gates and output: without them it does not learn in minutes."""
+    from diffusers import SD3Transformer2DModel
+    net = SD3Transformer2DModel(sample_size=TINY_SIDE, patch_size=2, in_channels=3, out_channels=3, num_layers=3,
+                                attention_head_dim=16, num_attention_heads=4, joint_attention_dim=TINY_WIDTH,
+                                caption_projection_dim=TINY_WIDTH, pooled_projection_dim=TINY_WIDTH,
+                                pos_embed_max_size=6)
+    gates = ("norm1.linear", "norm1_context.linear", "norm_out.linear", "proj_out")
+    for name, module in net.named_modules():
+        if isinstance(module, nn.Linear) and name.endswith(gates):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+    return net
+
+
+def tiny_velocity(net, x, t, cond):
+    """SD3's calling convention: time in 0 .. 1000."""
+    return net(hidden_states=x, timestep=1000 * t, return_dict=False, **cond)[0]
+
+
+def train_tiny_judge(judge, label, steps, seed):
+    """Cross-entropy on noisy renders: the noise keeps its gradient sane between the pictures."""
+    generator = torch.Generator().manual_seed(seed)
+    captions, optimizer = tiny_captions(), torch.optim.AdamW(judge.parameters(), 3e-3)
+    for step in rtdmd.progress(range(steps), steps, label):
+        optimizer.param_groups[0]["lr"] = 3e-3 * 0.5 * (1 + math.cos(math.pi * step / steps))
+        batch = pick_captions(captions, 192, generator)
+        facts, images = torch.stack([parse_caption(c)[1] for c in batch]), render(batch, generator)
+        logits = judge(images + 0.15 * torch.randn(images.shape, generator=generator))
+        loss = sum(F.cross_entropy(l, f, ignore_index=-1) for l, f in zip(logits, facts.T))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return judge.eval().requires_grad_(False)
+
+
+def pick_captions(captions, n, generator):
+    """n captions, 30 % of them of a single object (those are the first 12 of the list)."""
+    one = torch.randint(12, (n,), generator=generator)
+    two = torch.randint(12, len(captions), (n,), generator=generator)
+    return [captions[i] for i in torch.where(torch.rand(n, generator=generator) < 0.3, one, two)]
+
+
+def train_tiny_teacher(net, text, steps, seed):
+    """Flow matching, Eq. 3, with 10 % empty captions for guidance; leaves averaged weights in net and text."""
+    generator, captions = torch.Generator().manual_seed(seed), tiny_captions()
+    params = [*net.parameters(), *text.parameters()]
+    optimizer, mean = torch.optim.AdamW(params, 3e-3, betas=(.9, .99)), [p.detach().clone() for p in params]
+    for step in rtdmd.progress(range(steps), steps, "tiny teacher"):
+        lr = 3e-3 * min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        optimizer.param_groups[0]["lr"] = lr
+        batch = pick_captions(captions, 64, generator)
+        x0 = render(batch, generator)
+        empty = torch.rand(64, generator=generator) < 0.1
+        ids = torch.stack([parse_caption("" if e else c)[0] for e, c in zip(empty, batch)])
+        logit_normal = torch.sigmoid(1.1 * torch.randn(64, generator=generator))
+        chosen, uniform = torch.rand(64, generator=generator) < 0.7, torch.rand(64, generator=generator)
+        t = torch.where(chosen, logit_normal, uniform)
+        noise = torch.randn(x0.shape, generator=generator)
+        x_t = torch.lerp(x0, noise, t.view(-1, 1, 1, 1))
+        loss = (tiny_velocity(net, x_t, t, text(ids)) - (noise - x0)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        torch._foreach_lerp_(mean, [p.detach() for p in params], 0.005 if step > 200 else 1 / (step + 1))
+    for p, m in zip(params, mean):
+        p.data.copy_(m)
+
+
+class TinyBackbone:
+    """The tiny world behind the interface of the real backbones. Trains its teacher and judges on first use."""
+
+    shift, latent_shape = 1.0, (3, TINY_SIDE, TINY_SIDE)
+
+    def __init__(self, cfg):
+        torch.manual_seed(rtdmd.key("tiny world"))                               # the world is the same for every --seed
+        net, text, A, B = tiny_transformer(), TinyText(), TinyJudge(32, nn.GELU), TinyJudge(24, nn.ReLU)
+        parts = nn.ModuleDict(dict(net=net, text=text, reward=A, heldout=B))
+        path = Path(cfg.cache) / f"tiny-{cfg.tiny_steps}.safetensors"
+        if not path.exists() and rtdmd.dist_info()[0] == 0:
+            steps = max(1, min(300, cfg.tiny_steps))
+            train_tiny_judge(A, "tiny reward judge", steps, seed=1)
+            train_tiny_judge(B, "tiny held-out judge", steps, seed=2)
+            train_tiny_teacher(net, text, cfg.tiny_steps, seed=3)
+            rtdmd.write_atomic(path, safetensors_bytes({n: p.contiguous() for n, p in parts.state_dict().items()}))
+        rtdmd.barrier()
+        try:
+            parts.load_state_dict(load_file(path))
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise UsageError(f"{path} is damaged ({type(error).__name__}): delete it, and the tiny world is made "
+                             "anew.") from error
+        parts.to(cfg.device).eval().requires_grad_(False)
+        self.nets, self.text = {"generator": net, "teacher": net}, text
+        self.base = self.text_key = path.stem
+        self.lora_targets = rtdmd.attention_linears(net)
+        kinds = zip(TINY_REWARDS, (A, A, B, B), (0, 1, 0, 1))
+        self.rewards = {name: TinyReward(name, judge, output) for name, judge, output in kinds}
+
+    def encode(self, prompts):
+        device = self.text.places.device
+        ids = torch.stack([parse_caption(p)[0] for p in prompts]).to(device)
+        with torch.no_grad():
+            return {n: c.cpu() for n, c in self.text(ids).items()}
+
+    def free_text(self):
+        pass
+
+    def velocity(self, net, x, t, cond):
+        return tiny_velocity(net, x, t, cond)
+
+    shift_for, quantise = rtdmd.SD3Backbone.shift_for, rtdmd.SD3Backbone.quantise
+
+    def decode(self, x):
+        return (x / 2 + 0.5).clamp(0, 1)
+
+
+class TinyReward:
+    """A judge as reward: `attributes` (differentiable), `strict` (0 or 1, not differentiable); `heldout`,
+    `heldout_strict`: the same of the other judge, never trained on."""
+
+    def __init__(self, name, judge, output):
+        self.name, self.judge, self.output, self.differentiable = name, judge, output, output == 0
+
+    def __call__(self, images, prompts):
+        return judge_scores(self.judge, images, prompts)[self.output]
 
 
 def main(argv=None):

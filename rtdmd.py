@@ -1172,30 +1172,22 @@ def rate(reward, images, prompts):
 #   decode(x)        latents -> images (B,3,H,W) in [0,1]; differentiable
 # -----------------------------------------------------------------------------------------------------------------
 
-# Full-size networks for --random_weights: where the hub's config.json departs from the defaults of the class.
-SD3_NET = dict(num_layers=24, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=192)
-SD35_NET = dict(SD3_NET, pos_embed_max_size=384, dual_attention_layers=tuple(range(13)), qk_norm="rms_norm")
-K4_NET = dict(num_layers=5, num_single_layers=20, num_attention_heads=24, joint_attention_dim=7680,
-              guidance_embeds=False)
-K9_NET = dict(K4_NET, num_layers=8, num_single_layers=24, num_attention_heads=32, joint_attention_dim=12288)
-SD3_VAE = dict(down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
-               block_out_channels=[128, 256, 512, 512], layers_per_block=2, latent_channels=16,
-               use_quant_conv=False, use_post_quant_conv=False, scaling_factor=1.5305, shift_factor=0.0609)
-
 # Hub repositories, GENERATOR,TEACHER where they differ; guidance and learning rates: MODELS. SD3: Stability AI
 # Community licence, gated. FLUX.2: the 4B Apache-2.0, the 9B FLUX Non-Commercial licence, gated.
 SAI, BFL = "stabilityai/stable-diffusion", "black-forest-labs/FLUX.2-klein"
 BACKBONES = {
-    "sd3m": dict(hub=f"{SAI}-3-medium-diffusers", net=SD3_NET),
-    "sd35m": dict(hub=f"{SAI}-3.5-medium", net=SD35_NET),
-    "flux2-4b": dict(hub=f"{BFL}-4B,{BFL}-base-4B", net=K4_NET),
-    "flux2-9b": dict(hub=f"{BFL}-9B,{BFL}-base-9B", net=K9_NET)}
+    "sd3m": f"{SAI}-3-medium-diffusers",
+    "sd35m": f"{SAI}-3.5-medium",
+    "flux2-4b": f"{BFL}-4B,{BFL}-base-4B",
+    "flux2-9b": f"{BFL}-9B,{BFL}-base-9B"}
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 def load_backbone(cfg):
     """The backbone of --model."""
-    return {"tiny": TinyBackbone, "sd3m": SD3Backbone, "sd35m": SD3Backbone}.get(cfg.model, Flux2Backbone)(cfg)
+    if cfg.model == "tiny":
+        return eval_module().TinyBackbone(cfg)
+    return (SD3Backbone if cfg.model.startswith("sd3") else Flux2Backbone)(cfg)
 
 
 class SD3Backbone:
@@ -1204,7 +1196,7 @@ class SD3Backbone:
     def __init__(self, cfg):
         self.cfg, self.text, self.text_length = cfg, None, cfg.text_length or 256
         self.base, self.nets = load_networks(cfg, diffusers.SD3Transformer2DModel, "StableDiffusion3Pipeline")
-        self.vae = build(diffusers.AutoencoderKL, self.base, "vae", SD3_VAE, cfg)
+        self.vae = build(diffusers.AutoencoderKL, self.base, "vae", cfg)
         self.dtype, self.lora_targets = self.vae.dtype, attention_linears(self.nets["teacher"])
         self.latent_shape = (16, cfg.resolution // 8, cfg.resolution // 8)
         scheduler = None if cfg.random_weights else from_hub(
@@ -1221,7 +1213,7 @@ class SD3Backbone:
         """prompts list[str] -> text (B, 77 + 256, 4096), pooled (B, 2048), by the pipeline itself.
         T5 sees its padding (it gets no mask), so the length is part of the condition: sample with the same."""
         if self.cfg.random_weights:
-            return random_text(prompts, self.dtype, text=(77 + self.text_length, 4096), pooled=(2048,))
+            return eval_module().random_text(prompts, self.dtype, text=(77 + self.text_length, 4096), pooled=(2048,))
         if self.text is None:
             self.text = text_pipeline(self).to(self.cfg.device)
         text, _, pooled, _ = self.text.encode_prompt(prompts, None, None, do_classifier_free_guidance=False,
@@ -1254,7 +1246,7 @@ class Flux2Backbone:
     def __init__(self, cfg):
         self.cfg, self.text, self.text_length = cfg, None, cfg.text_length or 512
         self.base, self.nets = load_networks(cfg, diffusers.Flux2Transformer2DModel, "Flux2KleinPipeline")
-        self.vae = build(diffusers.AutoencoderKLFlux2, self.base, "vae", {}, cfg)    # {}: the hub's is the default
+        self.vae = build(diffusers.AutoencoderKLFlux2, self.base, "vae", cfg)
         self.dtype, self.lora_targets = self.vae.dtype, attention_linears(self.nets["teacher"])
         self.latent_shape = (128, cfg.resolution // 16, cfg.resolution // 16)
         self.shift = self.shift_for(cfg.steps)
@@ -1270,7 +1262,7 @@ class Flux2Backbone:
         """prompts list[str] -> text (B, 512, 3 Qwen widths), bit for bit as the whole pipeline does."""
         if self.cfg.random_weights:
             width = self.nets["teacher"].config.joint_attention_dim
-            return random_text(prompts, self.dtype, text=(self.text_length, width))
+            return eval_module().random_text(prompts, self.dtype, text=(self.text_length, width))
         if self.text is None:
             self.text = text_pipeline(self)
             qwen = self.text.text_encoder.model            # without the 152k-wide output layer
@@ -1308,34 +1300,28 @@ class Flux2Backbone:
 def load_networks(cfg, net_class, pipeline):
     """(base, nets) of --pretrained GENERATOR,TEACHER, or one for both, or of the hub. UsageError if one of them
     is no whole `pipeline`: one that was saved without its T5 works too, with zeros in its place."""
-    row = BACKBONES[cfg.model]
-    paths = [path.strip() for path in (cfg.pretrained or row["hub"]).split(",")]
+    hub = BACKBONES[cfg.model]
+    paths = [path.strip() for path in (cfg.pretrained or hub).split(",")]
     for path in [] if cfg.random_weights else paths:
         index = from_hub(diffusers.DiffusionPipeline.load_config, path, cfg, "model_index.json")
         lacking = [part for part, origin in index.items() if origin == [None, None] and part.startswith("te")]
         found = " without ".join([str(index.get("_class_name")), *lacking])
         if found != pipeline:
-            raise UsageError(f"{path} is a {found}: take a whole {pipeline} such as {row['hub']}.")
+            raise UsageError(f"{path} is a {found}: take a whole {pipeline} such as {hub}.")
         if path == paths[-1] and index.get("is_distilled"):           # its pipeline ignores w without a word
             raise UsageError(f"{path} is distilled and ignores guidance, so it cannot be the teacher: take "
-                             f"--pretrained GENERATOR,TEACHER such as {row['hub']}.")
-    nets = {path: build(net_class, path, "transformer", row["net"], cfg) for path in dict.fromkeys(paths)}
+                             f"--pretrained GENERATOR,TEACHER such as {hub}.")
+    nets = {path: build(net_class, path, "transformer", cfg) for path in dict.fromkeys(paths)}
     return paths[0], {"generator": nets[paths[0]], "teacher": nets[paths[-1]]}
 
 
-def build(cls, path, part, config, cfg):
-    """One frozen network on cfg.device: component `part` of a repository, or a random one of full size. Its seed
-    is keyed: every rank makes the same weights, and the global random state stays where it was."""
+def build(cls, path, part, cfg):
+    """One frozen network on cfg.device: component `part` of a repository, or a random one of the same size."""
     dtype = torch.bfloat16 if cfg.dtype == "bf16" else torch.float32
-    if not cfg.random_weights:
-        net = from_hub(cls.from_pretrained, path, cfg, f"{part}/config.json", subfolder=part, dtype=dtype)
+    if cfg.random_weights:
+        net = eval_module().random_network(cls, path, part, dtype, cfg)
     else:
-        gpus = [torch.cuda.current_device()] if cfg.device.startswith("cuda") else []
-        with torch.random.fork_rng(gpus), torch.device(cfg.device):
-            torch.manual_seed(key("random weights", path, part))
-            torch.set_default_dtype(dtype)            # built in fp32 first, it would need three times its memory
-            net = nn.Module.to(cls(**config), dtype)  # the position tables are made in fp32
-            torch.set_default_dtype(torch.float32)
+        net = from_hub(cls.from_pretrained, path, cfg, f"{part}/config.json", subfolder=part, dtype=dtype)
     largest = 16 * net.config.get("pos_embed_max_size", 256)
     if cfg.resolution % 16 or not 0 < cfg.resolution <= largest:
         raise UsageError(f"--resolution {cfg.resolution} is not possible: take a multiple of 16 up to {largest}.")
@@ -1381,13 +1367,6 @@ def from_hub(load, repo, cfg, needs="config.json", **options):
     except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:150]
         raise UsageError(f"{repo} is incomplete or damaged ({reason}): get the whole of it again.") from error
-
-
-def random_text(prompts, dtype, **shapes):
-    """Normal embeddings of the given shapes on the CPU, the same for the same prompt."""
-    normal = lambda shape, *what: torch.randn(shape, generator=torch.Generator().manual_seed(key(*what)))
-    return {name: torch.stack([normal(shape, "random text", name, prompt) for prompt in prompts]).to(dtype)
-            for name, shape in shapes.items()}
 
 
 def attention_linears(net):
@@ -1869,7 +1848,8 @@ def prepare(cfg):
     """All that a stage needs, in one namespace. What can be refused is refused before a weight is loaded."""
     run = SimpleNamespace(cfg=cfg, folder=Path(cfg.out) / f"stage{cfg.stage}", done=0, ema_updates=0, skipped=0,
                           bad=dict(generator=0, fake=0), terms={}, stop=False, board=None)
-    own, ev = TINY_REWARDS if cfg.model == "tiny" else (), eval_module()
+    ev = eval_module()
+    own = ev.TINY_REWARDS if cfg.model == "tiny" else ()
     rewards, watched = ev.parse_rewards(cfg.rewards, own), ev.parse_rewards(cfg.watch, own, "--watch")
     run.prompts = [*map(str, range(8))] if cfg.random_weights else ev.read_prompts(cfg.prompts, cfg.seed)
     run.prompts = run.prompts[:cfg.max_prompts][:64 if cfg.dry_run else None]      # to encode 25,000 takes an hour
@@ -2029,251 +2009,6 @@ def main(argv=None):
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-# -----------------------------------------------------------------------------------------------------------------
-# Appendix. The tiny world (--model tiny): a text-to-image problem for a laptop, through the very same stages.
-#
-# 12 x 12 pictures of one or two coloured shapes and their captions; a 0.6 M parameter SD3Transformer2DModel in
-# pixel space as teacher; two classifiers, A (the reward) and B (held out). A reader of the paper can stop here.
-# -----------------------------------------------------------------------------------------------------------------
-
-COLOURS = {"red": (.85, .15, .15), "green": (.15, .7, .2), "blue": (.15, .25, .9), "yellow": (.9, .85, .15)}
-SHAPES = ("circle", "square", "triangle")
-RELATIONS = {"above": (1, 0), "below": (1, 1), "left of": (2, 0), "right of": (2, 1)}     # layout, does order swap
-WORDS = ["<pad>", *COLOURS, *SHAPES, *RELATIONS]
-TINY_TOKENS, TINY_WIDTH, TINY_SIDE = 6, 64, 12
-TINY_REWARDS = ("attributes", "strict", "heldout", "heldout_strict")
-
-
-def tiny_captions(held_out=False):
-    """12 captions of one object and 462 of two, for all training; or 66 of two that no training sees."""
-    objects = [f"a {c} {s}" for c in COLOURS for s in SHAPES]
-    pairs = [f"{a} {r} {b}" for r in RELATIONS for a in objects for b in objects if a != b]
-    return pairs[3::8] if held_out else objects + [p for i, p in enumerate(pairs) if i % 8 != 3]
-
-
-@functools.cache
-def parse_caption(caption):
-    """(word ids (6,), attributes (5,)): layout 0 single, 1 stacked, 2 side by side; colour, shape of the upper or
-    left object, then of the other (-1: none). "a below b" is "b above a". UsageError for what cannot be drawn."""
-    text = caption.strip()
-    if not text:
-        return torch.zeros(TINY_TOKENS, dtype=torch.long), None            # the null condition
-    relation = next((r for r in RELATIONS if f" {r} " in text), None)
-    parts = text.split(f" {relation} ") if relation else [text]
-    words = [p.split() for p in parts]
-    known = [len(w) == 3 and w[0] == "a" and w[1] in COLOURS and w[2] in SHAPES for w in words]
-    if len(parts) > 2 or not all(known):
-        raise UsageError(f"The tiny world cannot draw {caption!r}: write 'a red circle', or 'a red circle above a "
-                         "blue square'.")
-    objects = [(list(COLOURS).index(w[1]), SHAPES.index(w[2])) for w in words]
-    tokens = [*words[0][1:], *([relation, *words[1][1:]] if relation else [])]
-    layout, swap = RELATIONS[relation] if relation else (0, 0)
-    first, second = objects[::-1] if swap else (objects * 2 if relation is None else objects)
-    ids = [WORDS.index(w) for w in tokens] + [0] * (TINY_TOKENS - len(tokens))
-    return torch.tensor(ids), torch.tensor([layout, *first, *(second if relation else (-1, -1))])
-
-
-def render(captions, generator):
-    """Pictures (B, 3, 12, 12) in [-1, 1] of captions: random place, size, shade and background; no two agree."""
-    B, facts = len(captions), torch.stack([parse_caption(c)[1] for c in captions])
-    rand = lambda *shape: torch.rand(B, *shape, generator=generator) * 2 - 1                    # U[-1, 1]
-    axis = (torch.arange(TINY_SIDE) + 0.5) * 16 / TINY_SIDE
-    y, x = axis.view(1, -1, 1), axis.view(1, 1, -1)
-    tilt = rand(2, 1, 1) * 0.15
-    slope = (tilt[:, :1] * (x - 8) / 8 + tilt[:, 1:] * (y - 8) / 8).view(B, 1, TINY_SIDE, TINY_SIDE)
-    image = 0.5 + 0.15 * rand(1, 1, 1) + slope + 0.04 * rand(3, 1, 1)
-    palette = torch.tensor(list(COLOURS.values()))
-    for which, (colour, shape) in enumerate(((1, 2), (3, 4))):
-        present, single = facts[:, colour] >= 0, facts[:, 0] == 0
-        shift = torch.where(single, 0.0, 3.8 * (2 * which - 1))          # from the centre, along the layout's axis
-        jitter, along = rand(2), facts[:, :1] == torch.tensor([2, 1])   # along: is this axis, x or y, the layout's
-        centre = 8 + torch.where(along, shift[:, None] + 0.5 * jitter, 1.2 * jitter)
-        radius = torch.where(single, 4.2 + 0.6 * rand(), 3.3 + 0.4 * rand()).view(B, 1, 1)
-        dx, dy = x - centre[:, 0].view(B, 1, 1), y - centre[:, 1].view(B, 1, 1)
-        # A circle is a ring: a disc is a square on so few pixels.
-        distance = torch.stack([((dx**2 + dy**2).sqrt() - 0.75 * radius).abs() - 0.35 * radius,
-                                torch.maximum(dx.abs(), dy.abs()) - radius,
-                                torch.maximum(0.87 * dx.abs() - 0.5 * dy, dy) - 0.62 * radius], 1)
-        distance = distance[torch.arange(B), facts[:, shape].clamp_min(0)]
-        cover = (0.5 - distance / 0.9).clamp(0, 1) * present.view(B, 1, 1)  # soft edge, about one pixel
-        paint = palette[facts[:, colour].clamp_min(0)] + 0.07 * rand(3)
-        image = torch.lerp(image, paint.view(B, 3, 1, 1), cover[:, None])
-    return image.clamp(0, 1) * 2 - 1
-
-
-class TinyText(nn.Module):
-    """Word + position embedding, trained with the teacher. ids (B, 6) -> tokens (B, 6, 64), pooled (B, 64)."""
-
-    def __init__(self):
-        super().__init__()
-        self.words = nn.Embedding(len(WORDS), TINY_WIDTH)
-        self.places = nn.Parameter(torch.randn(TINY_TOKENS, TINY_WIDTH))    # loud, or word order is not heard
-        self.pool = nn.Linear(TINY_TOKENS * TINY_WIDTH, TINY_WIDTH)
-
-    def forward(self, ids):
-        tokens = self.words(ids) + self.places
-        return {"encoder_hidden_states": tokens, "pooled_projections": self.pool(tokens.flatten(1))}
-
-
-class TinyJudge(nn.Module):
-    """Reads layout, colours and shapes off images (B, 3, 12, 12) in [-1, 1] -> logits (B, n) of five heads."""
-
-    HEADS = (3, 4, 3, 4, 3)
-
-    def __init__(self, width, act):
-        super().__init__()
-        conv = lambda i, o, stride: nn.Sequential(nn.Conv2d(i, o, 3, stride, 1), nn.BatchNorm2d(o), act())
-        self.body = nn.Sequential(conv(5, width, 1), conv(width, 2 * width, 2), conv(2 * width, 2 * width, 2),
-                                  nn.Flatten(), nn.Linear(2 * width * 9, 64), act())
-        self.heads = nn.ModuleList(nn.Linear(64, n) for n in self.HEADS)
-
-    def forward(self, images):
-        axis = torch.linspace(-1, 1, TINY_SIDE, device=images.device)
-        grid = torch.stack(torch.meshgrid(axis, axis, indexing="ij")).expand(len(images), -1, -1, -1)
-        features = self.body(torch.cat([images, grid], 1))
-        return [head(features) for head in self.heads]
-
-
-def judge_scores(judge, images, captions):
-    """Mean log-probability of the caption's attributes, each at least -4, and whether all are right (0 or 1):
-    (B,), (B,). images (B, 3, 12, 12) in [0, 1]."""
-    facts = torch.stack([parse_caption(c)[1] for c in captions]).to(images.device)
-    logits = judge(images.float() * 2 - 1)
-    mask = facts >= 0
-    heads = list(zip(logits, facts.T))
-    log_p = torch.stack([l.log_softmax(1).gather(1, f.clamp_min(0)[:, None])[:, 0] for l, f in heads], 1)
-    right = torch.stack([l.argmax(1) == f for l, f in heads], 1) | ~mask
-    return (log_p.clamp_min(-4) * mask).sum(1) / mask.sum(1), right.all(1).float()
-
-
-def tiny_transformer():
-    """The teacher's network. Zero initialised gates and output: without them it does not learn in minutes."""
-    from diffusers import SD3Transformer2DModel
-    net = SD3Transformer2DModel(sample_size=TINY_SIDE, patch_size=2, in_channels=3, out_channels=3, num_layers=3,
-                                attention_head_dim=16, num_attention_heads=4, joint_attention_dim=TINY_WIDTH,
-                                caption_projection_dim=TINY_WIDTH, pooled_projection_dim=TINY_WIDTH,
-                                pos_embed_max_size=6)
-    gates = ("norm1.linear", "norm1_context.linear", "norm_out.linear", "proj_out")
-    for name, module in net.named_modules():
-        if isinstance(module, nn.Linear) and name.endswith(gates):
-            nn.init.zeros_(module.weight)
-            nn.init.zeros_(module.bias)
-    return net
-
-
-def tiny_velocity(net, x, t, cond):
-    """SD3's calling convention: time in 0 .. 1000."""
-    return net(hidden_states=x, timestep=1000 * t, return_dict=False, **cond)[0]
-
-
-def train_tiny_judge(judge, label, steps, seed):
-    """Cross-entropy on noisy renders: the noise keeps its gradient sane between the pictures."""
-    generator = torch.Generator().manual_seed(seed)
-    captions, optimizer = tiny_captions(), torch.optim.AdamW(judge.parameters(), 3e-3)
-    for step in progress(range(steps), steps, label):
-        optimizer.param_groups[0]["lr"] = 3e-3 * 0.5 * (1 + math.cos(math.pi * step / steps))
-        batch = pick_captions(captions, 192, generator)
-        facts, images = torch.stack([parse_caption(c)[1] for c in batch]), render(batch, generator)
-        logits = judge(images + 0.15 * torch.randn(images.shape, generator=generator))
-        loss = sum(F.cross_entropy(l, f, ignore_index=-1) for l, f in zip(logits, facts.T))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return judge.eval().requires_grad_(False)
-
-
-def pick_captions(captions, n, generator):
-    """n captions, 30 % of them of a single object (those are the first 12 of the list)."""
-    one = torch.randint(12, (n,), generator=generator)
-    two = torch.randint(12, len(captions), (n,), generator=generator)
-    return [captions[i] for i in torch.where(torch.rand(n, generator=generator) < 0.3, one, two)]
-
-
-def train_tiny_teacher(net, text, steps, seed):
-    """Flow matching, Eq. 3, with 10 % empty captions for guidance; leaves averaged weights in net and text."""
-    generator, captions = torch.Generator().manual_seed(seed), tiny_captions()
-    params = [*net.parameters(), *text.parameters()]
-    optimizer, mean = torch.optim.AdamW(params, 3e-3, betas=(.9, .99)), [p.detach().clone() for p in params]
-    for step in progress(range(steps), steps, "tiny teacher"):
-        lr = 3e-3 * min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        optimizer.param_groups[0]["lr"] = lr
-        batch = pick_captions(captions, 64, generator)
-        x0 = render(batch, generator)
-        empty = torch.rand(64, generator=generator) < 0.1
-        ids = torch.stack([parse_caption("" if e else c)[0] for e, c in zip(empty, batch)])
-        logit_normal = torch.sigmoid(1.1 * torch.randn(64, generator=generator))
-        chosen, uniform = torch.rand(64, generator=generator) < 0.7, torch.rand(64, generator=generator)
-        t = torch.where(chosen, logit_normal, uniform)
-        noise = torch.randn(x0.shape, generator=generator)
-        x_t = torch.lerp(x0, noise, t.view(-1, 1, 1, 1))
-        loss = (tiny_velocity(net, x_t, t, text(ids)) - (noise - x0)).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
-        torch._foreach_lerp_(mean, [p.detach() for p in params], 0.005 if step > 200 else 1 / (step + 1))
-    for p, m in zip(params, mean):
-        p.data.copy_(m)
-
-
-class TinyBackbone:
-    """The tiny world behind the interface of the real backbones. Trains its teacher and judges on first use."""
-
-    shift, latent_shape = 1.0, (3, TINY_SIDE, TINY_SIDE)
-
-    def __init__(self, cfg):
-        torch.manual_seed(key("tiny world"))                               # the world is the same for every --seed
-        net, text, A, B = tiny_transformer(), TinyText(), TinyJudge(32, nn.GELU), TinyJudge(24, nn.ReLU)
-        parts = nn.ModuleDict(dict(net=net, text=text, reward=A, heldout=B))
-        path = Path(cfg.cache) / f"tiny-{cfg.tiny_steps}.safetensors"
-        if not path.exists() and dist_info()[0] == 0:
-            steps = max(1, min(300, cfg.tiny_steps))
-            train_tiny_judge(A, "tiny reward judge", steps, seed=1)
-            train_tiny_judge(B, "tiny held-out judge", steps, seed=2)
-            train_tiny_teacher(net, text, cfg.tiny_steps, seed=3)
-            write_atomic(path, safetensors_bytes({n: p.contiguous() for n, p in parts.state_dict().items()}))
-        barrier()
-        try:
-            parts.load_state_dict(load_file(path))
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise UsageError(f"{path} is damaged ({type(error).__name__}): delete it, and the tiny world is made "
-                             "anew.") from error
-        parts.to(cfg.device).eval().requires_grad_(False)
-        self.nets, self.text = {"generator": net, "teacher": net}, text
-        self.base = self.text_key = path.stem
-        self.lora_targets = attention_linears(net)
-        kinds = zip(TINY_REWARDS, (A, A, B, B), (0, 1, 0, 1))
-        self.rewards = {name: TinyReward(name, judge, output) for name, judge, output in kinds}
-
-    def encode(self, prompts):
-        device = self.text.places.device
-        ids = torch.stack([parse_caption(p)[0] for p in prompts]).to(device)
-        with torch.no_grad():
-            return {n: c.cpu() for n, c in self.text(ids).items()}
-
-    def free_text(self):
-        pass
-
-    def velocity(self, net, x, t, cond):
-        return tiny_velocity(net, x, t, cond)
-
-    shift_for, quantise = SD3Backbone.shift_for, SD3Backbone.quantise
-
-    def decode(self, x):
-        return (x / 2 + 0.5).clamp(0, 1)
-
-
-class TinyReward:
-    """A judge as reward: `attributes` (differentiable), `strict` (0 or 1, not differentiable); `heldout`,
-    `heldout_strict`: the same of the other judge, never trained on."""
-
-    def __init__(self, name, judge, output):
-        self.name, self.judge, self.output, self.differentiable = name, judge, output, output == 0
-
-    def __call__(self, images, prompts):
-        return judge_scores(self.judge, images, prompts)[self.output]
 
 
 if __name__ == "__main__":

@@ -1326,7 +1326,7 @@ def cache(tmp_path_factory):
 
 def make_world(folder):
     cfg = rtdmd.resolve(dict(model="tiny", device="cpu", tiny_steps=1, cache=str(folder)))
-    rtdmd.TinyBackbone(cfg)
+    ev.TinyBackbone(cfg)
     path, g = folder / "tiny-1.safetensors", rng()
     state = rtdmd.load_file(path)
     for name, p in state.items():
@@ -2099,10 +2099,10 @@ def test_decode_in_chunks_with_gradient_and_checkpointing(folders, name):
     ("sd3m", 2_028_328_000, 191, 37_552_128), ("sd35m", 2_243_171_520, 243, 47_775_744),
     ("flux2-4b", 3_875_544_576, 80, 74_711_040), ("flux2-9b", 9_078_581_248, 112, 127_926_272)])
 def test_full_size_networks(name, parameters, linears, rank_64):
-    """BACKBONES holds the real sizes: parameters, attention linears, weights of rank-64 adapters."""
+    """FULL_SIZE holds the real sizes: parameters, attention linears, weights of rank-64 adapters."""
     cls = Flux2Transformer2DModel if name.startswith("flux2") else SD3Transformer2DModel
     with torch.device("meta"):
-        net = cls(**rtdmd.BACKBONES[name]["net"])
+        net = cls(**ev.FULL_SIZE[name]["transformer"])
     targets = rtdmd.attention_linears(net)
     assert sum(p.numel() for p in net.parameters()) == parameters and len(targets) == linears
     modules = dict(net.named_modules())
@@ -2112,7 +2112,7 @@ def test_full_size_networks(name, parameters, linears, rank_64):
 def test_full_size_vaes():
     """The VAEs of --random_weights have the real ones' sizes and channels."""
     with torch.device("meta"):
-        sd3, flux2 = AutoencoderKL(**rtdmd.SD3_VAE), AutoencoderKLFlux2()
+        sd3, flux2 = AutoencoderKL(**ev.SD3_VAE), AutoencoderKLFlux2()
     assert [round(sum(p.numel() for p in vae.parameters()) / 1e6, 1) for vae in (sd3, flux2)] == [83.8, 84.0]
     assert (sd3.config.latent_channels, flux2.config.latent_channels) == (16, 32) and flux2.bn.eps == 1e-4
 
@@ -2121,11 +2121,11 @@ def test_full_size_vaes():
 def test_random_weights_need_no_repository(folders, name, monkeypatch):
     """--random_weights: the same network on every rank, and embeddings that depend on the prompt."""
     tiny = dict(num_layers=2, num_attention_heads=1, caption_projection_dim=64)
-    small = {"sd3m": dict(rtdmd.SD3_NET, **tiny),
-             "sd35m": dict(rtdmd.SD35_NET, dual_attention_layers=(0,), **tiny),
-             "flux2-4b": dict(rtdmd.K4_NET, num_layers=1, num_single_layers=1, num_attention_heads=1)}
-    monkeypatch.setitem(rtdmd.BACKBONES[name], "net", small[name])
-    monkeypatch.setattr(rtdmd, "SD3_VAE", dict(rtdmd.SD3_VAE, block_out_channels=(32,) * 4))
+    small = {"sd3m": dict(ev.SD3_NET, **tiny),
+             "sd35m": dict(ev.SD35_NET, dual_attention_layers=(0,), **tiny),
+             "flux2-4b": dict(ev.K4_NET, num_layers=1, num_single_layers=1, num_attention_heads=1)}
+    vae = dict(ev.FULL_SIZE[name]["vae"], block_out_channels=(32,) * 4)
+    monkeypatch.setitem(ev.FULL_SIZE, name, dict(transformer=small[name], vae=vae))
     cls, state = rtdmd.Flux2Backbone if name.startswith("flux2") else rtdmd.SD3Backbone, torch.get_rng_state()
     make = lambda: cls(rtdmd.Config(model=name, device="cpu", resolution=64, random_weights=True, text_length=16))
     a = make()
@@ -2171,8 +2171,8 @@ def test_meta_device_counts_full_size_networks_without_memory(tmp_path, name):
 
 def test_load_backbone_knows_every_model(monkeypatch):
     """Each --model has its adapter class."""
-    for name in ("TinyBackbone", "SD3Backbone", "Flux2Backbone"):
-        monkeypatch.setattr(rtdmd, name, lambda cfg, name=name: name)
+    for module, name in ((ev, "TinyBackbone"), (rtdmd, "SD3Backbone"), (rtdmd, "Flux2Backbone")):
+        monkeypatch.setattr(module, name, lambda cfg, name=name: name)
     found = {model: rtdmd.load_backbone(rtdmd.Config(model=model)) for model in ("tiny", *rtdmd.BACKBONES)}
     assert found == {"tiny": "TinyBackbone", "sd3m": "SD3Backbone", "sd35m": "SD3Backbone",
                      "flux2-4b": "Flux2Backbone", "flux2-9b": "Flux2Backbone"}
@@ -2747,9 +2747,9 @@ def another_seed(output):
 
 def tiny_roles(cache, **options):
     cfg = rtdmd.resolve(dict(model="tiny", device="cpu", tiny_steps=1, cache=str(cache), lora_rank=4, **options))
-    backbone, g = rtdmd.TinyBackbone(cfg), rng(3)
+    backbone, g = ev.TinyBackbone(cfg), rng(3)
     x, t = torch.randn(6, *backbone.latent_shape, generator=g), torch.rand(6, generator=g)
-    cond = backbone.encode(rtdmd.tiny_captions()[20:26])
+    cond = backbone.encode(ev.tiny_captions()[20:26])
     with torch.no_grad():
         base = backbone.velocity(backbone.nets["teacher"], x, t, cond)
     return rtdmd.Roles(backbone, cfg), x, t, cond, base
@@ -3300,38 +3300,38 @@ def test_out_of_memory_names_the_knob(monkeypatch, capsys):
 
 def test_tiny_captions_are_disjoint_and_parse():
     """66 captions are kept from all training; "a below b" is the picture of "b above a"."""
-    train, held_out = rtdmd.tiny_captions(), rtdmd.tiny_captions(held_out=True)
+    train, held_out = ev.tiny_captions(), ev.tiny_captions(held_out=True)
     assert (len(train), len(held_out), len(set(train) & set(held_out))) == (474, 66, 0)
-    below = rtdmd.parse_caption("a red circle below a blue square")
-    above = rtdmd.parse_caption("a blue square above a red circle")
+    below = ev.parse_caption("a red circle below a blue square")
+    above = ev.parse_caption("a blue square above a red circle")
     assert torch.equal(below[1], above[1]) and not torch.equal(below[0], above[0])
-    assert rtdmd.parse_caption("a red circle")[1].tolist() == [0, 0, 0, -1, -1]
+    assert ev.parse_caption("a red circle")[1].tolist() == [0, 0, 0, -1, -1]
     three = "a red circle above a blue square above a red circle"
     for bad in ("a pink circle", "a red circle above", three, "circle"):
         with pytest.raises(rtdmd.UsageError, match="cannot draw"):
-            rtdmd.parse_caption(bad)
+            ev.parse_caption(bad)
 
 
 def test_render_draws_what_the_caption_says():
     """Above is above, left is left, and the colours are those of the objects."""
     red, blue = (lambda image: image[:, 0] - image[:, 2]), (lambda image: image[:, 2] - image[:, 0])
     for caption, axis in (("a red square above a blue square", 2), ("a blue circle right of a red triangle", 3)):
-        one, two = (half.mean((2, 3)) for half in rtdmd.render([caption] * 50, rng(53)).split(6, axis))
+        one, two = (half.mean((2, 3)) for half in ev.render([caption] * 50, rng(53)).split(6, axis))
         assert (red(one) > 0.05).all() and (blue(two) > 0.05).all(), caption
 
 
 def test_tiny_judge_learns_and_scores():
     """100 updates teach a judge layouts and colours; only its soft score is differentiable."""
     torch.manual_seed(0)
-    judge = rtdmd.train_tiny_judge(rtdmd.TinyJudge(16, torch.nn.ReLU), "judge", 100, seed=0)
-    captions = rtdmd.tiny_captions()[12:212]
-    images = (rtdmd.render(captions, rng(1)) / 2 + 0.5).requires_grad_()
-    soft, strict = rtdmd.judge_scores(judge, images, captions)
-    wrong = rtdmd.judge_scores(judge, images, captions[1:] + captions[:1])[0]
+    judge = ev.train_tiny_judge(ev.TinyJudge(16, torch.nn.ReLU), "judge", 100, seed=0)
+    captions = ev.tiny_captions()[12:212]
+    images = (ev.render(captions, rng(1)) / 2 + 0.5).requires_grad_()
+    soft, strict = ev.judge_scores(judge, images, captions)
+    wrong = ev.judge_scores(judge, images, captions[1:] + captions[:1])[0]
     assert soft.mean() > wrong.mean() + 0.5 and set(strict.unique().tolist()) <= {0.0, 1.0} and strict.mean() > 0.2
     assert (soft <= 0).all() and (soft >= -4).all()
     assert torch.autograd.grad(soft.sum(), images)[0].abs().sum() > 0
-    assert rtdmd.TinyReward("strict", judge, 1).differentiable is False
+    assert ev.TinyReward("strict", judge, 1).differentiable is False
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -4391,8 +4391,8 @@ def test_frechet_and_spread_against_known_values():
 def test_set_metrics_of_renders():
     """Fresh renders are near the real ones and as diverse; one picture for each caption is not."""
     backbone = SimpleNamespace(decode=lambda x: (x / 2 + 0.5).clamp(0, 1))
-    captions = [caption for caption in rtdmd.tiny_captions(True)[:24] for _ in range(8)]
-    fresh = backbone.decode(rtdmd.render(captions, rng(5)))
+    captions = [caption for caption in ev.tiny_captions(True)[:24] for _ in range(8)]
+    fresh = backbone.decode(ev.render(captions, rng(5)))
     right = ev.tiny_set_metrics(backbone, fresh, captions, 8)
     collapsed = ev.tiny_set_metrics(backbone, fresh[::8].repeat_interleave(8, 0), captions, 8)
     assert abs(right["diversity"][0] - 1) < 0.1 and collapsed["diversity"][0] < 0.01
@@ -4513,8 +4513,8 @@ def test_known_prompts(tmp_path, monkeypatch):
     assert ev.read_prompts("drawbench") == ["A red colored car."]
     assert ev.read_prompts("partiprompts") == ["bond"]
     assert ev.read_prompts("hpdv2") == ["a", "b"]
-    assert ev.read_prompts("tiny") == rtdmd.tiny_captions()
-    assert ev.read_prompts("tiny-test") == rtdmd.tiny_captions(held_out=True)
+    assert ev.read_prompts("tiny") == ev.tiny_captions()
+    assert ev.read_prompts("tiny-test") == ev.tiny_captions(held_out=True)
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -4778,13 +4778,13 @@ def test_eval_refuses_in_one_sentence(flags, words, capsys, tmp_path, monkeypatc
 # eval.py: costs (rtdmd.py --dry_run)
 # -----------------------------------------------------------------------------------------------------------------
 
-SMALL_NETS = {"sd3m": dict(rtdmd.SD3_NET, num_layers=2, num_attention_heads=2, caption_projection_dim=128),
-              "flux2-4b": dict(rtdmd.K4_NET, num_layers=1, num_single_layers=1, num_attention_heads=2)}
+SMALL_NETS = {"sd3m": dict(ev.SD3_NET, num_layers=2, num_attention_heads=2, caption_projection_dim=128),
+              "flux2-4b": dict(ev.K4_NET, num_layers=1, num_single_layers=1, num_attention_heads=2)}
 
 
 def dry_run(tmp_path, monkeypatch, name, stage, *flags):
     """dry_run.json of a network of few layers on `meta`, and the run."""
-    monkeypatch.setitem(rtdmd.BACKBONES[name], "net", SMALL_NETS[name])
+    monkeypatch.setitem(ev.FULL_SIZE[name], "transformer", SMALL_NETS[name])
     seen, prepare = [], rtdmd.prepare
     monkeypatch.setattr(rtdmd, "prepare", lambda cfg: seen.append(prepare(cfg)) or seen[-1])
     rtdmd.main(["--stage", str(stage), "--model", name, "--device", "meta", "--random_weights", "--dry_run", "1",
