@@ -37,6 +37,7 @@ import csv
 import dataclasses
 import functools
 import gc
+import hashlib
 import importlib.metadata
 import importlib.util
 import io
@@ -48,6 +49,7 @@ import os
 import operator
 import random
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -61,7 +63,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from PIL import Image, ImageDraw, ImageFont
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
@@ -72,6 +74,8 @@ from torch.utils.flop_counter import flop_registry
 
 import rtdmd
 from rtdmd import REWARDS, UsageError, find_weights, from_hub, load_reward, normalise, rate, resize, square_crop
+
+sys.modules.setdefault("eval", sys.modules[__name__])     # one copy of this file, also where it is the script
 
 CLIP_L14 = "openai/clip-vit-large-patch14"
 IMAGENET_MEAN, IMAGENET_STD = (.485, .456, .406), (.229, .224, .225)
@@ -1132,6 +1136,76 @@ def prompt_rows(source):
     return lines if kind == ".txt" else (json.loads(line) if line.strip() else "" for line in lines)
 
 
+class TextCache:
+    """Text embeddings on disk, so that the encoders need not live beside the network while it trains.
+    FOLDER/<hash of text_key>/<hash of prompt>.safetensors is encode([prompt]) of any backbone without batch axis.
+    A file that is cut short is known by its size, and made anew. One thread reads, ahead of the network."""
+
+    def __init__(self, backbone, folder):
+        self.backbone, self.reader = backbone, concurrent.futures.ThreadPoolExecutor(1)
+        self.rows, self.keep = {}, 512     # prompt -> future of its row, latest last; at most so many (SD3 1.4 GB)
+        self.folder = Path(folder) / hashlib.sha256(backbone.text_key.encode()).hexdigest()[:16]
+
+    def path(self, prompt):
+        """The file of one prompt."""
+        return self.folder / f"{hashlib.sha256(prompt.encode()).hexdigest()}.safetensors"
+
+    def has(self, prompt):
+        """True if the prompt's file is whole: opening it compares header and size."""
+        try:
+            with safe_open(self.path(prompt), "pt"):
+                return True
+        except (OSError, SafetensorError):
+            return False
+
+    def prepare(self, prompts, batch=16):
+        """Encode what is missing of `prompts` and "" (the null condition), split over ranks; then free_text.
+        UsageError if the disk is too small. All ranks list what is missing before any of them writes."""
+        rank, _, world = rtdmd.dist_info()
+        missing = [prompt for prompt in dict.fromkeys(["", *prompts]) if not self.has(prompt)]
+        rtdmd.barrier()
+        if missing:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(self.folder).free / 1e9
+            need = sum(row.nbytes for row in self.backbone.encode([""]).values()) * len(missing) / 1e9
+            rtdmd.log(f"text embeddings: {len(missing):,} prompts, {need:.2f} GB in {self.folder} ({free:.0f} free)")
+            if 1.1 * need > free:
+                raise UsageError(f"{need:.1f} GB of text embeddings, {free:.1f} GB free: --cache needs more room.")
+        parts = [missing[i:i + batch] for i in range(rank * batch, len(missing), world * batch)]
+        for part in rtdmd.progress(parts, len(parts), "text embeddings") if parts else ():
+            cond = self.backbone.encode(part)
+            for i, prompt in enumerate(part):
+                rtdmd.write_atomic(self.path(prompt), safetensors_bytes({name: rows[i] for name, rows in cond.items()}))
+        self.backbone.free_text()
+        self.rows.clear()                                  # a file that could not be read is whole now
+        rtdmd.barrier()
+
+    def read(self, prompt):
+        """One row from its file. Cloned: load_file gives views of the open file, and 65,530 are allowed."""
+        try:
+            return {name: x.clone() for name, x in load_file(self.path(prompt)).items()}
+        except (OSError, SafetensorError) as error:
+            raise UsageError(f"{self.path(prompt)} cannot be read: start again, and it is made anew (several "
+                             "nodes need one --cache that all of them see).") from error
+
+    def prefetch(self, prompts):
+        """Has the thread read `prompts` in this order, each once, and returns at once. A loop that asks here for
+        this iteration and the next one finds in `batch` what was read while the network worked."""
+        prompts = list(dict.fromkeys(prompts))
+        self.rows |= {p: self.rows.pop(p, None) or self.reader.submit(self.read, p) for p in prompts}
+        self.keep = max(self.keep, len(prompts))
+        for old in list(self.rows)[:-self.keep]:
+            del self.rows[old]
+
+    def batch(self, prompts, device):
+        """cond of `prompts`, batch first, on `device`."""
+        self.prefetch(prompts)
+        rows = [self.rows[prompt].result() for prompt in prompts]
+        cond = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        pin = torch.device(device).type == "cuda"         # a copy from pinned memory does not stop the host
+        return {name: (x.pin_memory() if pin else x).to(device, non_blocking=True) for name, x in cond.items()}
+
+
 # -----------------------------------------------------------------------------------------------------------------
 # 10. Command line. About the model itself eval.py has rtdmd.py's flags; a run folder and a checkpoint bring
 # theirs.
@@ -1285,7 +1359,7 @@ class Sampler:
         self.cfg, self.adapters, self.backbone = cfg, adapters, rtdmd.load_backbone(cfg)
         self.roles = rtdmd.Roles(self.backbone, cfg)
         self.blank = {n: p.detach().clone() for n, p in self.roles.named["generator"].items()}
-        self.text = rtdmd.TextCache(self.backbone, Path(cfg.cache) / "text")
+        self.text = TextCache(self.backbone, Path(cfg.cache) / "text")
         self.text.prepare(prompts)
 
     def load_adapter(self, name):
@@ -1579,6 +1653,18 @@ def open_log(run):
     with contextlib.suppress(ImportError):                         # the same numbers as curves, if it is installed
         from torch.utils.tensorboard import SummaryWriter
         run.board = SummaryWriter(run.folder / "tensorboard", purge_step=run.done + 1)
+
+
+def record(run, row):
+    """Appends a JSON object to metrics.jsonl; returns the few numbers that tell a healthy run from a sick one."""
+    row = {n: float(f"{v:.6g}") if isinstance(v, float) else v for n, v in row.items() if math.isfinite(v)}
+    if rtdmd.dist_info()[0] == 0:
+        with open(run.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+        for name, value in row.items() if run.board else ():
+            run.board.add_scalar(name, value, row["iteration"])
+    show = [n for n in row if n in ("dm", "dsm", "grad_generator") or n.startswith(("reward_", "watch_"))]
+    return " ".join(f"{n} {row[n]:.3g}" for n in show)
 
 
 @contextlib.contextmanager
@@ -2084,15 +2170,14 @@ def replaced(names, start):
     """rtdmd with the functions of these variants; start: the stage-1 student of the same seed."""
     before = {}
     for name in names:
-        for target, function in VARIANTS[name](start).items():
-            owner = rtdmd if "." not in target else getattr(rtdmd, target.split(".")[0])
-            before[owner, target.split(".")[-1]] = getattr(owner, target.split(".")[-1])
-            setattr(owner, target.split(".")[-1], function)
+        for (owner, attribute), function in VARIANTS[name](start).items():
+            before[owner, attribute] = getattr(owner, attribute)
+            setattr(owner, attribute, function)
     try:
         yield
     finally:
-        for (owner, target), function in before.items():
-            setattr(owner, target, function)
+        for (owner, attribute), function in before.items():
+            setattr(owner, attribute, function)
 
 
 def antithetic(start):
@@ -2108,14 +2193,14 @@ def antithetic(start):
             for k in subsets[g].tolist():
                 noise[k - 1, two] = -noise[k - 1, one]
         return first, noise, subsets
-    return dict(group_draws=group_draws)
+    return {(rtdmd, "group_draws"): group_draws}
 
 
 def fake_knows_k(start):
     """DEPARTURE 18 undone: a learned vector per step k joins the fake score's pooled text embedding, zero at
     first."""
     velocity, teacher, roles = rtdmd.Roles.velocity, rtdmd.Roles.teacher, rtdmd.Roles.__init__
-    batch, fake, matching = rtdmd.TextCache.batch, rtdmd.update_fake, rtdmd.matching_loss
+    batch, fake, matching = TextCache.batch, rtdmd.update_fake, rtdmd.matching_loss
 
     def __init__(self, backbone, cfg):
         roles(self, backbone, cfg)
@@ -2141,15 +2226,16 @@ def fake_knows_k(start):
         return matching(run, x_s, s, cond | dict(k=k), u, noise)
 
     without = lambda self, x, t, cond, null: teacher(self, x, t, {n: c for n, c in cond.items() if n != "k"}, null)
-    return {"Roles.__init__": __init__, "Roles.velocity": velocity_with_k, "Roles.teacher": without,
-            "TextCache.batch": batch_with_k, "update_fake": update_fake, "matching_loss": matching_loss}
+    return {(rtdmd.Roles, "__init__"): __init__, (rtdmd.Roles, "velocity"): velocity_with_k,
+            (rtdmd.Roles, "teacher"): without, (TextCache, "batch"): batch_with_k,
+            (rtdmd, "update_fake"): update_fake, (rtdmd, "matching_loss"): matching_loss}
 
 
 def pairs_across(start):
     """DEPARTURE 4 undone: t'' may lie below a boundary level that t' is above."""
     def draw_next_level(run, t, u):
         return rtdmd.between(run, (t - run.cfg.delta).clamp_min(0), t, u)
-    return dict(draw_next_level=draw_next_level)
+    return {(rtdmd, "draw_next_level"): draw_next_level}
 
 
 def fake_from_zero(start):
@@ -2165,7 +2251,7 @@ def fake_from_zero(start):
                 if ".lora_B" in name:
                     p.data.zero_()
         return run
-    return dict(prepare=prepare)
+    return {(rtdmd, "prepare"): prepare}
 
 
 VARIANTS = dict(antithetic=antithetic, pairs_across=pairs_across, fake_knows_k=fake_knows_k,

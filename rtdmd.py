@@ -113,7 +113,6 @@ import signal
 import sys
 import time
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -1386,76 +1385,6 @@ def decode_chunks(vae, z, pixels=2**20):
     return (images / 2 + 0.5).clamp(0, 1)
 
 
-class TextCache:
-    """Text embeddings on disk, so that the encoders need not live beside the network while it trains.
-    FOLDER/<hash of text_key>/<hash of prompt>.safetensors is encode([prompt]) of any backbone without batch axis.
-    A file that is cut short is known by its size, and made anew. One thread reads, ahead of the network."""
-
-    def __init__(self, backbone, folder):
-        self.backbone, self.reader = backbone, ThreadPoolExecutor(1)
-        self.rows, self.keep = {}, 512     # prompt -> future of its row, latest last; at most so many (SD3 1.4 GB)
-        self.folder = Path(folder) / hashlib.sha256(backbone.text_key.encode()).hexdigest()[:16]
-
-    def path(self, prompt):
-        """The file of one prompt."""
-        return self.folder / f"{hashlib.sha256(prompt.encode()).hexdigest()}.safetensors"
-
-    def has(self, prompt):
-        """True if the prompt's file is whole: opening it compares header and size."""
-        try:
-            with safe_open(self.path(prompt), "pt"):
-                return True
-        except (OSError, SafetensorError):
-            return False
-
-    def prepare(self, prompts, batch=16):
-        """Encode what is missing of `prompts` and "" (the null condition), split over ranks; then free_text.
-        UsageError if the disk is too small. All ranks list what is missing before any of them writes."""
-        rank, _, world = dist_info()
-        missing = [prompt for prompt in dict.fromkeys(["", *prompts]) if not self.has(prompt)]
-        barrier()
-        if missing:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(self.folder).free / 1e9
-            need = sum(row.nbytes for row in self.backbone.encode([""]).values()) * len(missing) / 1e9
-            log(f"text embeddings: {len(missing):,} prompts, {need:.2f} GB in {self.folder} ({free:.0f} free)")
-            if 1.1 * need > free:
-                raise UsageError(f"{need:.1f} GB of text embeddings, {free:.1f} GB free: --cache needs more room.")
-        parts = [missing[i:i + batch] for i in range(rank * batch, len(missing), world * batch)]
-        for part in progress(parts, len(parts), "text embeddings") if parts else ():
-            cond = self.backbone.encode(part)
-            for i, prompt in enumerate(part):
-                write_atomic(self.path(prompt), safetensors_bytes({name: rows[i] for name, rows in cond.items()}))
-        self.backbone.free_text()
-        self.rows.clear()                                  # a file that could not be read is whole now
-        barrier()
-
-    def read(self, prompt):
-        """One row from its file. Cloned: load_file gives views of the open file, and 65,530 are allowed."""
-        try:
-            return {name: x.clone() for name, x in load_file(self.path(prompt)).items()}
-        except (OSError, SafetensorError) as error:
-            raise UsageError(f"{self.path(prompt)} cannot be read: start again, and it is made anew (several "
-                             "nodes need one --cache that all of them see).") from error
-
-    def prefetch(self, prompts):
-        """Has the thread read `prompts` in this order, each once, and returns at once. A loop that asks here for
-        this iteration and the next one finds in `batch` what was read while the network worked."""
-        prompts = list(dict.fromkeys(prompts))
-        self.rows |= {p: self.rows.pop(p, None) or self.reader.submit(self.read, p) for p in prompts}
-        self.keep = max(self.keep, len(prompts))
-        for old in list(self.rows)[:-self.keep]:
-            del self.rows[old]
-
-    def batch(self, prompts, device):
-        """cond of `prompts`, batch first, on `device`."""
-        self.prefetch(prompts)
-        rows = [self.rows[prompt].result() for prompt in prompts]
-        cond = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-        pin = torch.device(device).type == "cuda"         # a copy from pinned memory does not stop the host
-        return {name: (x.pin_memory() if pin else x).to(device, non_blocking=True) for name, x in cond.items()}
-
-
 def save_lora(folder, state_dict, rank, alpha, targets, info):
     """Write an adapter for `pipe.load_lora_weights(folder)`, which then computes exactly what was trained.
     state_dict {"transformer_blocks.0.attn.to_q.lora_A.weight": (r, in), ...}; targets full module names; info any
@@ -1863,7 +1792,7 @@ def prepare(cfg):
     run.backbone = load_backbone(cfg)
     run.roles = Roles(run.backbone, cfg)
     run.times = timestep_schedule(cfg.steps, run.backbone.shift)
-    run.text = TextCache(run.backbone, Path(cfg.cache) / "text")
+    run.text = ev.TextCache(run.backbone, Path(cfg.cache) / "text")
     run.text.prepare(run.prompts)
     load = eval_module().random_reward if cfg.random_weights else load_reward
     find = lambda name: load(name, cfg, getattr(run.backbone, "rewards", {}))
@@ -1914,7 +1843,7 @@ def iterations(run):
         if run.done % cfg.sample_every == 0 or run.done == last:
             row.update(eval_module().panel(run))
         row["seconds"] = time.perf_counter() - start
-        bar.set_postfix_str(record(run, row))
+        bar.set_postfix_str(eval_module().record(run, row))
         stop = any(everyone(run.stop))                                      # all of them, or one waits for ever
         if run.done % cfg.save_every == 0 or run.done == last or stop:
             save_checkpoint(run)
@@ -1933,18 +1862,6 @@ def watch_signals(run):
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, handler)
-
-
-def record(run, row):
-    """Appends a JSON object to metrics.jsonl; returns the few numbers that tell a healthy run from a sick one."""
-    row = {n: float(f"{v:.6g}") if isinstance(v, float) else v for n, v in row.items() if math.isfinite(v)}
-    if dist_info()[0] == 0:
-        with open(run.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
-        for name, value in row.items() if run.board else ():
-            run.board.add_scalar(name, value, row["iteration"])
-    show = [n for n in row if n in ("dm", "dsm", "grad_generator") or n.startswith(("reward_", "watch_"))]
-    return " ".join(f"{n} {row[n]:.3g}" for n in show)
 
 
 def phase(run, name):

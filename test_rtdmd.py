@@ -2156,7 +2156,7 @@ def test_meta_device_counts_full_size_networks_without_memory(tmp_path, name):
     assert torch.get_default_dtype() == torch.float32
     cond = backbone.encode(PROMPTS)
     assert all(rows.device.type == "cpu" and rows.dtype == torch.bfloat16 for rows in cond.values())
-    cache = rtdmd.TextCache(backbone, tmp_path)
+    cache = ev.TextCache(backbone, tmp_path)
     cache.prepare(PROMPTS)
     cond = cache.batch(PROMPTS, "meta")
     assert all(rows.is_meta and len(rows) == 2 for rows in cond.values())
@@ -2283,7 +2283,7 @@ class Letters:
 def test_text_cache(tmp_path, capsys):
     """A file a prompt, whatever its letters: made once, read back bit for bit, anew where damaged."""
     backbone = Letters()
-    cache = rtdmd.TextCache(backbone, tmp_path)
+    cache = ev.TextCache(backbone, tmp_path)
     prompts = [f"prompt {i}" for i in range(40)] + ["prompt 3", "ünï/..\n\0 odd"]
     cache.prepare(prompts)
     files = list(tmp_path.rglob("*.safetensors"))
@@ -2300,22 +2300,22 @@ def test_text_cache(tmp_path, capsys):
     for cut in (slice(0, 0), slice(0, 20), slice(0, -1)):      # empty, within the header, one byte short
         path = cache.path("prompt 7")
         path.write_bytes(path.read_bytes()[cut])
-        cache = rtdmd.TextCache(backbone, tmp_path)                   # a new process: nothing in memory
+        cache = ev.TextCache(backbone, tmp_path)                   # a new process: nothing in memory
         with pytest.raises(rtdmd.UsageError, match="cannot be read"):
             cache.batch(["prompt 7"], "cpu")
         cache.prepare(prompts)
         assert torch.equal(cache.batch(["prompt 7"], "cpu")["text"], backbone.encode(["prompt 7"])["text"])
     backbone.text_key = "letters 9"
-    assert rtdmd.TextCache(backbone, tmp_path).folder != cache.folder
+    assert ev.TextCache(backbone, tmp_path).folder != cache.folder
 
 
 def test_text_cache_reads_ahead_each_row_once_and_keeps_the_latest(tmp_path, monkeypatch):
     """In a thread of its own; the row not asked for the longest goes first."""
     backbone, prompts = Letters(), [f"prompt {i}" for i in range(5)]
-    cache, truth, read, go = rtdmd.TextCache(backbone, tmp_path), backbone.encode(prompts), [], threading.Event()
+    cache, truth, read, go = ev.TextCache(backbone, tmp_path), backbone.encode(prompts), [], threading.Event()
     cache.prepare(prompts)
-    load_file = rtdmd.load_file
-    monkeypatch.setattr(rtdmd, "load_file", lambda path: go.wait(60) and read.append(path) or load_file(path))
+    load_file = ev.load_file
+    monkeypatch.setattr(ev, "load_file", lambda path: go.wait(60) and read.append(path) or load_file(path))
     cache.keep = 3
     cache.prefetch(prompts[:3])                 # returns although nothing can be read yet
     assert not read and list(cache.rows) == prompts[:3]
@@ -2337,7 +2337,7 @@ def test_text_cache_reads_ahead_each_row_once_and_keeps_the_latest(tmp_path, mon
 def test_an_iteration_waits_for_no_text_but_the_first(stage, flags, monkeypatch):
     """Whatever batch is asked for was prefetched an iteration before, but for "" and the panel's prompts."""
     asked, ahead, read_ahead = [], [], rtdmd.read_ahead
-    batch, prefetch = rtdmd.TextCache.batch, rtdmd.TextCache.prefetch
+    batch, prefetch = ev.TextCache.batch, ev.TextCache.prefetch
 
     def noted_batch(self, prompts, device):
         asked.append((len(ahead), set(prompts)))
@@ -2352,8 +2352,8 @@ def test_an_iteration_waits_for_no_text_but_the_first(stage, flags, monkeypatch)
             ahead[-1] |= set(prompts)
         return prefetch(self, prompts)
 
-    monkeypatch.setattr(rtdmd.TextCache, "batch", noted_batch)
-    monkeypatch.setattr(rtdmd.TextCache, "prefetch", noted_prefetch)
+    monkeypatch.setattr(ev.TextCache, "batch", noted_batch)
+    monkeypatch.setattr(ev.TextCache, "prefetch", noted_prefetch)
     monkeypatch.setattr(rtdmd, "read_ahead", noted_read_ahead)
     rtdmd.main(flags(stage, "--sample_every", 9, "--iterations", 2, "--max_prompts", 400))
     assert len(ahead) == 2
@@ -2365,16 +2365,16 @@ def test_an_iteration_waits_for_no_text_but_the_first(stage, flags, monkeypatch)
 
 def test_text_cache_refuses_a_full_disk_and_splits_over_ranks(tmp_path, monkeypatch):
     """Refused before the first file; each rank encodes its share."""
-    monkeypatch.setattr(rtdmd.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+    monkeypatch.setattr(ev.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     with pytest.raises(rtdmd.UsageError) as error:
-        rtdmd.TextCache(Letters(), tmp_path).prepare(["a"])
+        ev.TextCache(Letters(), tmp_path).prepare(["a"])
     assert "--cache needs more room" in sentence(error)
     monkeypatch.undo()
     prompts = [f"prompt {i}" for i in range(100)]
     for rank in range(3):
         monkeypatch.setattr(rtdmd, "dist_info", lambda: (rank, rank, 3))
         before = len(list(tmp_path.rglob("*.safetensors")))
-        cache = rtdmd.TextCache(Letters(), tmp_path / "shared")
+        cache = ev.TextCache(Letters(), tmp_path / "shared")
         monkeypatch.setattr(cache, "has", lambda prompt: False)      # all three listed before one wrote
         cache.prepare(prompts)
         assert len(list(tmp_path.rglob("*.safetensors"))) - before in range(20, 49)
@@ -2385,7 +2385,7 @@ def test_text_cache_refuses_a_full_disk_and_splits_over_ranks(tmp_path, monkeypa
 def test_text_cache_of_a_real_backbone(folders, tmp_path, name):
     """What was encoded comes back bit for bit, and the encoders are gone."""
     backbone = backbone_of(folders, name)
-    cache = rtdmd.TextCache(backbone, tmp_path)
+    cache = ev.TextCache(backbone, tmp_path)
     cache.prepare(PROMPTS)
     assert backbone.text is None
     cond, truth = cache.batch([PROMPTS[1], ""], "cpu"), backbone.encode(["", *PROMPTS])
@@ -2904,14 +2904,14 @@ def four(cache, tmp_path_factory):
 
 def stop_after(monkeypatch, iteration, number=signal.SIGTERM):
     """The run gets a signal while this iteration ends."""
-    original = rtdmd.record
+    original = ev.record
 
     def record(run, row):
         if run.done == iteration:
             os.kill(os.getpid(), number)
         return original(run, row)
 
-    monkeypatch.setattr(rtdmd, "record", record)
+    monkeypatch.setattr(ev, "record", record)
 
 
 @pytest.mark.parametrize("stage, iteration", [(1, 1), (1, 2), (2, 1), (2, 2)])
@@ -3010,14 +3010,14 @@ def wait_for(path, processes=(), limit=60):
 
 def slow(output, seconds=0.25):
     """Before a run: iterations take a while."""
-    original = rtdmd.record
+    original = ev.record
 
     def record(run, row):
         text = original(run, row)
         time.sleep(seconds)
         return text
 
-    rtdmd.record = record
+    ev.record = record
 
 
 def very_slow(output):
