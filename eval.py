@@ -25,9 +25,9 @@ A scorer is called as scorer(images (B,3,H,W) in [0,1], prompts or metadata rows
 arguments, so that tests use the real classes at small size; `load(cfg)` takes the real ones from --weights_dir
 or the hub. No package beyond requirements.txt: mmdet, paddle and the rewards' own break on today's transformers.
 
-Order: 1-7 scorers | 8 METRICS, run_metric | 9 prompts | 10 flags | 11 sampling | 12 reports, a function for each
-command: evaluate, score_folder, compare, one_picture | 13 records and 14 cost of a training run | 15 ablations | 16 the
-tiny world.
+Order: 1-7 scorers | 8 METRICS, run_metric | 9 prompts and their embeddings | 10 flags | 11 sampling | 12 reports,
+a function for each command: evaluate, score_folder, compare, one_picture | 13 records and 14 costs of a training
+run | 15 ablations | 16 the tiny world. rtdmd.py uses 8, 9, 13, 14 and 16, on first need.
 """
 import argparse
 import ast
@@ -1045,26 +1045,8 @@ def spread(images, per_prompt):
     return (torch.cdist(sets, sets).sum() / (len(sets) * per_prompt * (per_prompt - 1))).item()
 
 
-def tiny_set_metrics(backbone, images, captions, per_prompt):
-    """What a set of pictures tells in the tiny world: {name: (value, bootstrap error over captions)}.
-
-    distance: Frechet distance, in pixels pooled 2 x 2, to real renders of the same captions; lower is better,
-    a second set of renders is at .18. diversity: spread within a caption over that of the renders, 1 is right.
-    Neither looks through a judge's eyes: a judge's features would also measure what the reward may have spoilt.
-    """
-    real = backbone.decode(render(captions, torch.Generator().manual_seed(rtdmd.key("real renders"))))
-    pooled, truth = (F.avg_pool2d(2 * x, 2).flatten(1) for x in (images, real))
-    generator, P, results = torch.Generator().manual_seed(0), len(captions) // per_prompt, []
-    for draw in range(21):                                   # the set itself, then 20 resamples of its captions
-        pick = torch.arange(P) if draw == 0 else torch.randint(P, (P,), generator=generator)
-        rows = (pick[:, None] * per_prompt + torch.arange(per_prompt)).flatten()
-        ratio = spread(images[rows], per_prompt) / spread(real[rows], per_prompt) if per_prompt > 1 else math.nan
-        results.append((frechet(pooled[rows], truth[rows]), ratio))
-    return dict(zip(("distance", "diversity"), zip(results[0], torch.tensor(results[1:]).std(0).tolist())))
-
-
 # -----------------------------------------------------------------------------------------------------------------
-# 9. Prompts, for training too
+# 9. Prompts and their text embeddings, for training too
 # -----------------------------------------------------------------------------------------------------------------
 
 KNOWN_PROMPTS = {        # name: (data set on the hub, its files)
@@ -1175,7 +1157,8 @@ class TextCache:
         for part in rtdmd.progress(parts, len(parts), "text embeddings") if parts else ():
             cond = self.backbone.encode(part)
             for i, prompt in enumerate(part):
-                rtdmd.write_atomic(self.path(prompt), safetensors_bytes({name: rows[i] for name, rows in cond.items()}))
+                row = {name: rows[i] for name, rows in cond.items()}
+                rtdmd.write_atomic(self.path(prompt), safetensors_bytes(row))
         self.backbone.free_text()
         self.rows.clear()                                  # a file that could not be read is whole now
         rtdmd.barrier()
@@ -1895,8 +1878,8 @@ def random_network(cls, path, part, dtype, cfg):
     gpus = [torch.cuda.current_device()] if cfg.device.startswith("cuda") else []
     with torch.random.fork_rng(gpus), torch.device(cfg.device):
         torch.manual_seed(rtdmd.key("random weights", path, part))
-        torch.set_default_dtype(dtype)                          # built in fp32 first, it would need three times its memory
-        net = nn.Module.to(cls(**FULL_SIZE[cfg.model][part]), dtype)          # the position tables are made in fp32
+        torch.set_default_dtype(dtype)                    # built in fp32 first, it would need three times its memory
+        net = nn.Module.to(cls(**FULL_SIZE[cfg.model][part]), dtype)    # the position tables are made in fp32
         torch.set_default_dtype(torch.float32)
     return net
 
@@ -2350,7 +2333,7 @@ def draw_curves(path, panels, width=560, height=330):
 
 TINY_COLOURS = {"red": (.85, .15, .15), "green": (.15, .7, .2), "blue": (.15, .25, .9), "yellow": (.9, .85, .15)}
 TINY_SHAPES = ("circle", "square", "triangle")
-TINY_RELATIONS = {"above": (1, 0), "below": (1, 1), "left of": (2, 0), "right of": (2, 1)}     # layout, does order swap
+TINY_RELATIONS = {"above": (1, 0), "below": (1, 1), "left of": (2, 0), "right of": (2, 1)}   # layout, does order swap
 TINY_WORDS = ["<pad>", *TINY_COLOURS, *TINY_SHAPES, *TINY_RELATIONS]
 TINY_TOKENS, TINY_WIDTH, TINY_SIDE = 6, 64, 12
 TINY_REWARDS = ("attributes", "strict", "heldout", "heldout_strict")
@@ -2534,7 +2517,7 @@ class TinyBackbone:
     shift, latent_shape = 1.0, (3, TINY_SIDE, TINY_SIDE)
 
     def __init__(self, cfg):
-        torch.manual_seed(rtdmd.key("tiny world"))                               # the world is the same for every --seed
+        torch.manual_seed(rtdmd.key("tiny world"))                         # the world is the same for every --seed
         net, text, A, B = tiny_transformer(), TinyText(), TinyJudge(32, nn.GELU), TinyJudge(24, nn.ReLU)
         parts = nn.ModuleDict(dict(net=net, text=text, reward=A, heldout=B))
         path = Path(cfg.cache) / f"tiny-{cfg.tiny_steps}.safetensors"
@@ -2584,6 +2567,24 @@ class TinyReward:
 
     def __call__(self, images, prompts):
         return judge_scores(self.judge, images, prompts)[self.output]
+
+
+def tiny_set_metrics(backbone, images, captions, per_prompt):
+    """What a set of pictures tells in the tiny world: {name: (value, bootstrap error over captions)}.
+
+    distance: Frechet distance, in pixels pooled 2 x 2, to real renders of the same captions; lower is better,
+    a second set of renders is at .18. diversity: spread within a caption over that of the renders, 1 is right.
+    Neither looks through a judge's eyes: a judge's features would also measure what the reward may have spoilt.
+    """
+    real = backbone.decode(render(captions, torch.Generator().manual_seed(rtdmd.key("real renders"))))
+    pooled, truth = (F.avg_pool2d(2 * x, 2).flatten(1) for x in (images, real))
+    generator, P, results = torch.Generator().manual_seed(0), len(captions) // per_prompt, []
+    for draw in range(21):                                   # the set itself, then 20 resamples of its captions
+        pick = torch.arange(P) if draw == 0 else torch.randint(P, (P,), generator=generator)
+        rows = (pick[:, None] * per_prompt + torch.arange(per_prompt)).flatten()
+        ratio = spread(images[rows], per_prompt) / spread(real[rows], per_prompt) if per_prompt > 1 else math.nan
+        results.append((frechet(pooled[rows], truth[rows]), ratio))
+    return dict(zip(("distance", "diversity"), zip(results[0], torch.tensor(results[1:]).std(0).tolist())))
 
 
 def main(argv=None):

@@ -20,7 +20,8 @@ Map  section  paper                functions
      5        3.2, App. G, H       choose_steps, group_noise, gaussian_log_prob, group_advantages, subgrpo_loss,
                                    pathwise_loss
      6        App. I, Algorithm 1  stage1, stage2
-     A reader of the paper can stop there. 7 rewards, 8 backbones, 9 plumbing, 10 command line, and the tiny world.
+     A reader of the paper can stop there. 7 rewards, 8 backbones, 9 plumbing, 10 command line. In eval.py, for both
+     files: metrics, prompts and their embeddings, the records and costs of a run, ablations, the tiny world.
 
 Symbols  theta generator | psi frozen teacher, guided with weight w | phi fake score
          steps k = 1..K | t_k level after step k, t_0 = 1, t_K = 0 | eta randomness of the sampler, eps_k its noise
@@ -32,67 +33,32 @@ Symbols  theta generator | psi frozen teacher, guided with weight w | phi fake s
          beta reward strength: the target is p_psi exp(beta r) / Z (Eq. 6), whose gradient is that of distribution
          matching (DM) minus beta times that of E r (Eq. 7)
 
-DEPARTURES  [P] from the paper, [C] from its released code, [-] from neither: what the paper leaves open or what
-both share. 1-7, 11, 12 and 17 have tests that show them in numbers.
- 1. [P] The std of re-noising is kappa = sqrt(t^2 - a^2 s^2). The paper's (t-s)/(1-s) (above Eq. 8, App. B) adds
-    standard deviations, which is right only if the new noise is the old one: at s = .5, t = .7 its noise has
-    variance .25 where the teacher expects .49. --renoise paper has it.
- 2. [-] With this kappa the self-consistency of App. E holds for noisy x_s too: h(x_t, t) is a martingale of the
-    reversed chain iff kappa^2 = t^2 - a^2 s^2. (App. E's Markov identity should read E[x_0 | x_t'', x_t'] = E[x_0
-    | x_t''].)
- 3. [C] The paper does not say which reverse kernel Eqs. 11 and 22 use. Ours is the Gaussian posterior: at the
-    true score the loss falls like (t' - t'')^4. At a fixed eta = .9 (released; --kernel cps) the loss at the
-    true score does not fall at all, so it pulls the fake score away from the truth.
- 4. [PC] t' is the re-noising level and t'' lies within delta below it, "close" as 3.1 asks, with no boundary
-    level t_j between them: one phi learns the laws of all steps with t_k < t (18), and that mixture changes at
-    every t_j, so even the perfect phi is not self-consistent across one. App. F's t' = t_k, t'' = t_{k+1}
-    (--consistency_times schedule) crosses by definition, to where states of step k never train phi.
- 5. [PC] The fake score predicts the velocity (App. B: a network that predicts x_{t_k}), and its loss is divided
-    by the variance of its target given x_0: exactly Eq. 5 at s = 0, and of order one for all s < t, up to t = s and
-    t = 1. The released weight min(1, 10 kappa^2) is not Eq. 5 at s = 0.
- 6. [C] The generator's gradient is the difference of the boundary means m under the two scores, over D, the
-    mean distance from x_s to the teacher's: Eq. 9's score difference times kappa^2 / (a D) > 0. D depends on
-    the sample, as in DMD: this has the zero of Eq. 8's gradient, but is not that gradient. The released code
-    adds one noise draw to both means: it cancels in the difference, not in D, which weakens the early steps.
- 7. [PC] log pi is the exact Gaussian log-density averaged over the d dimensions: the ratio is the d-th root of
-    the likelihood ratio, its gradient at 1 is Eq. 17 over d, and one clip suits every resolution. The released
-    code also drops 1 / (2 std^2), which weights each step by its variance (--log_prob unscaled).
- 8. [C] The ratio is exactly 1 in the first update of a rollout: old and new log-probability come from one
-    forward. A second forward of another batch shape differs in bf16 by more than the clip of 1e-5. (With
-    --inner_epochs above 1 it moves from the second update on.)
- 9. [C] (K-1)/M of Eq. 17 is kept; the released code has no such factor.
-10. [C] S is drawn for every prompt, as Algorithm 1 says; the released code draws one per iteration.
-11. [PC] Eqs. 15 and 17 share units: each reward is divided by the same std in both, and all of Eq. 18 is a mean
-    over dimensions. Otherwise the two reward terms change their balance with resolution and with each reward's
-    unit. Each reward has its own A_i; they are added with their weights. The price: a group's std holds the noise
-    of x_{t_0} and of its S only, so the pathwise term weighs more for prompts whose S moves the picture little.
-    --advantage_std global shares one std over all prompts.
-12. [P] A baseline that contains r_i itself multiplies the stochastic term by (N-1)/N against the pathwise one.
-    Unscaled advantages (--advantage_std none) therefore use the mean of the N-1 others. Scaled ones keep App.
-    H's form (4 % at N = 24), with a floor under the std: see reward_scale.
-13. [C] DM in stage 2 acts on every step k equally often on average and reuses the forwards of the reward terms;
-    the fake score trains on one state of every trajectory, each k in turn. The released code does both at the
-    last step only (--dm_steps last).
-14. [PC] Adapters, gradients, Adam and EMA are fp32: bf16 rounds a step of 1e-6 away from every weight above
-    5e-4. Stage 2 goes on with stage 1's adapters (averaged generator, raw fake score) instead of merging them.
-15. [-] Three roles by adapters: the teacher is the frozen base without any, the fake score an adapter on it,
-    the generator another: on the same base (SD3) or on the distilled network that it starts from (FLUX.2, App.
-    J).
-16. [P] k is stratified: every update trains each step on an equal share of its samples. (Only the DM term of
-    stage 2 draws its k, which must be K or in S.)
-17. [C] Levels are drawn from the inner 98 % of (s, 1), not clamped into it. Clamping t at .98 (released) puts
-    62 % of FLUX.2's first-step draws on that one level (t_1 = .958 at 512 pixels; 88 % at 1024).
-18. [-] One fake score serves all k, as in the paper and the released code: at t it learns the mixture of the
-    step-k laws with t_k < t, which is each p^(k) of Eq. 9 only where they agree. Conditioning it on k would
-    remove this.
-19. [P] Eq. 9 is differentiated through step k alone, as released: x_{t_{k-1}} is a constant. Eq. 8's gradient
-    also runs through steps 1 .. k-1, which share theta; that would take k graphs at once.
-20. [P] beta is a relative weight, not the exponent of Eq. 6: DM is divided by D (6), a reward by its std.
-21. [P] The draws x'' of Eq. 22 are constants: no gradient flows into them, though Eq. 11's kernel depends on
-    phi. (Released: the same.) The teacher is guided, as released; 2.2 and 3 speak of the plain p_psi. What is
-    exported is the generator's average over updates.
-22. [P] Algorithm 1 has one update of phi for one of theta, on one rollout. As in the released code there are
-    fake_updates of phi (10 in stage 1), and stage 1's line 4 has a rollout of its own.
+DEPARTURES  [P] from the paper, [C] from its released code, [-] from neither: what both share or leave open.
+README has the long form with numbers; 1-7, 11, 12 and 17 have tests that show them.
+ 1. [P] kappa = sqrt(t^2 - a^2 s^2): variances add. The paper's (t-s)/(1-s) adds standard deviations (--renoise paper).
+ 2. [-] With this kappa App. E holds for noisy x_s too: h(x_t, t) is a martingale of the reversed chain, and only then.
+ 3. [C] Eq. 11's reverse kernel is the Gaussian posterior. At a fixed eta (--kernel cps) the true score has a loss.
+ 4. [PC] t'' is at most delta below t', with no t_j between: one phi serves all steps (18), and the mixture that it
+    learns changes at t_j. App. F's t_k, t_{k+1} cross by definition (--consistency_times schedule).
+ 5. [PC] The fake loss is divided by the variance of its velocity target: Eq. 5 at s = 0, of order one everywhere.
+ 6. [C] Eq. 9's gradient is the difference of the boundary means m over D; no draw of noise enters D.
+ 7. [PC] log pi is the exact density over d. Without its 1 / (2 std^2) steps are weighted by their variance
+    (--log_prob unscaled).
+ 8. [C] Old and new log pi come from one forward: in a rollout's first update the ratio is 1, not nearly 1.
+ 9. [C] (K-1)/M of Eq. 17 is kept: without it the estimate is M/(K-1) of the gradient.
+10. [C] S is drawn for every prompt, as Algorithm 1 says.
+11. [PC] Eqs. 15 and 17 share units: the same std divides a reward in both, and all of Eq. 18 is a mean over d.
+12. [P] Unscaled advantages leave r_i out of its own baseline; scaled ones (App. H) have a floor under the std.
+13. [C] DM in stage 2 acts on every k equally often, and so does phi's update; not on K alone (--dm_steps last).
+14. [PC] Adapters, gradients, Adam, EMA are fp32: bf16 rounds a step of 1e-6 away. Stage 2 goes on with stage 1's.
+15. [-] psi is the frozen base, phi an adapter on it, theta another: there, or on its own base (FLUX.2, App. J).
+16. [P] k is stratified: every update trains each step on an equal share of its samples.
+17. [C] Levels are drawn from the inner 98 % of (s, 1), not clamped into it: a clamp piles most of FLUX.2's on .98.
+18. [-] One phi serves all k: at t it learns the mixture of the step-k laws with t_k < t, not each p^(k) of Eq. 9.
+19. [P] Eq. 9 is differentiated through step k alone; Eq. 8 also depends on theta through the steps before.
+20. [P] beta is a relative weight, not the exponent of Eq. 6: DM is divided by D, a reward by its std.
+21. [P] Eq. 22's draws x'' are constants; psi is guided; what is exported is theta's average over updates.
+22. [P] phi has fake_updates steps for one of theta (10 in stage 1), and Algorithm 1's line 4 a rollout of its own.
 """
 
 from __future__ import annotations

@@ -11,9 +11,8 @@ Map  section  what is tested                          against what
      8        backbones, text cache, export           small networks of the real classes in the stock pipelines
      9        plumbing                                other numbers of processes, kills, damaged files, full disks
      10       command line                            one sentence for each mistake, and nothing written
-     appendix the tiny world                          what is known of its captions and judges
-     eval.py  metrics, prompts, reports, costs,       the originals' names and rules at small size; costs counted
-              ablations                               on paper
+     eval.py  tiny world, metrics, prompts, reports,  what is known of its captions and judges; the originals' names
+              costs, ablations                        and rules at small size; costs counted on paper
      At the end: the 1-D laboratory (`python test_rtdmd.py lab` prints how much each choice matters), and torture
      (`python test_rtdmd.py torture --kills 100` kills and resumes a run).
 
@@ -3295,7 +3294,7 @@ def test_out_of_memory_names_the_knob(monkeypatch, capsys):
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# Appendix. The tiny world
+# eval.py: the tiny world
 # -----------------------------------------------------------------------------------------------------------------
 
 def test_tiny_captions_are_disjoint_and_parse():
