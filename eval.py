@@ -389,10 +389,15 @@ def read_geneval_metadata(path):
     rows = read_rows(path, prompt=str, tag=str, include=list)
     for row in rows:
         needs = [*row["include"], *row.get("exclude", ())]
-        strange = [need["class"] for need in needs if need["class"] not in COCO]
-        if strange or row["tag"] not in TASKS:
-            raise UsageError(f"{path}: {row['prompt']!r} has an unknown " + (
-                f"class, {strange[0]!r}." if strange else f"tag, {row['tag']!r}; known are {TASKS}."))
+        unknown = [f"tag, {row['tag']!r}: known are {', '.join(TASKS)}"] if row["tag"] not in TASKS else []
+        unknown += [f"entry, {need!r}: write {{class, count}}" for need in needs if not isinstance(need, dict)]
+        for need in needs if not unknown else ():
+            if need.get("class") not in COCO:
+                unknown.append(f"class, {need.get('class')!r}: known are COCO's 80")
+            if need.get("color", COLOURS[0]) not in COLOURS:
+                unknown.append(f"colour, {need['color']!r}: known are {', '.join(COLOURS)}")
+        if unknown:
+            raise UsageError(f"{path}: {row['prompt']!r} has an unknown {unknown[0]}.")
     return rows
 
 
@@ -1268,9 +1273,12 @@ def parse(argv):
     if low or "eta" in given and not 0 <= flags.eta <= 1:
         raise UsageError(f"--{low[0]} must be at least 1." if low else "--eta must lie in [0, 1].")
     commands = ("ablations", "lora", "run_folder", "teacher", "images", "compare", "prompt")
-    if not any(given.get(name) for name in commands):
+    chosen = [name for name in commands if given.get(name)]
+    if not chosen:
         raise UsageError("Say what to evaluate: --lora DIR, --run_folder DIR, --teacher, --images DIR, "
                          "--compare A B or --prompt TEXT.")
+    if len(chosen) > 1 and {"ablations", "images", "compare"} & set(chosen):
+        raise UsageError(f"--{' and --'.join(chosen)} are different commands: give them one after the other.")
     if {"geneval", "geneval2"} & set(flags.metrics.split(",")) and not cfg.prompts.endswith(".jsonl"):
         raise UsageError("--metrics geneval and geneval2 must know what a picture has to show: give --prompts "
                          "FILE.jsonl of their metadata rows, or other --metrics.")

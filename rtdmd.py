@@ -265,7 +265,8 @@ def check(cfg):
         if choices and value not in choices:
             raise UsageError(f"--{name} {value!r}: take one of {', '.join(repr(c) for c in choices if c)}.")
         if field.type in ("int", "float") and not least <= value < math.inf:
-            raise UsageError(f"--{name} must be finite and at least {least}, not {value}.")
+            finite = "finite and " if field.type == "float" else ""
+            raise UsageError(f"--{name} must be {finite}at least {least}, not {value}.")
         if value > MOST.get(name, value):
             raise UsageError(f"--{name} must be at most {MOST[name]}, not {value}.")
     stage2, gpus, (_, local, world) = cfg.stage == 2, torch.cuda.device_count(), dist_info()

@@ -3951,9 +3951,12 @@ def test_geneval_metadata_and_training_prompts(tmp_path):
     ('{"tag": "colors", "prompt": "x", "include": [{"class": "elf", "count": 1}]}', "elf"),
     ('{"tag": "colour", "prompt": "x", "include": []}', "colour"), ("7", "line 2"), ('"x"', "line 2"),
     ('{"tag": "colors", "prompt": 7, "include": []}', "line 2.*prompt"), (b"\xefx", "line 2.*UTF-8"),
-    ('{"tag": "colors", "prompt": "x", "include": [], "exclude": [{"class": "elf", "count": 2}]}', "elf")])
+    ('{"tag": "colors", "prompt": "x", "include": [], "exclude": [{"class": "elf", "count": 2}]}', "elf"),
+    ('{"tag": "colors", "prompt": "x", "include": [{"class": "cat", "count": 1, "color": "rad"}]}', "rad.*orange"),
+    ('{"tag": "colors", "prompt": "x", "include": [{"count": 1}]}', "class, None"),
+    ('{"tag": "colors", "prompt": "x", "include": ["cat"]}', "entry, 'cat'")])
 def test_geneval_metadata_complains(tmp_path, line, words):
-    """A bad row is named by its line, its field or its class."""
+    """A bad row is named by its line, its field, its class or its colour."""
     good, line = json.dumps(ev.geneval_row("counting", random.Random(0))), getattr(line, "encode", lambda: line)()
     rows = written(tmp_path, "rows.jsonl", good.encode() + b"\n" + line + b"\n")
     with pytest.raises(rtdmd.UsageError, match=words):
@@ -4762,7 +4765,8 @@ def test_eval_prompt_makes_one_picture(tiny_report):
     (["--teacher", "--metrics", "geneval"], "FILE.jsonl"), (["--images", "nowhere"], "not a folder"),
     (["--compare", "a"], "2 arguments"), (["--compare", "a", "b"], "report.json"),
     (["--teacher", "--model", "sd4"], "sd4"), (["--colour", "red"], "--colour"),
-    (["--teacher", "--prompts", "nowhere.txt"], "nowhere.txt"), (["--run_folder", "typo"], "no run")])
+    (["--teacher", "--prompts", "nowhere.txt"], "nowhere.txt"), (["--run_folder", "typo"], "no run"),
+    (["--teacher", "--images", "here"], "one after the other"), (["--ablations", "--lora", "x"], "one after the other")])
 def test_eval_refuses_in_one_sentence(flags, words, capsys, tmp_path, monkeypatch):
     """Exit code 2 and the remedy; no file is written."""
     monkeypatch.chdir(tmp_path)
