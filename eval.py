@@ -35,6 +35,7 @@ import concurrent.futures
 import contextlib
 import csv
 import dataclasses
+import fcntl
 import functools
 import gc
 import hashlib
@@ -878,11 +879,11 @@ class OCR:
 
 # In the order of the paper's tables. REWARDS, in rtdmd.py, has the rows of hpsv2, clipscore and pickscore.
 METRICS = {
-    "clipscore":   dict(column="CLIPScore", **REWARDS["clipscore"]),
+    "clipscore":   dict(column="CLIPScore", scale="cosine", licence="MIT", **REWARDS["clipscore"]),
     "aesthetic":   dict(column="Aesthetic", scorer=Aesthetic, scale="1 to 10", licence="Apache-2.0, MIT",
                         repo=f"ttj/sac-logos-ava1-l14-linearMSE, {CLIP_L14}"),
-    "pickscore":   dict(column="PickScore", **REWARDS["pickscore"]),
-    "hpsv2":       dict(column="HPSv2", **REWARDS["hpsv2"]),
+    "pickscore":   dict(column="PickScore", scale="cosine x about 100", licence="MIT", **REWARDS["pickscore"]),
+    "hpsv2":       dict(column="HPSv2", scale="cosine, v2.1 weights", licence="Apache-2.0", **REWARDS["hpsv2"]),
     "imagereward": dict(column="ImageReward", scorer=ImageReward, scale="about 0 +- 1", licence="Apache-2.0",
                         repo="THUDM/ImageReward, google-bert/bert-base-uncased"),
     "hpsv3":       dict(column="HPSv3", scorer=HPSv3, scale="unbounded, 10 to 16", licence="MIT, Apache-2.0",
@@ -1123,6 +1124,27 @@ def prompt_rows(source):
     return lines if kind == ".txt" else (json.loads(line) if line.strip() else "" for line in lines)
 
 
+class PromptStream(list):
+    """The prompts of a training run. at(i) is the i-th of an endless stream: the whole set over and over, each time
+    in another order."""
+
+    def __init__(self, cfg):
+        prompts = [*map(str, range(8))] if cfg.random_weights else read_prompts(cfg.prompts, cfg.seed)
+        super().__init__(prompts[:cfg.max_prompts][:64 if cfg.dry_run else None])      # to encode 25,000 takes an hour
+        self.seed = cfg.seed
+
+    def at(self, position):
+        """The prompt at a position of the stream."""
+        epoch, i = divmod(position, len(self))
+        return self[epoch_order(self.seed, epoch, len(self))[i]]
+
+
+@functools.lru_cache(maxsize=4)
+def epoch_order(seed, epoch, n):
+    """A permutation of range(n)."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(rtdmd.key("order", seed, epoch))).tolist()
+
+
 class TextCache:
     """Text embeddings on disk, so that the encoders need not live beside the network while it trains.
     FOLDER/<hash of text_key>/<hash of prompt>.safetensors is encode([prompt]) of any backbone without batch axis.
@@ -1314,7 +1336,7 @@ def plan(flags, cfg):
     A checkpoint is sampled as it was trained unless a flag says otherwise; cfg.resolution becomes its own, too.
     """
     def student(lora=None):
-        info = rtdmd.load_lora(lora)[1] if lora else {}
+        info = load_lora(lora)[1] if lora else {}
         if "resolution" not in flags.given:
             cfg.resolution = info.get("resolution", cfg.resolution)
         return dict(role="generator", nfe=flags.nfe or info.get("steps", cfg.steps), guidance=1.0, lora=lora,
@@ -1336,11 +1358,22 @@ def plan(flags, cfg):
     return rows or {"student_init": student()}
 
 
+def load_lora(folder):
+    """(state_dict, info) of a saved adapter; info as it was saved, plus "rank", "alpha" and "targets"."""
+    path = Path(folder) / rtdmd.LORA_FILE
+    try:
+        with safe_open(path, "pt") as file:
+            state_dict = {name.removeprefix("transformer."): file.get_tensor(name) for name in file.keys()}
+            return state_dict, json.loads((file.metadata() or {})["rtdmd"])
+    except (OSError, KeyError, ValueError, SafetensorError) as error:
+        raise UsageError(f"{path} is missing or damaged, or tells no rank and alpha: take another.") from error
+
+
 class Sampler:
     """Backbone, adapters and text embeddings, ready to sample rows of a plan."""
 
     def __init__(self, cfg, rows, prompts):
-        adapters = {name: rtdmd.load_lora(row["lora"]) for name, row in rows.items() if row["lora"]}
+        adapters = {name: load_lora(row["lora"]) for name, row in rows.items() if row["lora"]}
         for _, info in adapters.values():
             if info["model"] != cfg.model:
                 raise UsageError(f"The adapter is one of {info['model']}: add --model {info['model']}.")
@@ -1629,6 +1662,22 @@ def save_grid(path, images, columns, names=()):
     for i, name in enumerate(names):
         ImageDraw.Draw(image).text((margin - 6, (i + 0.5) * H), name, "black", font, anchor="rm")
     write_png(path, image)
+
+
+@contextlib.contextmanager
+def claim(cfg):
+    """Makes and locks the run folder: two runs in one would destroy each other's checkpoints. Sweeps up what a
+    killed run left half-written."""
+    folder = Path(cfg.out) / f"stage{cfg.stage}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"Another run is writing to {folder}: wait for it, or take another --out.") from None
+        for rest in [*folder.rglob(".*.partial")]:
+            shutil.rmtree(rest) if rest.is_dir() else rest.unlink(missing_ok=True)
+        yield
 
 
 def open_log(run):
@@ -2243,6 +2292,21 @@ def fake_from_zero(start):
                     p.data.zero_()
         return run
     return {(rtdmd, "prepare"): prepare}
+
+
+def pathwise_through(run, b, rows, total):
+    """--recipe pathwise: Eq. 15 through the last cfg.pathwise_steps steps with their noise held fixed. rows: slice.
+
+    Exact for all that these steps do to the reward, so no policy term may act on them.
+    """
+    cfg, K, prompts = run.cfg, run.cfg.steps, b.prompts[rows]
+    x, cond = b.states[K - cfg.pathwise_steps, rows], run.text.batch(prompts, run.device)
+    for k in range(K - cfg.pathwise_steps + 1, K + 1):
+        t, t_next = (rtdmd.level(run.times[[j] * len(x)], x) for j in (k - 1, k))
+        mean, _ = rtdmd.cps_mean_std(x, run.roles.velocity("generator", x, t, cond), t, t_next, cfg.eta)
+        x = b.states[k, rows] + mean - mean.detach()                        # the rollout's state, with a gradient
+    loss = rtdmd.pathwise_terms(run, x, prompts, {name: scale[rows] for name, scale in b.scales.items()})
+    (cfg.beta * cfg.det_weight * loss * len(x) / total).backward()
 
 
 VARIANTS = dict(antithetic=antithetic, pairs_across=pairs_across, fake_knows_k=fake_knows_k,

@@ -15,13 +15,13 @@ you need.
 Map  section  paper                functions
      2        2.1                  x0_from_velocity, eps_from_velocity, score_from_velocity
      3        App. C               timestep_schedule, cps_mean_std, cps_step, rollout, CPSScheduler
-     4        3.1, App. B, D-F     renoise, ambient_dsm_loss, reverse_step, consistency_loss, boundary_mean,
-                                   dmd_loss
-     5        3.2, App. G, H       choose_steps, group_noise, gaussian_log_prob, group_advantages, subgrpo_loss,
-                                   pathwise_loss
+     4        3.1, App. B, D-F     renoise_coefficients, renoise, ambient_velocity_target, ambient_dsm_loss,
+                                   reverse_step, consistency_loss, boundary_mean, dmd_loss
+     5        3.2, App. G, H       choose_steps, group_noise, gaussian_log_prob, reward_scale, group_advantages,
+                                   subgrpo_loss, pathwise_loss
      6        App. I, Algorithm 1  stage1, stage2
-     A reader of the paper can stop there. 7 rewards, 8 backbones, 9 plumbing, 10 command line. In eval.py, for both
-     files: metrics, prompts and their embeddings, the records and costs of a run, ablations, the tiny world.
+     1 is the configuration, 7 rewards, 8 backbones, 9 plumbing, 10 the command line. What both files need and the
+     paper does not is in eval.py: metrics, prompts, the records and costs of a run, ablations, the tiny world.
 
 Symbols  theta generator | psi frozen teacher, guided with weight w | phi fake score
          steps k = 1..K | t_k level after step k, t_0 = 1, t_K = 0 | eta randomness of the sampler, eps_k its noise
@@ -30,18 +30,20 @@ Symbols  theta generator | psi frozen teacher, guided with weight w | phi fake s
          (a, kappa: alpha_k(t), sigma_k(t) of 3.1) | v(x, t) = E[eps - x_0 | x_t = x] | h = x - t v the
          x-prediction, G_theta of 3.1 | D = mean abs(x_s - m_psi) of a sample | gamma weight of Eq. 12's second term
          S chosen stochastic steps, |S| = M | N group size | r reward, A advantage | d dimensions of a sample
-         beta reward strength: the target is p_psi exp(beta r) / Z (Eq. 6), whose gradient is that of distribution
-         matching (DM) minus beta times that of E r (Eq. 7)
+         beta reward strength: the target is p_psi exp(beta r) / Z (Eq. 6); the KL to it has the gradient of
+         distribution matching (DM) minus beta times that of E r (Eq. 7) | det, pathwise: the term of Eq. 15, through
+         the deterministic step K
 
 DEPARTURES  [P] from the paper, [C] from its released code, [-] from neither: what both share or leave open.
-README has the long form with numbers; 1-7, 11, 12 and 17 have tests that show them.
+README has the long form with numbers; a test names the departure that it shows (grep DEPARTURE test_rtdmd.py).
  1. [P] kappa = sqrt(t^2 - a^2 s^2): variances add. The paper's (t-s)/(1-s) adds standard deviations (--renoise paper).
  2. [-] With this kappa App. E holds for noisy x_s too: h(x_t, t) is a martingale of the reversed chain, and only then.
  3. [C] Eq. 11's reverse kernel is the Gaussian posterior. At a fixed eta (--kernel cps) the true score has a loss.
  4. [PC] t'' is at most delta below t', with no t_j between: one phi serves all steps (18), and the mixture that it
-    learns changes at t_j. App. F's t_k, t_{k+1} cross by definition (--consistency_times schedule).
+    learns changes at t_j. App. F's t_k, t_{k+1} leave [t_k, 1], where step k trains phi
+    (--consistency_times schedule).
  5. [PC] The fake loss is divided by the variance of its velocity target: Eq. 5 at s = 0, of order one everywhere.
- 6. [C] Eq. 9's gradient is the difference of the boundary means m over D; no draw of noise enters D.
+ 6. [C] Eq. 9's gradient is the difference of the boundary means m over D; no noise but that of x_t enters D.
  7. [PC] log pi is the exact density over d. Without its 1 / (2 std^2) steps are weighted by their variance
     (--log_prob unscaled).
  8. [C] Old and new log pi come from one forward: in a rollout's first update the ratio is 1, not nearly 1.
@@ -49,11 +51,13 @@ README has the long form with numbers; 1-7, 11, 12 and 17 have tests that show t
 10. [C] S is drawn for every prompt, as Algorithm 1 says.
 11. [PC] Eqs. 15 and 17 share units: the same std divides a reward in both, and all of Eq. 18 is a mean over d.
 12. [P] Unscaled advantages leave r_i out of its own baseline; scaled ones (App. H) have a floor under the std.
-13. [C] DM in stage 2 acts on every k equally often, and so does phi's update; not on K alone (--dm_steps last).
-14. [PC] Adapters, gradients, Adam, EMA are fp32: bf16 rounds a step of 1e-6 away. Stage 2 goes on with stage 1's.
+13. [C] DM in stage 2 acts on every k equally often on average, and so does phi's update; not on K alone
+    (--dm_steps last).
+14. [PC] Adapters, gradients, Adam, EMA are fp32: bf16 rounds a step of 1e-6 away. Stage 2 begins with stage 1's
+    averaged generator and its phi instead of merging them.
 15. [-] psi is the frozen base, phi an adapter on it, theta another: there, or on its own base (FLUX.2, App. J).
-16. [P] k is stratified: every update trains each step on an equal share of its samples.
-17. [C] Levels are drawn from the inner 98 % of (s, 1), not clamped into it: a clamp piles most of FLUX.2's on .98.
+16. [P] In stage 1 k is stratified: every update trains each step on an equal share of its samples.
+17. [PC] Levels are drawn from the inner 98 % of (s, 1), not clamped into it: a clamp piles most of FLUX.2's on .98.
 18. [-] One phi serves all k: at t it learns the mixture of the step-k laws with t_k < t, not each p^(k) of Eq. 9.
 19. [P] Eq. 9 is differentiated through step k alone; Eq. 8 also depends on theta through the steps before.
 20. [P] beta is a relative weight, not the exponent of Eq. 6: DM is divided by D, a reward by its std.
@@ -66,7 +70,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import importlib
@@ -88,7 +91,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torch.utils.checkpoint
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
@@ -197,9 +200,9 @@ class Config:
 
 # Differences from the defaults above. Numbers under 1 and 2 hold for that stage only. micro_batch: the largest
 # power of two that leaves 15 % of a card free at 512 pixels on 8 processes, as --device meta counts (README). The
-# card: 24 GB for SD3, 40 for FLUX.2-4B, 80 for 9B. Stages without the entry take 1, which leaves 13 % or more.
-STAGES = {1: dict(iterations=1500, lr=3e-5, lr_fake=3e-5, fake_updates=10),                     # paper 4.1, App. J
-          2: dict(iterations=1000, lr=3e-6, lr_fake=3e-5, fake_updates=1)}                    # released: 10:1, 1:1
+# card: 24 GB for SD3, 40 for FLUX.2-4B, 80 for 9B. Where 2 does not leave that much it stays 1 (13 % or more).
+STAGES = {1: dict(iterations=1500, lr=3e-5, lr_fake=3e-5, fake_updates=10),        # iterations: paper 4.1, lr: App. J,
+          2: dict(iterations=1000, lr=3e-6, lr_fake=3e-5, fake_updates=1)}         # fake_updates: released
 MODELS = {
     "tiny": {"prompts": "tiny", "resolution": 12, "guidance": 1.5, "micro_batch": 48, "rewards": "attributes=1",
              "watch": "heldout", "sample_every": 10, "lora_rank": 32, "lora_alpha": 16, "ema": 0.97,
@@ -216,8 +219,8 @@ MODELS = {
                  1: dict(lr=1e-6, lr_fake=1e-6, micro_batch=2),                                 # App. J, paper 4.1
                  2: dict(lr_fake=1e-6, groups=64)},
     "flux2-9b": {"guidance": 4.0, "rewards": "hpsv2=1,clipscore=1,pickscore=1,geneval=1",
-                 1: dict(lr=1e-6, lr_fake=1e-6, micro_batch=2),
-                 2: dict(lr_fake=1e-6, groups=64)},
+                 1: dict(lr=1e-6, lr_fake=1e-6, micro_batch=2),                         # as the 4B: the paper has
+                 2: dict(lr_fake=1e-6, groups=64)},                                     # no number for the 9B
 }
 RECIPES = {
     "paper": {},
@@ -261,7 +264,7 @@ def check(cfg):
     """Values out of range and contradictions, before anything is loaded. Raises UsageError."""
     for field in dataclasses.fields(cfg):
         name, value, choices = field.name, getattr(cfg, field.name), field.metadata["choices"]
-        least = LEAST.get(name, dict(int=1, float=0).get(field.type, value))
+        least = LEAST.get(name, dict(int=1, float=0).get(field.type, value))     # field.type is text
         if choices and value not in choices:
             raise UsageError(f"--{name} {value!r}: take one of {', '.join(repr(c) for c in choices if c)}.")
         if field.type in ("int", "float") and not least <= value < math.inf:
@@ -304,11 +307,12 @@ def check(cfg):
 # -----------------------------------------------------------------------------------------------------------------
 # 2. Flow algebra (paper 2.1). Rectified path x_t = (1-t) x_0 + t eps, velocity v = E[eps - x_0 | x_t].
 #
-# From here to section 5 all functions are pure: no globals, no configuration, noise comes in as an argument,
-# levels t, s are numbers or tensors that broadcast against x. All arithmetic is fp32 whatever comes in (the
-# schedule: fp64): bf16 keeps fewer than three digits, so FLUX.2's t_1 = .9581 would become .957, and x - t v would
-# be as coarse. A few are there for the reader, and to be copied: consistency_loss, ambient_velocity_target,
-# boundary_mean, eps_ and score_from_velocity. The loops and losses have the same formulas in a cheaper form.
+# From here to section 5 all functions are pure: no globals, no configuration; noise, or the generator that draws
+# it, comes in as an argument; levels t, s are numbers or tensors that broadcast against x. All compute in fp32
+# whatever comes in (the schedule: fp64): bf16 keeps fewer than three digits, so FLUX.2's t_1 = .9581 would become
+# .957, and x - t v would be as coarse. A few are there for the reader, and to be copied: consistency_loss,
+# ambient_velocity_target, boundary_mean, eps_ and score_from_velocity. The loops and losses have the same formulas in
+# a cheaper form.
 # -----------------------------------------------------------------------------------------------------------------
 
 def fp32(*values):
@@ -632,11 +636,12 @@ def pathwise_loss(reward, scale=1.0, dims=1):
 # -----------------------------------------------------------------------------------------------------------------
 # 6. The two stages: Algorithm 1 (App. I). The comments name its lines.
 #
-# run holds cfg, backbone, roles (theta, phi, psi), text (cached embeddings), times (K+1,), optimizers, ema. From
-# section 9: share(n): the global indices of this process; prompt_at(run, i): the i-th prompt of an endless
-# stream; draw(keys, u, m, ...): u uniforms and m normals a sample; chunks(n, size): slices; level(t, x): t to
-# broadcast against x; note(run, n, ..): means over n samples for the log; phase(run, name): counts cost in a dry
-# run. rollout_in_chunks is section 3's rollout for many samples.
+# run holds cfg, device, backbone (section 8), roles (theta, phi, psi: velocity, teacher), prompts (at(i): the i-th of
+# an endless stream), text (batch: their cached embeddings; prefetch), times (K+1,), rewards {name: (reward,
+# weight)}, optimizers, ema. From section 9: share(n): the global indices of this process; draw(keys, u, m, ...): u
+# uniforms and m normals a sample; chunks(n, size): slices; level(t, x): t to broadcast against x; note(run, n, ..):
+# means over n samples for the log; phase(run, name): counts cost in a dry run. rollout_in_chunks is section 3's
+# rollout for many samples.
 # -----------------------------------------------------------------------------------------------------------------
 
 def stage1(run):
@@ -647,60 +652,53 @@ def stage1(run):
     keeps one state.)
     """
     cfg, K = run.cfg, run.cfg.steps
-    block = cfg.batch // K                                                  # trajectories per block
+    size = cfg.batch // K                                                   # trajectories per block
+    period = size * cfg.fake_updates + cfg.batch                            # prompts per iteration: line 2's, line 4's
     for it in iterations(run):
-        # Line 2: roll out G_theta from noise. (Its x_t are made where they are used, in lines 3 and 4.)
-        ids = share(block * cfg.fake_updates)
-        prompts = [prompt_at(run, it * prompts_per_iteration(cfg) + i) for i in ids]
-        own = [*ids, *(block * cfg.fake_updates + i for i in share(cfg.batch))]
-        read_ahead(run, it, prompts_per_iteration(cfg), own)
+        # Line 2: roll out G_theta from noise. Lines 3 and 4 re-noise to x_t what they need.
+        ids = share(size * cfg.fake_updates)
+        prompts = [run.prompts.at(it * period + i) for i in ids]
+        own = [*ids, *(period - cfg.batch + i for i in share(cfg.batch))]   # and the next iteration's meanwhile:
+        run.text.prefetch([run.prompts.at(i * period + j) for i in (it, it + 1) for j in own])
         with phase(run, "rollout"):
             keys = [key(cfg.seed, 1, it, "rollout", i) for i in ids]
             _, normal = draw(keys, 0, K, run.backbone.latent_shape, run.device)
             states, predictions = rollout_in_chunks(run, normal[0], normal[1:], prompts)
-        # Line 3: update phi on Eq. 12. The trajectories form fake_updates blocks of batch / K. Each update takes
-        # the states after step k from block update + k (mod fake_updates): every k in equal parts and, if there
-        # are at least K updates, no two states of one trajectory in one update.
+        # Line 3: update phi on Eq. 12. Trajectory i is in block i // size, of fake_updates blocks. An update takes its
+        # state after step k if that block is update + k (mod fake_updates): every k in equal parts and, if there are
+        # at least K updates, no two states of one trajectory in one update.
         with phase(run, "fake"):
             for update in range(cfg.fake_updates):
                 pick = [(row, k) for row, i in enumerate(ids) for k in range(1, K + 1)
-                        if (update + k - i // block) % cfg.fake_updates == 0]
+                        if (update + k - i // size) % cfg.fake_updates == 0]
                 rows, k = [row for row, _ in pick], torch.tensor([k for _, k in pick], dtype=torch.long)
                 x_s, s = boundary_states(run, states[:, rows], predictions[:, rows], k)
                 update_fake(run, it, update, x_s, s, k, [prompts[row] for row in rows], [ids[row] for row in rows],
                             cfg.batch)
         # Line 4: update theta on Eq. 9.
         with phase(run, "generator"):
-            update_generator(run, it)
+            update_generator(run, it, (it + 1) * period - cfg.batch)
 
 
-def prompts_per_iteration(cfg):
-    """Prompts that one iteration of stage 1 uses: for the fake score's rollout, then for the generator's."""
-    return cfg.batch // cfg.steps * cfg.fake_updates + cfg.batch
-
-
-def update_generator(run, it):
-    """Line 4: one AdamW step of theta on Eq. 9. Sample i trains step k = 1 + floor(i K / batch).
+def update_generator(run, it, first):
+    """Line 4: one AdamW step of theta on Eq. 9. Sample i trains step k = 1 + floor(i K / batch), on prompt first + i.
 
     So k ~ U{1..K} in exactly equal parts, and to within one sample on every process: k = 1 + i mod K would give the
     long walks to k = K to the same few processes, and the others would wait.
     """
-    cfg, K = run.cfg, run.cfg.steps
-    ids, first = share(cfg.batch), (it + 1) * prompts_per_iteration(cfg) - cfg.batch
+    cfg, K, ids = run.cfg, run.cfg.steps, share(run.cfg.batch)
     for rows in chunks(len(ids), cfg.micro_batch):
         mine = ids[rows]
         k = torch.tensor([1 + i * K // cfg.batch for i in mine])
         # normal[0] starts the rollout, normal[k] is eps_k of its step k < K, normal[K] re-noises the result.
         keys = [key(cfg.seed, 1, it, "generator", i) for i in mine]
         uniform, normal = draw(keys, 1, K + 1, run.backbone.latent_shape, run.device)
-        cond = run.text.batch([prompt_at(run, first + i) for i in mine], run.device)
+        cond = run.text.batch([run.prompts.at(first + i) for i in mine], run.device)
         x = walk(run, normal, k, cond)
-        t, t_next = level(run.times[k - 1], x), level(run.times[k], x)
+        t, s = level(run.times[k - 1], x), level(run.times[k], x)
+        s = torch.zeros_like(s) if cfg.renoise == "dmd2" else s      # its x-prediction is a step to level 0
         v = run.roles.velocity("generator", x, t, cond)              # the one forward of the rollout with gradient
-        if cfg.renoise == "dmd2":
-            x_s, s = x0_from_velocity(x, v, t), torch.zeros_like(t)
-        else:
-            x_s, s = cps_step(x, v, t, t_next, normal[k, range(len(mine))], cfg.eta), t_next
+        x_s = cps_step(x, v, t, s, normal[k, range(len(mine))], cfg.eta)
         loss = matching_loss(run, x_s, s, cond, level(uniform[0], x), normal[K])
         (loss * len(mine) / cfg.batch).backward()
         note(run, len(mine), dm=loss)
@@ -710,7 +708,8 @@ def update_generator(run, it):
 
 @torch.no_grad()
 def walk(run, normal, k, cond):
-    """x_{t_{k-1}} of each sample, k (B,) its own step: the first k - 1 steps, by those that need them."""
+    """x_{t_{k-1}} of each sample, k (B,) its own step: the first k - 1 steps, by those that need them. normal (K+1,
+    B, ...): x_{t_0}, then the noise of step j at index j."""
     x = normal[0].clone()
     for j in range(1, int(k.max())):
         live = (k > j).nonzero()[:, 0].to(x.device)
@@ -745,7 +744,8 @@ def boundary_states(run, states, predictions, k):
 
 
 def between(run, low, high, u):
-    """low + u (high - low), u ~ U[0, 1), rounded to what the network can be told. All (B, 1, ..)."""
+    """low + u (high - low), u ~ U[0, 1), rounded to what the network can be told, and still within [low, high].
+    u, low (B, 1, ..), high the same or a number."""
     return run.backbone.quantise(low + u * (high - low)).clamp(low, torch.as_tensor(high, device=u.device))
 
 
@@ -782,11 +782,12 @@ def update_fake(run, it, update, x_s, s, k, prompts, ids, total):
             continue
         if cfg.consistency_times == "local":
             t_next = draw_next_level(run, t, level(uniform[1], x))
-        else:                                                               # App. F: t' = t_k, t'' = t_{k+1}
-            x_t, t, t_next = x, s_x.clamp_min(1e-6), level(run.times[(k[rows] + 1).clamp_max(cfg.steps)], x)
+        else:                                   # App. F: t' = t_k, t'' = t_{k+1}; 1e-6, since a reverse step divides
+            x_t, t, t_next = x, s_x.clamp_min(1e-6), level(run.times[(k[rows] + 1).clamp_max(cfg.steps)], x)  # by t'
             v = fake(x_t, t)
-        # Eq. 22 is E[d_1 d_2]. Both factors have the same expected gradient, so twice that through d_2 = h'' - h
-        # will do, and d_1 needs none. Its part through h goes first: so only one graph of the network is kept.
+        # Eq. 22 is E[d_1 d_2] with d = h'' - h. The draws are exchangeable, so its gradient is 2 E[d_1 (grad h''_2 -
+        # grad h)], and d_1 needs no graph. The part of h goes first, with Eq. 10; then that of h''_2: the network's
+        # graphs one at a time.
         h = x0_from_velocity(x_t, v, t)
         x_1, x_2 = (reverse_step(x_t, v.detach(), t, t_next, noise, cfg.kernel, cfg.eta) for noise in (n_1, n_2))
         with torch.no_grad():
@@ -812,14 +813,16 @@ def matching_loss(run, x_s, s, cond, u, noise):
 def stage2(run):
     """Algorithm 1, lines 6-14: the hybrid policy gradient, and stage 1's distribution matching beside it.
 
-    A group lives on one process. Rows of everything in b: the L = groups * N trajectories of this process.
+    A group lives on one process. b holds its L = groups * N trajectories: ids, prompts (L); states, predictions of
+    rollout_in_chunks; subsets (L, M), their S; advantages (L,), scales {reward: (L,)}; old (L, M), log pi before the
+    first update.
     """
     cfg, K, N = run.cfg, run.cfg.steps, run.cfg.group_size
     for it in iterations(run):
         groups = share(cfg.groups)
         b = SimpleNamespace(ids=[g * N + n for g in groups for n in range(N)],
-                            prompts=[prompt_at(run, it * cfg.groups + g) for g in groups for _ in range(N)])
-        read_ahead(run, it, cfg.groups, groups)
+                            prompts=[run.prompts.at(it * cfg.groups + g) for g in groups for _ in range(N)])
+        run.text.prefetch([run.prompts.at(i * cfg.groups + g) for i in (it, it + 1) for g in groups])
         # Lines 7-9: for each prompt a subset S, noise by Eq. 16, N trajectories.
         with phase(run, "rollout"):
             start, noise, b.subsets = group_draws(run, it, groups)
@@ -835,7 +838,7 @@ def stage2(run):
                 update_fake(run, it, update, x_s, s, k, b.prompts, b.ids, cfg.groups * N)
         # Line 13: update theta on Eq. 18.
         with phase(run, "generator"):
-            b.old = torch.zeros(len(b.ids), cfg.subset_size, device=run.device)    # log pi, set in the first epoch
+            b.old = torch.zeros(len(b.ids), cfg.subset_size, device=run.device)    # set in the first epoch
             for epoch in range(cfg.inner_epochs):
                 reinforce(run, it, epoch, b)
 
@@ -872,7 +875,7 @@ def judge_groups(run, b):
         rewards = gather_groups(torch.cat(values[name]).view(-1, cfg.group_size))
         scale = reward_scale(rewards, cfg.advantage_std, cfg.std_floor).expand(rewards.shape)
         advantages = group_advantages(rewards, cfg.advantage_std, cfg.std_floor)
-        b.scales[name] = scale[rank::world].flatten()
+        b.scales[name] = scale[rank::world].flatten()                       # the groups of this process, see share
         b.advantages = b.advantages + weight * advantages[rank::world].flatten()
         spread = rewards.std(1)
         note(run, 1, **{f"reward_{name}": rewards.mean(), f"std_{name}": spread.mean(),
@@ -880,7 +883,7 @@ def judge_groups(run, b):
 
 
 def reinforce(run, it, epoch, b):
-    """Line 13: one AdamW step of theta on Eq. 18, the gradient of Eq. 7 (whose target is Eq. 6).
+    """Line 13: one AdamW step of theta on Eq. 18, the gradient of Eq. 7 (the KL to Eq. 6).
 
     Its reward part is Eq. 14 (proved as Eqs. 23-30 in App. G). Each trajectory costs M + 1 forwards with
     gradient, called slots: slot j < M is the j-th step of S, slot M is step K. The policy term lives on S, the
@@ -895,10 +898,10 @@ def reinforce(run, it, epoch, b):
         for slot in range(M + 1):
             reward_term = (pathwise and not cfg.no_det) if slot == M else (not cfg.no_policy)
             if slot == M and reward_term and cfg.pathwise_steps > 1:
-                pathwise_through(run, b, part, total)
+                eval_module().pathwise_through(run, b, part, total)          # beyond the paper
                 reward_term = False
-            use = [i for i, m in enumerate(matched) if m == slot or reward_term]    # who needs a forward here,
-            here = [j for j, i in enumerate(use) if matched[i] == slot]             # and who of them for DM
+            use = [i for i, m in enumerate(matched) if m == slot or reward_term]    # who of part needs a forward,
+            here = [j for j, i in enumerate(use) if matched[i] == slot]             # and which of these for DM
             if use:
                 rows = [part.start + i for i in use]
                 reinforce_slot(run, b, slot, reward_term, rows, here, uniform[1][use], noise[use], epoch == 0, total)
@@ -919,7 +922,7 @@ def matched_slots(cfg, u):
     return [M if x * K < 1 else int((x * K - 1) / (K - 1) * M) for x in u]
 
 
-def reinforce_slot(run, b, slot, reward_term, rows, here, u, noise, first, total):
+def reinforce_slot(run, b, slot, reward_term, rows, here, u, noise, fresh, total):
     """Gradient of Eq. 18 through one step of each trajectory in rows; the DM term falls on rows[i], i in here.
 
     All losses are taken down to the velocity first, and then through the network once: so the share of each term
@@ -935,8 +938,8 @@ def reinforce_slot(run, b, slot, reward_term, rows, here, u, noise, first, total
     gradient = torch.zeros_like(v)
 
     def push(name, loss, n):
-        """Adds the gradient at v of a loss that is a mean over n of the `total` samples. The pathwise term comes
-        last, so that the decoder's activations are freed on the way back; the others leave `mean` its graph."""
+        """Adds the gradient at v of a loss, a mean over n samples that weighs n / total. The pathwise term comes last,
+        so that the decoder's activations are freed on the way back; the others leave `mean` its graph."""
         part, = torch.autograd.grad(loss * n / total, v, retain_graph=name != "det")
         note(run, n, **{f"push_{name}": total / n * part.flatten(1).norm(dim=1).sum()})
         gradient.add_(part)
@@ -945,9 +948,9 @@ def reinforce_slot(run, b, slot, reward_term, rows, here, u, noise, first, total
         log_prob = gaussian_log_prob(x_next, mean, std)
         if cfg.log_prob == "unscaled":                                      # released: no 1 / (2 std^2)
             log_prob = -(x_next - mean).square().flatten(1).mean(1)
-        if first:
+        if fresh:
             b.old[rows, slot] = log_prob.detach()                  # the same forward: the ratio is 1, not nearly 1
-        # One column of S at a time: the function's (K-1)/M is (K-1)/1 here, hence the / M.
+        # One column of S at a time: the function's (K-1)/M is (K-1)/1 here, and / M makes it Eq. 17's.
         policy = subgrpo_loss(log_prob[:, None], b.old[rows, slot][:, None], b.advantages[rows], K, cfg.clip) / M
         push("policy", cfg.beta * cfg.policy_weight * policy, len(rows))
         note(run, len(rows), ratio_off=(log_prob.detach() - b.old[rows, slot]).expm1().abs().mean())
@@ -969,21 +972,6 @@ def pathwise_terms(run, x_0, prompts, scales):
     images = run.backbone.decode(x_0)
     return sum(weight * pathwise_loss(rate(reward, images, prompts), scales[name], x_0[0].numel())
                for name, (reward, weight) in run.rewards.items() if reward.differentiable)
-
-
-def pathwise_through(run, b, rows, total):
-    """Beyond the paper: Eq. 15 through the last cfg.pathwise_steps steps with their noise held fixed. rows: slice.
-
-    Exact for all that these steps do to the reward, so no policy term may act on them.
-    """
-    cfg, K, prompts = run.cfg, run.cfg.steps, b.prompts[rows]
-    x, cond = b.states[K - cfg.pathwise_steps, rows], run.text.batch(prompts, run.device)
-    for k in range(K - cfg.pathwise_steps + 1, K + 1):
-        t, t_next = (level(run.times[[j] * len(x)], x) for j in (k - 1, k))
-        mean, _ = cps_mean_std(x, run.roles.velocity("generator", x, t, cond), t, t_next, cfg.eta)
-        x = b.states[k, rows] + mean - mean.detach()                        # the rollout's state, with a gradient
-    loss = pathwise_terms(run, x, prompts, {name: scale[rows] for name, scale in b.scales.items()})
-    (cfg.beta * cfg.det_weight * loss * len(x) / total).backward()
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -1051,13 +1039,11 @@ def transformers_host(row, cfg):
 
 # All are better when higher. CLIP's own resize is bicubic; the paper's CLIPScore column is bilinear.
 REWARDS = {
-    "hpsv2": dict(host=open_clip_host, repo="xswu/HPSv2", view=letterbox, logit_scale=False,
-                  scale="cosine, v2.1 weights", licence="Apache-2.0"),
+    "hpsv2": dict(host=open_clip_host, repo="xswu/HPSv2", view=letterbox, logit_scale=False),
     "clipscore": dict(host=transformers_host, repo="openai/clip-vit-large-patch14", logit_scale=False,
-                      view=functools.partial(square_crop, mode="bilinear"), scale="cosine", licence="MIT"),
-    "pickscore": dict(host=transformers_host, repo="yuvalkirstain/PickScore_v1", view=square_crop,
-                      logit_scale=True, scale="cosine x about 100", licence="MIT"),
-}
+                      view=functools.partial(square_crop, mode="bilinear")),
+    "pickscore": dict(host=transformers_host, repo="yuvalkirstain/PickScore_v1", logit_scale=True,
+                      view=square_crop)}
 
 
 class ClipReward:
@@ -1088,8 +1074,9 @@ class ClipReward:
 
 
 def eval_module():
-    """eval.py beside this file, on first need. It imports rtdmd, and Python knows a script as __main__ only: it
-    would run it again, with a second UsageError that nobody catches. So the script gets its name first."""
+    """eval.py beside this file, loaded once the flags are checked. It imports rtdmd, and Python knows a script as
+    __main__ only: it would run it again, with a second UsageError that nobody catches. So the script gets its name
+    first."""
     sys.modules.setdefault("rtdmd", sys.modules[__name__])
     return importlib.import_module("eval")
 
@@ -1136,16 +1123,16 @@ def rate(reward, images, prompts):
 #   velocity(net, x, t, cond)   v = eps - x0 (B,C,H,W) fp32 at levels t (B,); differentiable
 #   quantise(t)      the level that the network is really told when it is asked for t
 #   decode(x)        latents -> images (B,3,H,W) in [0,1]; differentiable
+#   rewards          {name: reward} of its own, if it has any; text_length, if it has one
 # -----------------------------------------------------------------------------------------------------------------
 
 # Hub repositories, GENERATOR,TEACHER where they differ; guidance and learning rates: MODELS. SD3: Stability AI
 # Community licence, gated. FLUX.2: the 4B Apache-2.0, the 9B FLUX Non-Commercial licence, gated.
-SAI, BFL = "stabilityai/stable-diffusion", "black-forest-labs/FLUX.2-klein"
 BACKBONES = {
-    "sd3m": f"{SAI}-3-medium-diffusers",
-    "sd35m": f"{SAI}-3.5-medium",
-    "flux2-4b": f"{BFL}-4B,{BFL}-base-4B",
-    "flux2-9b": f"{BFL}-9B,{BFL}-base-9B"}
+    "sd3m": "stabilityai/stable-diffusion-3-medium-diffusers",
+    "sd35m": "stabilityai/stable-diffusion-3.5-medium",
+    "flux2-4b": "black-forest-labs/FLUX.2-klein-4B,black-forest-labs/FLUX.2-klein-base-4B",
+    "flux2-9b": "black-forest-labs/FLUX.2-klein-9B,black-forest-labs/FLUX.2-klein-base-9B"}
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
@@ -1270,6 +1257,7 @@ def load_networks(cfg, net_class, pipeline):
     paths = [path.strip() for path in (cfg.pretrained or hub).split(",")]
     for path in [] if cfg.random_weights else paths:
         index = from_hub(diffusers.DiffusionPipeline.load_config, path, cfg, "model_index.json")
+        # Text encoders that were saved as null.
         lacking = [part for part, origin in index.items() if origin == [None, None] and part.startswith("te")]
         found = " without ".join([str(index.get("_class_name")), *lacking])
         if found != pipeline:
@@ -1327,7 +1315,7 @@ def from_hub(load, repo, cfg, needs="config.json", **options):
     for every file in turn, 20 s each."""
     found = find_weights(repo, needs, cfg)
     if cfg.weights_dir and found.is_relative_to(Path(cfg.weights_dir).expanduser()):
-        repo = str(found.parents[needs.count("/")])
+        repo = str(found.parents[needs.count("/")])        # the folder in which `needs` was found
     try:
         return load(repo, **options)
     except (OSError, ValueError, SafetensorError) as error:
@@ -1363,17 +1351,6 @@ def save_lora(folder, state_dict, rank, alpha, targets, info):
     metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(adapter), "rtdmd": json.dumps(facts)}
     tensors = {f"transformer.{name}": row.detach().cpu().contiguous() for name, row in state_dict.items()}
     write_atomic(Path(folder) / LORA_FILE, safetensors_bytes(tensors, metadata=metadata))
-
-
-def load_lora(folder):
-    """(state_dict, info) of a saved adapter; info as it was saved, plus "rank", "alpha" and "targets"."""
-    path = Path(folder) / LORA_FILE
-    try:
-        with safe_open(path, "pt") as file:
-            state_dict = {name.removeprefix("transformer."): file.get_tensor(name) for name in file.keys()}
-            return state_dict, json.loads((file.metadata() or {})["rtdmd"])
-    except (OSError, KeyError, ValueError, SafetensorError) as error:
-        raise UsageError(f"{path} is missing or damaged, or tells no rank and alpha: take another.") from error
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -1421,27 +1398,7 @@ def gather_groups(rewards):
     """(G / world, N) of each process -> (G, N) on all, in the order of the global group index."""
     if not dist.is_initialized():
         return rewards
-    parts = [torch.empty_like(rewards) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, rewards.contiguous())
-    return torch.stack(parts, 1).flatten(0, 1)
-
-
-def prompt_at(run, position):
-    """The prompt at a position of an endless stream: the whole set over and over, each time in another order."""
-    epoch, i = divmod(position, len(run.prompts))
-    return run.prompts[epoch_order(run.cfg.seed, epoch, len(run.prompts))[i]]
-
-
-@functools.lru_cache(maxsize=4)
-def epoch_order(seed, epoch, n):
-    """A permutation of range(n)."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(key("order", seed, epoch))).tolist()
-
-
-def read_ahead(run, it, period, own):
-    """Has the embeddings of this iteration, and then of the next, read while the network works. own: which of an
-    iteration's `period` prompts are this process's."""
-    run.text.prefetch([prompt_at(run, i * period + j) for i in (it, it + 1) for j in own])
+    return torch.stack(everyone(rewards.cpu()), 1).flatten(0, 1).to(rewards.device)
 
 
 def log(text):
@@ -1523,7 +1480,7 @@ class Roles:
         self.layers = []
         for net in dict.fromkeys(self.nets.values()):
             net.to(next(net.parameters()).device)                           # PEFT has them on the CPU for `meta`
-            for name, p in net.named_parameters():                          # PEFT: the last one alone, in bf16
+            for name, p in net.named_parameters():                          # PEFT: the last adapter alone, in bf16
                 p.requires_grad_(".lora_" in name)
                 p.data = p.data.float() if ".lora_" in name else p.data
             self.layers += [m for m in net.modules() if isinstance(m, BaseTunerLayer)]
@@ -1532,10 +1489,12 @@ class Roles:
             if cfg.compile:
                 torch._dynamo.config.recompile_limit = 32                   # roles x (no) gradient x shapes
                 net.compile()
-        for layer in self.layers:                                           # in the base's dtype, as deployed
+        # x A^T in the dtype of x: just what the deployed pipeline computes. PEFT would copy x to fp32, once for each
+        # of q, k and v; autocast would compute every norm of the base in fp32, and keep it.
+        for layer in self.layers:
             layer.cast_input_dtype_enabled = False
             for matrix in [*layer.lora_A.values(), *layer.lora_B.values()]:
-                matrix.forward = functools.partial(lora_product, matrix)
+                matrix.forward = lambda x, matrix=matrix: F.linear(x, matrix.weight.to(x.dtype))
         self.named = {role: {n.replace(f".{role}.", "."): p for n, p in self.nets[role].named_parameters()
                              if re.search(rf"\.lora_[AB]\.{role}\.", n)} for role in ("generator", "fake")}
 
@@ -1572,12 +1531,6 @@ class Roles:
         both = {n: torch.cat([null[n].expand_as(c), c]) for n, c in cond.items()}
         v_u, v_c = self.velocity("teacher", torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
         return v_u + self.guidance * (v_c - v_u)
-
-
-def lora_product(matrix, x):
-    """x A^T of an fp32 LoRA matrix, in the dtype of x: just what the deployed pipeline computes. PEFT would copy
-    x to fp32, once for each of q, k and v; autocast would compute every norm of the base in fp32, and keep it."""
-    return F.linear(x, matrix.weight.to(x.dtype))
 
 
 def optimizer_step(run, role):
@@ -1695,6 +1648,7 @@ def find_start(run):
             raise UsageError(f"{start} is not of this version of rtdmd.py (no {', '.join(sorted(missing))}): take "
                              "another --out or --init.")
         then, now = dict(saved["config"], prompts=saved["prompts"]), dict(vars(cfg), prompts=run.prompt_hash)
+        # To resume, all that changes the result must agree; to begin stage 2, what makes the network.
         same_network = {"model", "pretrained", "tiny_steps", "lora_rank", "lora_alpha"}
         matter = now.keys() - FREE_SETTINGS if own else same_network
         changed = [f"{n} {then.get(n)!r} -> {v!r}" for n, v in now.items() if n in matter and then.get(n) != v]
@@ -1724,22 +1678,6 @@ def copy_tensors(source, target, folder):
         tensor.copy_(source[name])
 
 
-@contextlib.contextmanager
-def claim(cfg):
-    """Makes and locks the run folder: two runs in one would destroy each other's checkpoints. Sweeps up what a
-    killed run left half-written."""
-    folder = Path(cfg.out) / f"stage{cfg.stage}"
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f"Another run is writing to {folder}: wait for it, or take another --out.") from None
-        for rest in [*folder.rglob(".*.partial")]:
-            shutil.rmtree(rest) if rest.is_dir() else rest.unlink(missing_ok=True)
-        yield
-
-
 def prepare(cfg):
     """All that a stage needs, in one namespace. What can be refused is refused before a weight is loaded."""
     run = SimpleNamespace(cfg=cfg, folder=Path(cfg.out) / f"stage{cfg.stage}", done=0, ema_updates=0, skipped=0,
@@ -1747,8 +1685,7 @@ def prepare(cfg):
     ev = eval_module()
     own = ev.TINY_REWARDS if cfg.model == "tiny" else ()
     rewards, watched = ev.parse_rewards(cfg.rewards, own), ev.parse_rewards(cfg.watch, own, "--watch")
-    run.prompts = [*map(str, range(8))] if cfg.random_weights else ev.read_prompts(cfg.prompts, cfg.seed)
-    run.prompts = run.prompts[:cfg.max_prompts][:64 if cfg.dry_run else None]      # to encode 25,000 takes an hour
+    run.prompts = ev.PromptStream(cfg)
     run.prompt_hash = f"{len(run.prompts)} prompts, {key(run.prompts):016x}"
     start = None if cfg.dry_run else find_start(run)
     run.device = start_processes(cfg.device)
@@ -1761,7 +1698,7 @@ def prepare(cfg):
     run.times = timestep_schedule(cfg.steps, run.backbone.shift)
     run.text = ev.TextCache(run.backbone, Path(cfg.cache) / "text")
     run.text.prepare(run.prompts)
-    load = eval_module().random_reward if cfg.random_weights else load_reward
+    load = ev.random_reward if cfg.random_weights else load_reward
     find = lambda name: load(name, cfg, getattr(run.backbone, "rewards", {}))
     run.rewards = {n: (reward, weight) for n, weight in rewards if cfg.stage == 2 and (reward := find(n))}
     run.watched = {n: reward for n, _ in watched if (reward := find(n))}
@@ -1776,7 +1713,7 @@ def prepare(cfg):
     if start:
         load_start(run, start)
     if dist_info()[0] == 0 and not cfg.dry_run:
-        eval_module().open_log(run)
+        ev.open_log(run)
     return run
 
 
@@ -1841,7 +1778,7 @@ def phase(run, name):
 # -----------------------------------------------------------------------------------------------------------------
 
 # Titles in --help, each at the first of its fields.
-GROUPS = dict(stage="what to run", pretrained="network", steps="sampler (App. C)", gamma="AC-DMD (3.1)",
+HELP_TITLES = dict(stage="what to run", pretrained="network", steps="sampler (App. C)", gamma="AC-DMD (3.1)",
               rewards="hybrid policy gradient (3.2)", lr="optimisation (App. J)", save_every="records")
 
 
@@ -1859,7 +1796,7 @@ def parse_flags(argv):
         argument_default=argparse.SUPPRESS,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=25, width=115))
     for field in dataclasses.fields(Config):
-        group = parser.add_argument_group(GROUPS[field.name]) if field.name in GROUPS else group
+        group = parser.add_argument_group(HELP_TITLES[field.name]) if field.name in HELP_TITLES else group
         kind = dict(type=type(field.default), metavar="") if field.type != "bool" else dict(action="store_true")
         choices = " | ".join(str(choice) for choice in field.metadata["choices"] or () if choice)
         text = field.metadata["help"] + (f" ({choices})" if choices else "")
@@ -1872,7 +1809,7 @@ def main(argv=None):
     """One stage, from the command line."""
     try:
         cfg = resolve(parse_flags(argv))
-        with claim(cfg) if dist_info()[0] == 0 and not cfg.dry_run else contextlib.nullcontext():
+        with eval_module().claim(cfg) if dist_info()[0] == 0 and not cfg.dry_run else contextlib.nullcontext():
             run = prepare(cfg)
             if not cfg.dry_run:                                             # there is nothing to save
                 watch_signals(run)

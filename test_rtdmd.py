@@ -1094,7 +1094,8 @@ def toy_run(monkeypatch, stage, iterations, dims=128, rewards=None, **options):
     velocity = lambda role, x, t, cond: weights[role][0] * x + weights[role][1]
     run = SimpleNamespace(
         cfg=cfg, device="cpu", times=rtdmd.timestep_schedule(cfg.steps), terms={}, rewards=rewards or {},
-        prompts=["a", "b"], text=SimpleNamespace(batch=lambda prompts, device: {}, prefetch=lambda prompts: None),
+        prompts=SimpleNamespace(at=lambda i: "ab"[i % 2]),
+        text=SimpleNamespace(batch=lambda prompts, device: {}, prefetch=lambda prompts: None),
         backbone=SimpleNamespace(latent_shape=(dims,), quantise=lambda t: t, decode=lambda x: x),
         roles=SimpleNamespace(velocity=velocity, teacher=lambda x, t, cond, null: velocity("teacher", x, t, cond)))
     with monkeypatch.context() as patch:
@@ -1151,12 +1152,13 @@ def test_every_process_trains_every_step(monkeypatch):
         raise StopIteration
 
     monkeypatch.setattr(rtdmd, "walk", walk)
-    run = SimpleNamespace(cfg=rtdmd.Config(batch=72, fake_updates=1, micro_batch=72), device="cpu", prompts=["a"],
-                          text=SimpleNamespace(batch=lambda *more: {}), backbone=SimpleNamespace(latent_shape=(1,)))
+    run = SimpleNamespace(cfg=rtdmd.Config(batch=72, fake_updates=1, micro_batch=72), device="cpu",
+                          prompts=SimpleNamespace(at=str), text=SimpleNamespace(batch=lambda *more: {}),
+                          backbone=SimpleNamespace(latent_shape=(1,)))
     for rank in range(8):
         monkeypatch.setattr(rtdmd, "dist_info", lambda: (rank, rank, 8))
         with pytest.raises(StopIteration):
-            rtdmd.update_generator(run, 0)
+            rtdmd.update_generator(run, 0, 0)
         counts = [everywhere[-1].count(k) for k in (1, 2, 3, 4)]
         assert sum(counts) == 9 and max(counts) - min(counts) <= 1
     assert [sum(own.count(k) for own in everywhere) for k in (1, 2, 3, 4)] == [18] * 4
@@ -1283,13 +1285,14 @@ def test_an_update_is_clipped_and_averaged():
         close(run.ema[0], average, 1e-6)
 
 
-def test_prompts_come_once_an_epoch_and_each_time_in_another_order():
+def test_prompts_come_once_an_epoch_and_each_time_in_another_order(tmp_path):
     """An endless stream: each epoch is a permutation of its own, the same at every start."""
-    run = SimpleNamespace(cfg=SimpleNamespace(seed=3), prompts=[f"p{i}" for i in range(20)])
-    epochs = [[rtdmd.prompt_at(run, 20 * e + i) for i in range(20)] for e in range(3)]
-    assert all(sorted(epoch) == sorted(run.prompts) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in [*epochs, run.prompts]}) == 4
-    assert [rtdmd.prompt_at(run, i) for i in range(20)] == epochs[0]
+    file = written(tmp_path, "prompts.txt", "".join(f"p{i}\n" for i in range(20)).encode())
+    stream = ev.PromptStream(rtdmd.Config(seed=3, prompts=str(file)))
+    epochs = [[stream.at(20 * e + i) for i in range(20)] for e in range(3)]
+    assert all(sorted(epoch) == sorted(stream) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in [*epochs, stream]}) == 4
+    assert [stream.at(i) for i in range(20)] == epochs[0]
 
 
 def test_every_step_is_matched_equally_often():
@@ -2335,25 +2338,20 @@ def test_text_cache_reads_ahead_each_row_once_and_keeps_the_latest(tmp_path, mon
 @pytest.mark.parametrize("stage", [1, 2])
 def test_an_iteration_waits_for_no_text_but_the_first(stage, flags, monkeypatch):
     """Whatever batch is asked for was prefetched an iteration before, but for "" and the panel's prompts."""
-    asked, ahead, read_ahead = [], [], rtdmd.read_ahead
+    asked, ahead = [], []
     batch, prefetch = ev.TextCache.batch, ev.TextCache.prefetch
 
     def noted_batch(self, prompts, device):
         asked.append((len(ahead), set(prompts)))
         return batch(self, prompts, device)
 
-    def noted_read_ahead(run, *more):
-        ahead.append(set())
-        return read_ahead(run, *more)
-
     def noted_prefetch(self, prompts):
-        if inspect.currentframe().f_back.f_code.co_name == "read_ahead":
-            ahead[-1] |= set(prompts)
+        if inspect.currentframe().f_back.f_code.co_name == f"stage{stage}":
+            ahead.append(set(prompts))
         return prefetch(self, prompts)
 
     monkeypatch.setattr(ev.TextCache, "batch", noted_batch)
     monkeypatch.setattr(ev.TextCache, "prefetch", noted_prefetch)
-    monkeypatch.setattr(rtdmd, "read_ahead", noted_read_ahead)
     rtdmd.main(flags(stage, "--sample_every", 9, "--iterations", 2, "--max_prompts", 400))
     assert len(ahead) == 2
     for call, prompts in asked:
@@ -2414,7 +2412,7 @@ def test_an_exported_adapter_is_exact_in_the_stock_pipeline(folders, tmp_path, n
     pipe.load_lora_weights(folder)
     assert torch.equal(backbone.velocity(pipe.transformer, x, t, cond), ours)
     assert (ours - bare).abs().max() > 1e-3
-    loaded, info = rtdmd.load_lora(folder)
+    loaded, info = ev.load_lora(folder)
     assert loaded.keys() == state.keys() and all(torch.equal(loaded[n], state[n]) for n in state)
     assert info == dict(steps=4, eta=.9, rank=rank, alpha=alpha, targets=sorted(backbone.lora_targets))
 
@@ -2422,15 +2420,15 @@ def test_an_exported_adapter_is_exact_in_the_stock_pipeline(folders, tmp_path, n
 def test_adapters_that_cannot_be_loaded(tmp_path):
     """No file, a foreign one and a truncated one are one sentence each."""
     with pytest.raises(rtdmd.UsageError, match="missing or damaged"):
-        rtdmd.load_lora(tmp_path)
+        ev.load_lora(tmp_path)
     from safetensors.torch import save_file
     save_file({"transformer.x.lora_A.weight": torch.zeros(1)}, tmp_path / rtdmd.LORA_FILE)
     with pytest.raises(rtdmd.UsageError, match="rank and alpha"):
-        rtdmd.load_lora(tmp_path)
+        ev.load_lora(tmp_path)
     path = tmp_path / rtdmd.LORA_FILE
     path.write_bytes(path.read_bytes()[:-2])
     with pytest.raises(rtdmd.UsageError, match="missing or damaged"):
-        rtdmd.load_lora(tmp_path)
+        ev.load_lora(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["sd3m", "flux2-4b"])
@@ -2562,7 +2560,7 @@ def test_a_checkpoint_is_exact_in_the_stock_pipeline(real_run, stage):
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_checkpoint_says_how_to_sample(real_run, stage):
     """Its metadata: model, steps, eta, shift, levels, guidance, text length, rank and alpha."""
-    one, (_, info) = real_run.stages[stage], rtdmd.load_lora(real_run.stages[stage].checkpoint)
+    one, (_, info) = real_run.stages[stage], ev.load_lora(real_run.stages[stage].checkpoint)
     backbone = one.run.backbone
     wanted = dict(model=real_run.name, base=backbone.base, stage=stage, iteration=2, steps=4, eta=0.9,
                   shift=backbone.shift, guidance=1.0, text_length=REAL_LENGTHS[real_run.name], resolution=64,
@@ -2574,7 +2572,7 @@ def test_a_checkpoint_says_how_to_sample(real_run, stage):
 def test_the_readmes_lines_give_our_picture(real_run):
     """pipe.load_lora_weights and CPSScheduler against rtdmd.rollout, with the same noise."""
     one = real_run.stages[2]
-    backbone, info, x = one.run.backbone, rtdmd.load_lora(one.checkpoint)[1], latents(one.run.backbone)
+    backbone, info, x = one.run.backbone, ev.load_lora(one.checkpoint)[1], latents(one.run.backbone)
     pipe = stock(backbone.base)
     pipe.load_lora_weights(one.checkpoint)
     pipe.scheduler = rtdmd.CPSScheduler.from_config(pipe.scheduler.config, eta=info["eta"])
@@ -4766,7 +4764,8 @@ def test_eval_prompt_makes_one_picture(tiny_report):
     (["--compare", "a"], "2 arguments"), (["--compare", "a", "b"], "report.json"),
     (["--teacher", "--model", "sd4"], "sd4"), (["--colour", "red"], "--colour"),
     (["--teacher", "--prompts", "nowhere.txt"], "nowhere.txt"), (["--run_folder", "typo"], "no run"),
-    (["--teacher", "--images", "here"], "one after the other"), (["--ablations", "--lora", "x"], "one after the other")])
+    (["--teacher", "--images", "here"], "one after the other"),
+    (["--ablations", "--lora", "x"], "one after the other")])
 def test_eval_refuses_in_one_sentence(flags, words, capsys, tmp_path, monkeypatch):
     """Exit code 2 and the remedy; no file is written."""
     monkeypatch.chdir(tmp_path)
