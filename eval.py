@@ -1,4 +1,6 @@
-"""Scoring: samples a checkpoint, or takes a folder of pictures, and prints the columns of the paper's tables.
+"""Scores, and all else of RTDMD that is not the method: prompts, records, costs, ablations, the tiny world.
+
+It samples a checkpoint, or takes a folder of pictures, and prints the columns of the paper's tables.
 
     a run       python eval.py --run_folder runs/tiny                   # teacher, untrained student, both stages
     checkpoint  python eval.py --model sd3m --lora runs/sd3m/stage2 --prompts drawbench --metrics hpsv2,aesthetic
@@ -7,6 +9,7 @@
     difference  python eval.py --compare A/report.json B/report.json    # B - A, picture by picture
     one         python eval.py --model sd3m --lora runs/sd3m/stage2 --prompt "a red fox"
     8 GPUs      torchrun --nproc_per_node 8 eval.py ...                 # the same numbers, sooner
+    ablations   python eval.py --ablations --quick                      # the paper's questions, on the tiny world
 
 Metrics, better when higher, on the scale of the paper's tables, with the range found there:
     clipscore    cosine, .25 to .32           rtdmd.ClipReward, as are the next two
@@ -18,18 +21,18 @@ Metrics, better when higher, on the scale of the paper's tables, with the range 
     geneval      0 to 1                       GenEval: mean of six tasks; prompts are rows of its metadata
     geneval2     0 to 1                       GenEval2: likewise
     ocr          0 to 1                       OCR: the prompt has the wanted text in double quotes
-    tiny world   attributes, strict, heldout (judges, section 16); distance (better when lower) and diversity
-                 (better near 1) of the whole set: tiny_set_metrics
+    tiny world   attributes, strict, heldout, heldout_strict (judges, section 16); of the whole set distance
+                 (better when lower) and diversity (better near 1): tiny_set_metrics
 
 A scorer is called as scorer(images (B,3,H,W) in [0,1], prompts or metadata rows) -> (B,). Its networks are
 arguments, so that tests use the real classes at small size; `load(cfg)` takes the real ones from --weights_dir
 or the hub. No package beyond requirements.txt: mmdet, paddle and the rewards' own break on today's transformers.
 
 Order: 1-7 scorers | 8 METRICS, run_metric | 9 prompts and their embeddings | 10 flags | 11 sampling | 12 reports,
-a function for each command: evaluate, score_folder, compare, one_picture | 13 records and 14 costs of a training
-run | 15 ablations | 16 the tiny world. rtdmd.py uses 8, 9, 13, 14 and 16, on first need.
+a function for each command: evaluate, score_folder, compare, one_picture | 13 records of a training run: settings,
+log, panel | 14 its costs, --random_weights | 15 ablations | 16 the tiny world | 17 main. rtdmd.py uses 8, 9, 13, 14
+and 16.
 """
-import argparse
 import ast
 import concurrent.futures
 import contextlib
@@ -58,6 +61,7 @@ import weakref
 from collections import namedtuple
 from pathlib import Path
 
+import diffusers
 import huggingface_hub
 import numpy as np
 import torch
@@ -70,11 +74,10 @@ from safetensors.torch import save as safetensors_bytes
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import flop_registry
 
 import rtdmd
-from rtdmd import REWARDS, UsageError, find_weights, from_hub, load_reward, normalise, rate, resize, square_crop
+from rtdmd import REWARDS, UsageError, find_weights, from_hub, load_reward, normalise, opt, rate, resize, square_crop
 
 sys.modules.setdefault("eval", sys.modules[__name__])     # one copy of this file, also where it is the script
 
@@ -649,7 +652,7 @@ class GenEval:
 
 def geneval_tasks(metrics, prompts, cfg):
     """{prompt: its task}, {} if geneval is not among the metrics. Refuses prompts without a metadata row."""
-    if "geneval" not in metrics.split(","):
+    if "geneval" not in metrics:
         return {}
     rows = find_rows(prompts, rows_of(cfg, read_geneval_metadata), "geneval")
     return {prompt: row["tag"] for prompt, row in zip(prompts, rows)}
@@ -953,7 +956,7 @@ def user_object(name, use=lambda found: found):
     sys.path.append(os.getcwd())   # Python itself looks in the script's folder
     try:
         return use(getattr(importlib.import_module(module), attribute))
-    except Exception as error:   # foreign code raises anything
+    except (Exception, SystemExit) as error:   # foreign code raises anything
         raise UsageError(f"reward {name}: {error!r}; looked in {os.getcwd()} and among the packages: mend the "
                          f"name or the code, or put {module}.py there.") from error
 
@@ -1033,24 +1036,6 @@ def mean_and_error(values, prompts=None):
     return float(np.mean(means)) if means else math.nan, error
 
 
-def frechet(a, b):
-    """Frechet distance of features a, b (n, d): |mean - mean|^2 + tr(A + B - 2 (A B)^1/2). NaN for n < 2."""
-    if min(len(a), len(b)) < 2:
-        return math.nan
-    a, b = a.double(), b.double()
-    A, B = torch.cov(a.T), torch.cov(b.T)
-    values, vectors = torch.linalg.eigh(A)
-    root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
-    mixed = torch.linalg.eigvalsh(root @ B @ root).clamp_min(0).sqrt().sum()     # those of (A B)^1/2
-    return ((a.mean(0) - b.mean(0)).square().sum() + A.trace() + B.trace() - 2 * mixed).item()
-
-
-def spread(images, per_prompt):
-    """Mean distance between pictures of one caption. images (P * per_prompt, ...), grouped by caption."""
-    sets = images.view(-1, per_prompt, images[0].numel())
-    return (torch.cdist(sets, sets).sum() / (len(sets) * per_prompt * (per_prompt - 1))).item()
-
-
 # -----------------------------------------------------------------------------------------------------------------
 # 9. Prompts and their text embeddings, for training too
 # -----------------------------------------------------------------------------------------------------------------
@@ -1114,8 +1099,9 @@ def prompt_rows(source):
         folder = huggingface_hub.snapshot_download(repository, repo_type="dataset", allow_patterns=pattern)
         return (row for file in sorted(Path(folder).glob(pattern)) for row in prompt_rows(str(file)))
     if kind == ".parquet":
-        from pyarrow.parquet import ParquetFile           # reads those of the named columns that there are
-        return ParquetFile(source).read([*PROMPT_COLUMNS, *map(str.title, PROMPT_COLUMNS)]).to_pylist()
+        from pyarrow.parquet import ParquetFile
+        file = ParquetFile(source)
+        return file.read([name for name in file.schema_arrow.names if name.lower() in PROMPT_COLUMNS]).to_pylist()
     lines = (line.decode("utf-8-sig") for line in Path(source).read_bytes().splitlines(keepends=True))
     if kind in (".csv", ".tsv"):
         return csv.DictReader(lines, delimiter="," if kind == ".csv" else "\t")
@@ -1226,28 +1212,28 @@ class Flags:
     """What to sample and what to measure: type, default, unit and source."""
 
     # ---- What to do: one of these
-    run_folder: str = rtdmd.opt("", "run folder: teacher, teacher_cfg, student_init, stage1, stage2 side by side")
-    lora: str = rtdmd.opt("", "checkpoint, or a stage's folder (its newest): sampled as it was trained")
-    teacher: bool = rtdmd.opt(False, "the teacher, Euler steps: --teacher --nfe 50 --cfg 7")
-    images: str = rtdmd.opt("", "folder of pictures; metadata.jsonl (file_name, prompt) or names give the prompts")
-    compare: list = rtdmd.opt((), "two report.json: differences B - A with paired standard errors")
-    prompt: str = rtdmd.opt("", "only make one picture of this prompt, OUT/prompt.png")
-    ablations: bool = rtdmd.opt(False, "the paper's questions on the tiny world; goes on where it was stopped")
-    seeds: int = rtdmd.opt(5, "seeds of --ablations")
-    quick: bool = rtdmd.opt(False, "--ablations: Tables 3 and 4 only, with two seeds, in half an hour")
-    jobs: int = rtdmd.opt(2, "rows of --ablations that are trained at a time, on the cores divided by it")
-    only: str = rtdmd.opt("", "rows of --ablations whose name, such as 'stage 2: SubGRPO M=2', contains this")
+    run_folder: str = opt("", "run folder: teacher, teacher_cfg, student_init, stage1, stage2 side by side")
+    lora: str = opt("", "checkpoint, or a stage's folder (its newest): sampled as it was trained")
+    teacher: bool = opt(False, "the teacher, Euler steps: --teacher --nfe 50 --cfg 7")
+    images: str = opt("", "folder of pictures; metadata.jsonl (file_name, prompt) or names give the prompts")
+    compare: list = opt((), "two report.json: differences B - A with paired standard errors")
+    prompt: str = opt("", "only make one picture of this prompt, OUT/prompt.png")
+    ablations: bool = opt(False, "the paper's questions on the tiny world; goes on where it was stopped")
+    seeds: int = opt(0, "seeds of --ablations; default: 5, with --quick 2")
+    quick: bool = opt(False, "--ablations: Tables 3 and 4 only, with two seeds, in half an hour")
+    jobs: int = opt(2, "rows of --ablations that are trained at a time, on the cores divided by it")
+    only: str = opt("", "rows of --ablations whose name, such as 'stage 2: SubGRPO M=2', contains this")
     # ---- What to measure
-    metrics: str = rtdmd.opt("", "names, comma separated; module:attribute for your own")
-    per_prompt: int = rtdmd.opt(0, "pictures per prompt (ours; diversity needs two)")
-    max_prompts: int = rtdmd.opt(1000, "prompts taken from the set (ours)")
-    out: str = rtdmd.opt("", "folder of report.json, grid.png, images/; default: the run folder, else runs/eval")
-    save_images: bool = rtdmd.opt(False, "also write every picture to OUT/images")
+    metrics: str = opt("", "names, comma separated; module:attribute for your own")
+    per_prompt: int = opt(0, "pictures per prompt (ours; diversity needs two)")
+    max_prompts: int = opt(1000, "prompts taken from the set (ours)")
+    out: str = opt("", "folder of report.json, grid.png, images/; default: the run folder, else runs/eval")
+    save_images: bool = opt(False, "also write every picture to OUT/images")
     # ---- Sampler (App. C)
-    nfe: int = rtdmd.opt(0, "steps; default: the checkpoint's own, else 4 (paper 3.1); the teacher's 50")
-    eta: float = rtdmd.opt(-1.0, "the student's CPS randomness; default: the checkpoint's, else 0.9 (paper 4.1)")
-    cfg: float = rtdmd.opt(1.0, "guidance weight of --teacher; 1 is none")
-    batch: int = rtdmd.opt(0, "pictures per forward: the memory knob, changes nothing else")
+    nfe: int = opt(0, "steps; default: the checkpoint's own, else 4 (paper 3.1); the teacher's 50")
+    eta: float = opt(-1.0, "the student's CPS randomness; default: the checkpoint's, else 0.9 (paper 4.1)")
+    cfg: float = opt(1.0, "guidance weight of --teacher; 1 is none")
+    batch: int = opt(0, "pictures per forward: the memory knob, changes nothing else")
 
 
 FLAG_GROUPS = dict(run_folder="what to do (one of these)", metrics="what to measure", nfe="sampler (App. C)",
@@ -1261,20 +1247,11 @@ OWN_DEFAULTS = {"tiny": dict(prompts="tiny-test", metrics=DEFAULT_METRICS["tiny"
 
 def read_flags(argv):
     """The flags that were given, by name. Raises UsageError for an unknown one."""
-    parser = group = rtdmd.FlagParser(
-        description=__doc__.split("\n")[0], usage="eval.py --lora DIR | --run_folder DIR | ... [flags]",
-        allow_abbrev=False, argument_default=argparse.SUPPRESS,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=18, width=115))
     shared = [field for field in dataclasses.fields(rtdmd.Config) if field.name in MODEL_FLAGS]
-    for field in [*dataclasses.fields(Flags), *shared]:
-        name, default, real = field.name, field.default, OWN_DEFAULTS["real"].get(field.name)
-        group = parser.add_argument_group(FLAG_GROUPS[name]) if name in FLAG_GROUPS else group
-        kind = dict(action="store_true") if isinstance(default, bool) else dict(type=type(default), metavar="")
-        kind = dict(nargs=2, metavar=("A", "B")) if name == "compare" else kind
-        shown = f" [{default}]" if default not in ("", 0, -1, False, ()) else ""
-        shown = f" [{real}; tiny: {OWN_DEFAULTS['tiny'][name]}]" if real else shown
-        group.add_argument(f"--{name}", help=f"{field.metadata['help']}{shown}".replace("%", "%%"), **kind)
-    return vars(parser.parse_args(argv))
+    shown = {name: f"{real}; tiny: {OWN_DEFAULTS['tiny'][name]}" for name, real in OWN_DEFAULTS["real"].items()}
+    shown |= dict(nfe="", eta="", seeds="")                  # their help texts say it
+    return rtdmd.parse_flags(argv, [*dataclasses.fields(Flags), *shared], FLAG_GROUPS,
+                             "eval.py --lora DIR | --run_folder DIR | ... [flags]", __doc__, shown)
 
 
 def parse(argv):
@@ -1289,11 +1266,15 @@ def parse(argv):
     if "images" in given:
         own["metrics"] = DEFAULT_METRICS["real"]             # the tiny world's judges know its own pictures only
     flags = Flags(**{**own, **{n: v for n, v in given.items() if n not in MODEL_FLAGS}})
-    flags.given = set(given)
-    flags.out = flags.out or flags.run_folder or "runs/eval"
+    flags.metrics, flags.given = [name.strip() for name in flags.metrics.split(",")], set(given)
+    flags.out = flags.out or flags.run_folder or ("runs/ablations" if flags.ablations else "runs/eval")
     low = [n for n in ("nfe", "per_prompt", "batch", "max_prompts", "seeds", "jobs") if n in given and given[n] < 1]
     if low or "eta" in given and not 0 <= flags.eta <= 1:
         raise UsageError(f"--{low[0]} must be at least 1." if low else "--eta must lie in [0, 1].")
+    if "cfg" in given and not (flags.teacher and 0 <= flags.cfg < math.inf):
+        raise UsageError("--cfg is the guidance of --teacher, a number of at least 0: students are sampled without.")
+    if flags.ablations and cfg.model != "tiny":
+        raise UsageError("--ablations are asked on the tiny world: leave out --model.")
     commands = ("ablations", "lora", "run_folder", "teacher", "images", "compare", "prompt")
     chosen = [name for name in commands if given.get(name)]
     if not chosen:
@@ -1301,7 +1282,7 @@ def parse(argv):
                          "--compare A B or --prompt TEXT.")
     if len(chosen) > 1 and {"ablations", "images", "compare"} & set(chosen):
         raise UsageError(f"--{' and --'.join(chosen)} are different commands: give them one after the other.")
-    if {"geneval", "geneval2"} & set(flags.metrics.split(",")) and not cfg.prompts.endswith(".jsonl"):
+    if {"geneval", "geneval2"} & set(flags.metrics) and not cfg.prompts.endswith(".jsonl"):
         raise UsageError("--metrics geneval and geneval2 must know what a picture has to show: give --prompts "
                          "FILE.jsonl of their metadata rows, or other --metrics.")
     return flags, cfg
@@ -1313,7 +1294,7 @@ def settings_of(run):
     if run and not found and not any(Path(run).glob("stage[12]/checkpoint-*")):
         raise UsageError(f"--run_folder {run}: there is no run here: give the --out of rtdmd.py, or --lora.")
     try:
-        return json.loads(found[0].read_text())["config"] if found else {}
+        return {} | json.loads(found[0].read_text())["config"] if found else {}
     except (ValueError, LookupError, TypeError) as error:
         raise UsageError(f"{found[0]} is damaged ({error!r}): delete it, and give the run's flags.") from None
 
@@ -1398,7 +1379,7 @@ class Sampler:
         _, (start,) = rtdmd.draw([rtdmd.key(k, "start") for k in keys], 0, 1, shape, device)
         steps = row["nfe"] - 1 if row["eta"] > 0 else 0
         _, noise = rtdmd.draw([rtdmd.key(k, "steps") for k in keys], 0, steps, shape, device)
-        noise = noise if steps else start.new_zeros(row["nfe"], 1, *[1] * len(shape))    # Euler steps have none
+        noise = noise if steps else [0.0] * row["nfe"]                       # Euler steps have none
         cond, null = self.text.batch(prompts, device), self.text.batch([""], device)
         self.roles.guidance = row["guidance"]
         velocity = ((lambda x, t: self.roles.teacher(x, t, cond, null)) if row["role"] == "teacher" else
@@ -1437,9 +1418,7 @@ def score_rows(pictures, captions, flags, cfg, own=()):
     """{row: {metric: list over all pictures}}, sentences on failures. One scorer is in memory at a time; one that
     cannot be loaded is a failure, and costs the others nothing."""
     scores, failures = {row: {} for row in pictures}, []
-    for name in flags.metrics.split(","):
-        if name in SET_METRICS:
-            continue
+    for name in (name for name in flags.metrics if name not in SET_METRICS):
         scorer = problem = None
         try:
             scorer = own[name] if name in own else load_metric(name, cfg)
@@ -1474,12 +1453,15 @@ def number(mean, error):
 def provenance():
     """Versions of the packages; commit of the source, marked if it has changed since (none outside a
     repository)."""
-    packages = ("torch", "diffusers", "transformers", "peft", "open_clip_torch", "hpsv2")
+    packages, versions = ("torch", "diffusers", "transformers", "peft", "open_clip_torch", "hpsv2"), {}
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
     ask = "git describe --always --abbrev=40 --dirty --exclude *".split()
     git = None
     with contextlib.suppress(FileNotFoundError):                             # there may be no git
         git = subprocess.run(ask, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-    return dict(versions={n: importlib.metadata.version(n) for n in packages}, git=git)
+    return dict(versions=versions, git=git)
 
 
 def table(rows):
@@ -1500,7 +1482,8 @@ def report(flags, results, scores, failures, note="", **facts):
         return
     used = [m for m in METRICS if any(m in row for row in results.values())]
     content = dict(rows={n: {m: value for m, (value, _) in row.items()} for n, row in results.items()},
-                   errors={n: {m: error for m, (_, error) in row.items()} for n, row in results.items()},
+                   errors={n: {m: None if math.isnan(error) else error for m, (_, error) in row.items()}
+                           for n, row in results.items()},
                    scores=scores, **provenance(),
                    scorers={m: {k: METRICS[m][k] for k in ("repo", "scale", "licence")} for m in used},
                    per_prompt=flags.per_prompt, failures=failures, **facts)
@@ -1511,14 +1494,14 @@ def report(flags, results, scores, failures, note="", **facts):
 def demand_scores(flags, scores):
     """After the report: a metric without a single score is an error, for whoever waits on the exit code."""
     found = {m for row in scores.values() for m, values in row.items() if np.isfinite(values).any()}
-    if lost := [m for m in flags.metrics.split(",") if m not in found and m not in SET_METRICS]:
+    if lost := [m for m in flags.metrics if m not in found and m not in SET_METRICS]:
         raise UsageError(f"nothing was scored by {', '.join(lost)}; {flags.out}/report.json has the rest.", code=1)
 
 
 def evaluate(flags, cfg):
     """--run_folder, --lora, --teacher: samples the rows of a plan, scores them, writes the report and
     grid.png."""
-    check_names(flags.metrics.split(","), TINY_COLUMNS if cfg.model == "tiny" else (), "--metrics")
+    check_names(flags.metrics, TINY_COLUMNS if cfg.model == "tiny" else (), "--metrics")
     rows, pictures, seconds = plan(flags, cfg), {}, {}
     prompts = read_prompts(cfg.prompts, cfg.seed)[:flags.max_prompts]
     tasks = geneval_tasks(flags.metrics, prompts, cfg)
@@ -1533,10 +1516,10 @@ def evaluate(flags, cfg):
     shown, panels = range(0, len(captions), flags.per_prompt)[:12], []
     results = {name: summarise(scores[name], captions, tasks) for name in rows}
     for name, (index, images) in pictures.items():
-        if {*SET_METRICS} & set(flags.metrics.split(",")):
+        if of_set := [m for m in SET_METRICS if m in flags.metrics]:
             everything = torch.stack(gathered(zip(index, images))).float() / 255
-            of_set = tiny_set_metrics(sampler.backbone, everything, captions, flags.per_prompt)
-            results[name].update({m: value for m, value in of_set.items() if m in flags.metrics})
+            found = tiny_set_metrics(sampler.backbone, everything, captions, flags.per_prompt)
+            results[name].update({m: found[m] for m in of_set})
         results[name]["seconds_per_image"] = (seconds[name], math.nan)
         panels += gathered((i, image) for i, image in zip(index, images) if i in shown)
     prompt_hash = f"{rtdmd.key(prompts):016x}"               # two reports compare only if it is the same
@@ -1585,7 +1568,7 @@ def read_folder(folder):
 def score_folder(flags, cfg):
     """--images: scores pictures of any origin."""
     files, prompts = read_folder(flags.images)
-    check_names(flags.metrics.split(","), (), "--metrics")
+    check_names(flags.metrics, (), "--metrics")
     tasks = geneval_tasks(flags.metrics, prompts, cfg)
     cfg.device = rtdmd.start_processes(cfg.device)
     flags.per_prompt, name, index = 1, Path(flags.images).name, rtdmd.share(len(files))
@@ -1604,9 +1587,10 @@ def compare(flags, cfg):
     called = f"--compare {' '.join(flags.compare)}"
     try:
         a, b = (json.loads(Path(path).read_text()) for path in flags.compare)
-        if not all(isinstance(r, dict) and {"scores", "prompts", "per_prompt"} <= r.keys() for r in (a, b)):
-            raise ValueError("there are no scores in one of them")
-    except (OSError, ValueError) as error:
+        kinds = dict(scores=dict, prompts=list, per_prompt=int)
+        if not all(isinstance(r[name], kind) for r in (a, b) for name, kind in kinds.items()):
+            raise ValueError("one of them is damaged")
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise UsageError(f"{called}: {error}; give two report.json of eval.py.") from None
     if a["prompts"] != b["prompts"] or a["per_prompt"] != b["per_prompt"]:
         raise UsageError(f"{called}: the reports are of different prompts, so their scores cannot be paired: "
@@ -1619,6 +1603,8 @@ def compare(flags, cfg):
         results[right if left == right else f"{right} - {left}"] = summarise(
             {m: [y - x for x, y in zip(mine[m], theirs[m])] for m in mine
              if m in theirs and (tasks or m != "geneval")}, captions, tasks)
+    if not any(results.values()):
+        raise UsageError(f"{called}: they have no metric in common: score both with the same --metrics.")
     print(table(results))
     if alone := [m for m in (*SET_METRICS, "geneval") if any(m in row for row in a.get("rows", {}).values())
                  and not any(m in row for row in results.values())]:
@@ -1631,12 +1617,13 @@ def one_picture(flags, cfg):
     sampler = Sampler(cfg, {name: row}, [flags.prompt])
     sampler.load_adapter(name)
     image = sampler.batch(row, [flags.prompt], [rtdmd.key("eval", cfg.seed, flags.prompt, 0)])
-    save_grid(Path(flags.out) / "prompt.png", image, columns=1)
-    print(f"{flags.out}/prompt.png: {flags.prompt}")
+    if rtdmd.dist_info()[0] == 0:
+        save_grid(Path(flags.out) / "prompt.png", image, columns=1)
+        print(f"{flags.out}/prompt.png: {flags.prompt}")
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# 13. The records of a training run: what made it, and the panel that is looked at
+# 13. The records of a training run: what made it, its log, and the panel that is looked at
 # -----------------------------------------------------------------------------------------------------------------
 
 def write_png(path, image):
@@ -1686,7 +1673,8 @@ def open_log(run):
     facts = dict(config=vars(run.cfg), processes=rtdmd.dist_info()[2], prompts=run.prompt_hash, **provenance(),
                  device=torch.cuda.get_device_name() if "cuda" in run.device else run.device)
     rtdmd.write_atomic(run.folder / "run.json", json.dumps(facts, indent=1))
-    rtdmd.write_atomic(run.folder / "rtdmd.py", Path(rtdmd.__file__).read_bytes())
+    for source in (rtdmd.__file__, __file__):
+        rtdmd.write_atomic(run.folder / Path(source).name, Path(source).read_bytes())
     path = run.folder / "metrics.jsonl"
     lines = re.findall(r'({"iteration": (\d+), .*}\n)', path.read_text(errors="replace") if path.exists() else "")
     rtdmd.write_atomic(path, "".join(line for line, iteration in lines if int(iteration) <= run.done))
@@ -1730,7 +1718,7 @@ def panel(run):
         states, _ = rtdmd.rollout_in_chunks(run, normal[0], normal[1:], prompts)
         parts = rtdmd.chunks(len(prompts), run.cfg.micro_batch)
         images = torch.cat([run.backbone.decode(states[-1][rows]).float() for rows in parts])
-        watched = {f"watch_{n}": rtdmd.rate(r, images, prompts).mean().item() for n, r in run.watched.items()}
+        watched = {f"watch_{n}": rate(r, images, prompts).mean().item() for n, r in run.watched.items()}
     if rtdmd.dist_info()[0] == 0:
         save_grid(run.folder / "samples" / f"{run.done:06d}.png", images, columns=8)
     grey = images.mean(1)
@@ -1740,7 +1728,7 @@ def panel(run):
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# 14. What training costs (rtdmd.py --dry_run)
+# 14. What training costs (rtdmd.py --dry_run), and networks of full size without download (--random_weights)
 # -----------------------------------------------------------------------------------------------------------------
 
 class CostMeter(TorchDispatchMode):
@@ -1798,7 +1786,7 @@ class CostMeter(TorchDispatchMode):
             if re.search("attention.*backward", str(operation)):     # 1 of its 5 products is a recomputation
                 flop = flop * 4 / 5
             self.cost["tflop"][self.run.part] = self.cost["tflop"].get(self.run.part, 0.0) + flop / 1e12
-        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+        for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor) and tensor.device.type == self.kind:
                 storage = tensor.untyped_storage()
                 if storage._cdata not in live["held"]:                      # a view shares its storage
@@ -1968,6 +1956,7 @@ def random_reward(name, cfg, extra):
 
 def matrix_rate(device, n=8192):
     """TFLOP/s of bf16 products of two n x n matrices: what the chip can do at best."""
+    from torch.utils.benchmark import Timer          # on import it looks for a CUDA compiler, and warns without GPU
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16)
     timer = Timer("a @ a", globals={"a": a})                                 # it waits for the GPU
     timer.timeit(3)                                                          # warm
@@ -2101,8 +2090,7 @@ def ablations(flags, cfg):
     OUT/results.json and OUT/table.md all of them, OUT/curves.png reward and held-out judge of Table 4 while they
     train.
     """
-    out = Path(flags.out if "out" in flags.given else "runs/ablations")
-    seeds = range(flags.seeds if "seeds" in flags.given or not flags.quick else 2)
+    out, seeds = Path(flags.out), range(flags.seeds or (2 if flags.quick else 5))
     tables = [(stage, name, rows) for stage, table in ((1, STAGE1_ROWS), (2, STAGE2_ROWS))
               for name, rows in table.items() if not flags.quick or name == QUICK[stage]]
     jobs = {}
@@ -2422,22 +2410,19 @@ def tiny_captions(held_out=False):
 def parse_caption(caption):
     """(word ids (6,), attributes (5,)): layout 0 single, 1 stacked, 2 side by side; colour, shape of the upper or
     left object, then of the other (-1: none). "a below b" is "b above a". UsageError for what cannot be drawn."""
-    text = caption.strip()
-    if not text:
+    if not (text := " ".join(caption.split())):
         return torch.zeros(TINY_TOKENS, dtype=torch.long), None            # the null condition
-    relation = next((r for r in TINY_RELATIONS if f" {r} " in text), None)
-    parts = text.split(f" {relation} ") if relation else [text]
-    words = [p.split() for p in parts]
-    known = [len(w) == 3 and w[0] == "a" and w[1] in TINY_COLOURS and w[2] in TINY_SHAPES for w in words]
-    if len(parts) > 2 or not all(known):
+    thing, relation = rf"a ({'|'.join(TINY_COLOURS)}) ({'|'.join(TINY_SHAPES)})", "|".join(TINY_RELATIONS)
+    found = re.fullmatch(rf"{thing}(?: ({relation}) {thing})?", text)
+    if not found:
         raise UsageError(f"The tiny world cannot draw {caption!r}: write 'a red circle', or 'a red circle above a "
                          "blue square'.")
-    objects = [(list(TINY_COLOURS).index(w[1]), TINY_SHAPES.index(w[2])) for w in words]
-    tokens = [*words[0][1:], *([relation, *words[1][1:]] if relation else [])]
-    layout, swap = TINY_RELATIONS[relation] if relation else (0, 0)
-    first, second = objects[::-1] if swap else (objects * 2 if relation is None else objects)
-    ids = [TINY_WORDS.index(w) for w in tokens] + [0] * (TINY_TOKENS - len(tokens))
-    return torch.tensor(ids), torch.tensor([layout, *first, *(second if relation else (-1, -1))])
+    ids = [TINY_WORDS.index(word) for word in found.groups() if word]
+    layout, swap = TINY_RELATIONS.get(found[3], (0, 0))
+    objects = [(list(TINY_COLOURS).index(colour), TINY_SHAPES.index(shape)) if colour else (-1, -1)
+               for colour, shape in (found.group(1, 2), found.group(4, 5))]
+    return (torch.tensor(ids + [0] * (TINY_TOKENS - len(ids))),
+            torch.tensor([layout, *itertools.chain(*objects[::-1 if swap else 1])]))
 
 
 def render(captions, generator):
@@ -2504,22 +2489,19 @@ class TinyJudge(nn.Module):
 def judge_scores(judge, images, captions):
     """Mean log-probability of the caption's attributes, each at least -4, and whether all are right (0 or 1):
     (B,), (B,). images (B, 3, 12, 12) in [0, 1]."""
-    facts = torch.stack([parse_caption(c)[1] for c in captions]).to(images.device)
-    logits = judge(images.float() * 2 - 1)
-    mask = facts >= 0
-    heads = list(zip(logits, facts.T))
-    log_p = torch.stack([l.log_softmax(1).gather(1, f.clamp_min(0)[:, None])[:, 0] for l, f in heads], 1)
-    right = torch.stack([l.argmax(1) == f for l, f in heads], 1) | ~mask
-    return (log_p.clamp_min(-4) * mask).sum(1) / mask.sum(1), right.all(1).float()
+    facts = torch.stack([parse_caption(c)[1] for c in captions]).to(images.device)                  # -1: not asked
+    heads = list(zip(judge(images.float() * 2 - 1), facts.T))
+    loss = torch.stack([F.cross_entropy(l, f, ignore_index=-1, reduction="none") for l, f in heads], 1)
+    right = torch.stack([(l.argmax(1) == f) | (f < 0) for l, f in heads], 1)
+    return -loss.clamp_max(4).sum(1) / (facts >= 0).sum(1), right.all(1).float()
 
 
 def tiny_transformer():
     """The teacher's network. Zero initialised gates and output: without them it does not learn in minutes."""
-    from diffusers import SD3Transformer2DModel
-    net = SD3Transformer2DModel(sample_size=TINY_SIDE, patch_size=2, in_channels=3, out_channels=3, num_layers=3,
-                                attention_head_dim=16, num_attention_heads=4, joint_attention_dim=TINY_WIDTH,
-                                caption_projection_dim=TINY_WIDTH, pooled_projection_dim=TINY_WIDTH,
-                                pos_embed_max_size=6)
+    net = diffusers.SD3Transformer2DModel(
+        sample_size=TINY_SIDE, patch_size=2, in_channels=3, out_channels=3, num_layers=3, attention_head_dim=16,
+        num_attention_heads=4, joint_attention_dim=TINY_WIDTH, caption_projection_dim=TINY_WIDTH,
+        pooled_projection_dim=TINY_WIDTH, pos_embed_max_size=6)
     gates = ("norm1.linear", "norm1_context.linear", "norm_out.linear", "proj_out")
     for name, module in net.named_modules():
         if isinstance(module, nn.Linear) and name.endswith(gates):
@@ -2641,6 +2623,24 @@ class TinyReward:
         return judge_scores(self.judge, images, prompts)[self.output]
 
 
+def frechet(a, b):
+    """Frechet distance of features a, b (n, d): |mean - mean|^2 + tr(A + B - 2 (A B)^1/2). NaN for n < 2."""
+    if min(len(a), len(b)) < 2:
+        return math.nan
+    a, b = a.double(), b.double()
+    A, B = torch.cov(a.T), torch.cov(b.T)
+    values, vectors = torch.linalg.eigh(A)
+    root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+    mixed = torch.linalg.eigvalsh(root @ B @ root).clamp_min(0).sqrt().sum()     # those of (A B)^1/2
+    return ((a.mean(0) - b.mean(0)).square().sum() + A.trace() + B.trace() - 2 * mixed).item()
+
+
+def spread(images, per_prompt):
+    """Mean distance between pictures of one caption. images (P * per_prompt, ...), grouped by caption."""
+    sets = images.view(-1, per_prompt, images[0].numel())
+    return (torch.cdist(sets, sets).sum() / (len(sets) * per_prompt * (per_prompt - 1))).item()
+
+
 def tiny_set_metrics(backbone, images, captions, per_prompt):
     """What a set of pictures tells in the tiny world: {name: (value, bootstrap error over captions)}.
 
@@ -2659,25 +2659,17 @@ def tiny_set_metrics(backbone, images, captions, per_prompt):
     return dict(zip(("distance", "diversity"), zip(results[0], torch.tensor(results[1:]).std(0).tolist())))
 
 
+# -----------------------------------------------------------------------------------------------------------------
+# 17. main
+# -----------------------------------------------------------------------------------------------------------------
+
 def main(argv=None):
     """Samples, scores, compares or ablates, as the flags say."""
-    try:
+    with rtdmd.one_sentence("eval", "lower --batch (no result changes)"):
         flags, cfg = parse(argv)
         commands = ((flags.ablations, ablations), (flags.compare, compare), (flags.images, score_folder),
                     (flags.prompt, one_picture), (True, evaluate))
         next(command for given, command in commands if given)(flags, cfg)
-    except UsageError as error:
-        print(f"eval: {error}", file=sys.stderr)
-        sys.exit(error.code)
-    except torch.OutOfMemoryError:
-        print(f"eval: out of GPU memory: lower --batch (was {flags.batch}; no result changes).", file=sys.stderr)
-        sys.exit(1)
-    except OSError as error:                                 # a disk is full, a folder cannot be read
-        print(f"eval: {error}: mend that, or choose another folder.", file=sys.stderr)
-        sys.exit(2)
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

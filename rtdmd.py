@@ -20,8 +20,9 @@ Map  section  paper                functions
      5        3.2, App. G, H       choose_steps, group_noise, gaussian_log_prob, reward_scale, group_advantages,
                                    subgrpo_loss, pathwise_loss
      6        App. I, Algorithm 1  stage1, stage2
-     1 is the configuration, 7 rewards, 8 backbones, 9 plumbing, 10 the command line. What both files need and the
-     paper does not is in eval.py: metrics, prompts, the records and costs of a run, ablations, the tiny world.
+     1 is the configuration, 7 rewards, 8 backbones, 9 plumbing, 10 the command line. The rest is in eval.py, which
+     must lie beside this file to train: metrics, prompts and their embeddings, sampling and reports, the records
+     and costs of a run, ablations, the tiny world.
 
 Symbols  theta generator | psi frozen teacher, guided with weight w | phi fake score
          steps k = 1..K | t_k level after step k, t_0 = 1, t_K = 0 | eta randomness of the sampler, eps_k its noise
@@ -35,7 +36,7 @@ Symbols  theta generator | psi frozen teacher, guided with weight w | phi fake s
          the deterministic step K
 
 DEPARTURES  [P] from the paper, [C] from its released code, [-] from neither: what both share or leave open.
-README has the long form with numbers; a test names the departure that it shows (grep DEPARTURE test_rtdmd.py).
+README ("Departures") has the long form; a test names the departure that it shows (grep DEPARTURE test_rtdmd.py).
  1. [P] kappa = sqrt(t^2 - a^2 s^2): variances add. The paper's (t-s)/(1-s) adds standard deviations (--renoise paper).
  2. [-] With this kappa App. E holds for noisy x_s too: h(x_t, t) is a martingale of the reversed chain, and only then.
  3. [C] Eq. 11's reverse kernel is the Gaussian posterior. At a fixed eta (--kernel cps) the true score has a loss.
@@ -43,8 +44,9 @@ README has the long form with numbers; a test names the departure that it shows 
     learns changes at t_j. App. F's t_k, t_{k+1} leave [t_k, 1], where step k trains phi
     (--consistency_times schedule).
  5. [PC] The fake loss is divided by the variance of its velocity target: Eq. 5 at s = 0, of order one everywhere.
- 6. [C] Eq. 9's gradient is the difference of the boundary means m over D; no noise but that of x_t enters D.
- 7. [PC] log pi is the exact density over d. Without its 1 / (2 std^2) steps are weighted by their variance
+ 6. [C] theta's gradient is Eq. 9's times a positive weight: the difference of the boundary means m, over D. (Released:
+    a draw of noise more in D.)
+ 7. [PC] log pi is the exact log-density divided by d. Without its 1 / (2 std^2) steps are weighted by their variance
     (--log_prob unscaled).
  8. [C] Old and new log pi come from one forward: in a rollout's first update the ratio is 1, not nearly 1.
  9. [C] (K-1)/M of Eq. 17 is kept: without it the estimate is M/(K-1) of the gradient.
@@ -57,7 +59,7 @@ README has the long form with numbers; a test names the departure that it shows 
     averaged generator and its phi instead of merging them.
 15. [-] psi is the frozen base, phi an adapter on it, theta another: there, or on its own base (FLUX.2, App. J).
 16. [P] In stage 1 k is stratified: every update trains each step on an equal share of its samples.
-17. [PC] Levels are drawn from the inner 98 % of (s, 1), not clamped into it: a clamp piles most of FLUX.2's on .98.
+17. [PC] Levels are drawn from the inner 98 % of (s, 1). A clamp piles most of FLUX.2's first-step draws on .98.
 18. [-] One phi serves all k: at t it learns the mixture of the step-k laws with t_k < t, not each p^(k) of Eq. 9.
 19. [P] Eq. 9 is differentiated through step k alone; Eq. 8 also depends on theta through the steps before.
 20. [P] beta is a relative weight, not the exponent of Eq. 6: DM is divided by D, a reward by its std.
@@ -131,7 +133,7 @@ class Config:
     prompts: str = opt("pickapic", "file (.txt .jsonl .csv .tsv .parquet) or pickapic (released; paper 4.1 for SD3-M: "
                          "text-to-image-2M, 423 GB of pictures), drawbench, partiprompts, hpdv2")
     max_prompts: int = opt(25000, "prompts taken from the set: their text embeddings go to disk, 2 to 8 MB each")
-    cache: str = opt("runs/cache", "text embeddings and the tiny world's teacher, shared by all runs")
+    cache: str = opt("runs/cache", "text embeddings, the tiny world's teacher and judges; shared by all runs")
     # ---- Network
     pretrained: str = opt("", "local folder or hub id instead of the model's own; FLUX.2: GENERATOR,TEACHER")
     random_weights: bool = opt(False, "full-size network without any download: will it fit, how fast is it")
@@ -295,11 +297,16 @@ def check(cfg):
              "(README says how to make one), or other --rewards."),
             (not re.fullmatch(r"cpu|meta|cuda(:\d+)?", cfg.device),
              f"--device {cfg.device} is unknown: take cuda, cpu or meta."),
-            (cfg.device.startswith("cuda") and gpus <= local,
+            (cfg.device.startswith("cuda") and gpus <= int(re.sub(r"\D", "", cfg.device) or local),
              f"--device cuda needs a GPU for each process, and PyTorch sees {gpus} here: start fewer processes, "
              "or take --device cpu."),
             (cfg.device == "meta" and not (cfg.dry_run and cfg.random_weights),
-             "--device meta only counts: add --dry_run 1 --random_weights.")):
+             "--device meta only counts: give it to rtdmd.py with --dry_run 1 --random_weights."),
+            (cfg.model == "tiny" and (cfg.pretrained or cfg.random_weights or cfg.resolution != 12),
+             "--model tiny has 12 pixels and its own teacher: no --pretrained, --random_weights or --resolution."),
+            (not (cfg.out and cfg.cache), "--out and --cache must name a folder."),
+            (world > 1 and "MASTER_ADDR" not in os.environ,
+             f"WORLD_SIZE is {world}, but torchrun did not set it: start with torchrun, or unset it.")):
         if wrong:
             raise UsageError(sentence)
 
@@ -616,8 +623,8 @@ def subgrpo_loss(log_prob, old_log_prob, advantages, steps, clip):
     step of S; advantages (B,).
 
     (K-1)/M makes the sum over S an unbiased stand-in for the sum over all K-1 steps, Eq. 31, of naive GRPO (M =
-    K-1), if what the advantages were divided by does not depend on S (DEPARTURE 11). The clip is PPO's: it acts
-    only once the ratio has left 1, i.e. from the second update of a rollout on.
+    K-1), if what the advantages were divided by does not depend on S (README, departure 11). The clip is PPO's: it
+    acts only once the ratio has left 1, i.e. from the second update of a rollout on.
     """
     ratio, A = torch.exp(log_prob.float() - old_log_prob.float()), advantages[:, None].float()
     surrogate = torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A)
@@ -1078,7 +1085,12 @@ def eval_module():
     __main__ only: it would run it again, with a second UsageError that nobody catches. So the script gets its name
     first."""
     sys.modules.setdefault("rtdmd", sys.modules[__name__])
-    return importlib.import_module("eval")
+    beside = Path(__file__).resolve().with_name("eval.py")
+    module = importlib.import_module("eval") if beside.exists() else None
+    if not module or Path(module.__file__).resolve() != beside:
+        raise UsageError(f"Training needs {beside}, but Python finds {module.__file__ if module else 'no such file'}: "
+                         "put both files into one folder, first on its path.")
+    return module
 
 
 def load_reward(name, cfg, extra=None):
@@ -1102,7 +1114,7 @@ def rate(reward, images, prompts):
             raise ValueError("it is said to be .differentiable, but its result has no gradient")
     except (UsageError, torch.OutOfMemoryError):                            # main knows what to say
         raise
-    except Exception as error:                                              # foreign code raises anything
+    except (Exception, SystemExit) as error:                                # foreign code raises anything
         for i in range(len(prompts) if len(prompts) > 1 else 0):
             rate(reward, images[i:i + 1], prompts[i:i + 1])
         where = f"prompt {prompts[0]!r}" + (f" and {len(prompts) - 1} more at once" if len(prompts) > 1 else "")
@@ -1270,7 +1282,7 @@ def load_networks(cfg, net_class, pipeline):
 
 
 def build(cls, path, part, cfg):
-    """One frozen network on cfg.device: component `part` of a repository, or a random one of the same size."""
+    """One frozen network on cfg.device: component `part` of a repository, or of its size with random weights."""
     dtype = torch.bfloat16 if cfg.dtype == "bf16" else torch.float32
     if cfg.random_weights:
         net = eval_module().random_network(cls, path, part, dtype, cfg)
@@ -1354,7 +1366,7 @@ def save_lora(folder, state_dict, rank, alpha, targets, info):
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# 9. Plumbing: processes, keyed randomness, LoRA roles, optimiser step, checkpoints, log
+# 9. Plumbing: processes, keyed randomness, LoRA roles, optimiser step, checkpoints, signals
 # -----------------------------------------------------------------------------------------------------------------
 
 def dist_info():
@@ -1789,25 +1801,48 @@ class FlagParser(argparse.ArgumentParser):
         raise UsageError(f"{message}: see --help.")
 
 
-def parse_flags(argv):
-    """The flags that were given, by name. The dataclass is the only list of them; an unknown one is an error."""
+def parse_flags(argv, fields=None, titles=HELP_TITLES, usage="rtdmd.py --stage 1|2 --model NAME [flags]",
+                about=__doc__, shown={}):
+    """The flags that were given, by name; an unknown one is an error. The dataclass fields are the only list of
+    them. shown: {field: default in --help} where it is not the field's. (eval.py's flags come from here too.)"""
     parser = group = FlagParser(
-        description=__doc__.split("\n")[0], usage="rtdmd.py --stage 1|2 --model NAME [flags]", allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
+        description=about.split("\n")[0], usage=usage, allow_abbrev=False, argument_default=argparse.SUPPRESS,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=25, width=115))
-    for field in dataclasses.fields(Config):
-        group = parser.add_argument_group(HELP_TITLES[field.name]) if field.name in HELP_TITLES else group
-        kind = dict(type=type(field.default), metavar="") if field.type != "bool" else dict(action="store_true")
+    for field in fields or dataclasses.fields(Config):
+        group = parser.add_argument_group(titles[field.name]) if field.name in titles else group
+        kind = dict(type=type(field.default), metavar="")
+        kind = dict(action="store_true") if field.default is False else kind
+        kind = dict(nargs=2, metavar=("A", "B")) if field.default == () else kind            # eval.py --compare
         choices = " | ".join(str(choice) for choice in field.metadata["choices"] or () if choice)
+        default = shown.get(field.name, field.default)
         text = field.metadata["help"] + (f" ({choices})" if choices else "")
-        text += f" [{field.default}]" if field.default or kind.get("type") in (int, float) else ""
+        text += "" if default is False or default in ("", ()) else f" [{default}]"
         group.add_argument(f"--{field.name}", help=text.replace("%", "%%"), **kind)
     return vars(parser.parse_args(argv))
 
 
+@contextlib.contextmanager
+def one_sentence(program, memory_knob):
+    """What a user can mend ends the program with one sentence instead of a traceback."""
+    try:
+        yield
+        return
+    except UsageError as error:
+        text, code = str(error), error.code
+    except torch.OutOfMemoryError:
+        text, code = f"out of GPU memory: {memory_knob}.", 1
+    except OSError as error:                                                # a disk is full, a folder vanished
+        text, code = f"{error}: mend that, or choose another folder, and give the same command again.", 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    print(f"{program}: {text}", file=sys.stderr)
+    sys.exit(code)
+
+
 def main(argv=None):
     """One stage, from the command line."""
-    try:
+    with one_sentence("rtdmd", "lower --micro_batch (it changes nothing else), or add --checkpointing"):
         cfg = resolve(parse_flags(argv))
         with eval_module().claim(cfg) if dist_info()[0] == 0 and not cfg.dry_run else contextlib.nullcontext():
             run = prepare(cfg)
@@ -1816,20 +1851,6 @@ def main(argv=None):
             (stage1 if cfg.stage == 1 else stage2)(run)
             if cfg.dry_run:
                 eval_module().report_costs(run)
-    except UsageError as error:
-        print(f"rtdmd: {error}", file=sys.stderr)
-        sys.exit(error.code)
-    except torch.OutOfMemoryError:
-        print(f"rtdmd: out of GPU memory: lower --micro_batch (was {cfg.micro_batch}; it changes nothing else), "
-              "or add --checkpointing.", file=sys.stderr)
-        sys.exit(1)
-    except OSError as error:                                                # a disk is full, a folder vanished
-        print(f"rtdmd: {error}: mend that, or choose another folder; the same command goes on from the newest "
-              "checkpoint.", file=sys.stderr)
-        sys.exit(2)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -29,6 +29,12 @@ if [[ $model == -* || ! $processes =~ ^[1-9][0-9]*$ ]]; then
     exit 2
 fi
 shift $(($# < 2 ? $# : 2))
+for word in "$@"; do
+    case $word in --out | --out=* | --stage | --stage=* | --model | --model=* | --dry_run | --dry_run=* | -h | --help)
+        echo "train.sh: $word is not for both stages: OUT=FOLDER bash train.sh MODEL PROCESSES, or python rtdmd.py $word" >&2
+        exit 2 ;;
+    esac
+done
 out=${OUT:-runs/$model}
 run=(python)
 if [ "$processes" -gt 1 ] || [ "${NNODES:-1}" -gt 1 ]; then
@@ -37,21 +43,27 @@ if [ "$processes" -gt 1 ] || [ "${NNODES:-1}" -gt 1 ]; then
 fi
 
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}    # seconds that a signalled stage has to save
-trap 'exit 143' TERM                                                            # a stage that was stopped exits with 0:
-trap 'exit 130' INT                                                             # do not go on with the next one
+trap 'exit 143' TERM                                                            # a signal to this script: no next stage
+trap 'exit 130' INT
 timed() {
     local start=$SECONDS label=$1
     shift
     "$@"
     echo "$label: $(((SECONDS - start) / 60)) min $(((SECONDS - start) % 60)) s"
 }
-# What stage 2 would refuse is refused before stage 1 has trained for hours.
-[ "$model" = tiny ] || python -c 'import sys, rtdmd
+# What stage 2 would refuse, with so many processes, is refused before stage 1 has trained for hours.
+[ "$model $#" = "tiny 0" ] || WORLD_SIZE=$((processes * ${NNODES:-1})) MASTER_ADDR=none python -c 'import sys, rtdmd
 try:
     rtdmd.resolve(rtdmd.parse_flags(sys.argv[1:]))
 except rtdmd.UsageError as error:
     sys.exit(f"rtdmd: stage 2: {error}")' --stage 2 --model "$model" "$@"
-timed "stage 1" "${run[@]}" rtdmd.py --stage 1 --model "$model" --out "$out" "$@"
-timed "stage 2" "${run[@]}" rtdmd.py --stage 2 --model "$model" --out "$out" "$@"
+for stage in 1 2; do
+    timed "stage $stage" "${run[@]}" rtdmd.py --stage $stage --model "$model" --out "$out" "$@"
+    # A signal to the program alone ends it with 0, like its last iteration: do not go on from half of a stage.
+    python -c 'import json, pathlib, sys
+saved = json.loads(max(pathlib.Path(sys.argv[1]).glob("checkpoint-*/state/run.json")).read_text())
+if saved["iteration"] < saved["config"]["iterations"]:
+    sys.exit(f"train.sh: {sys.argv[1]} was stopped: the same command goes on with it.")' "$out/stage$stage"
+done
 timed "evaluation" "${run[@]}" eval.py --model "$model" --run_folder "$out"
 echo "Everything is in $out: report.json, grid.png, curves.png, stage1/, stage2/."
