@@ -665,7 +665,7 @@ def stage1(run):
         # Line 2: roll out G_theta from noise. Lines 3 and 4 re-noise to x_t what they need.
         ids = share(size * cfg.fake_updates)
         prompts = [run.prompts.at(it * period + i) for i in ids]
-        own = [*ids, *(period - cfg.batch + i for i in share(cfg.batch))]   # and the next iteration's meanwhile:
+        own = [*ids, *(period - cfg.batch + i for i in share(cfg.batch))]   # of an iteration's prompts, this process's
         run.text.prefetch([run.prompts.at(i * period + j) for i in (it, it + 1) for j in own])
         with phase(run, "rollout"):
             keys = [key(cfg.seed, 1, it, "rollout", i) for i in ids]
@@ -751,8 +751,7 @@ def boundary_states(run, states, predictions, k):
 
 
 def between(run, low, high, u):
-    """low + u (high - low), u ~ U[0, 1), rounded to what the network can be told, and still within [low, high].
-    u, low (B, 1, ..), high the same or a number."""
+    """low + u (high - low), u ~ U[0, 1), as the network can be told it. u, low (B, 1, ..), high too or a number."""
     return run.backbone.quantise(low + u * (high - low)).clamp(low, torch.as_tensor(high, device=u.device))
 
 
@@ -789,12 +788,12 @@ def update_fake(run, it, update, x_s, s, k, prompts, ids, total):
             continue
         if cfg.consistency_times == "local":
             t_next = draw_next_level(run, t, level(uniform[1], x))
-        else:                                   # App. F: t' = t_k, t'' = t_{k+1}; 1e-6, since a reverse step divides
-            x_t, t, t_next = x, s_x.clamp_min(1e-6), level(run.times[(k[rows] + 1).clamp_max(cfg.steps)], x)  # by t'
+        else:
+            # App. F: t' = t_k, t'' = t_{k+1}. The 1e-6 is for t_K = 0, since a reverse step divides by t'.
+            x_t, t, t_next = x, s_x.clamp_min(1e-6), level(run.times[(k[rows] + 1).clamp_max(cfg.steps)], x)
             v = fake(x_t, t)
-        # Eq. 22 is E[d_1 d_2] with d = h'' - h. The draws are exchangeable, so its gradient is 2 E[d_1 (grad h''_2 -
-        # grad h)], and d_1 needs no graph. The part of h goes first, with Eq. 10; then that of h''_2: the network's
-        # graphs one at a time.
+        # Eq. 22 is E[d_1 d_2], d = h'' - h. The draws are alike, so its gradient is 2 E[d_1 grad d_2], and d_1 needs
+        # no graph. Of d_2 the part -h goes first, with Eq. 10, then h'': one graph of the network is kept at a time.
         h = x0_from_velocity(x_t, v, t)
         x_1, x_2 = (reverse_step(x_t, v.detach(), t, t_next, noise, cfg.kernel, cfg.eta) for noise in (n_1, n_2))
         with torch.no_grad():
@@ -1791,7 +1790,7 @@ def phase(run, name):
 
 # Titles in --help, each at the first of its fields.
 HELP_TITLES = dict(stage="what to run", pretrained="network", steps="sampler (App. C)", gamma="AC-DMD (3.1)",
-              rewards="hybrid policy gradient (3.2)", lr="optimisation (App. J)", save_every="records")
+                   rewards="hybrid policy gradient (3.2)", lr="optimisation (App. J)", save_every="records")
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -1824,20 +1823,20 @@ def parse_flags(argv, fields=None, titles=HELP_TITLES, usage="rtdmd.py --stage 1
 @contextlib.contextmanager
 def one_sentence(program, memory_knob):
     """What a user can mend ends the program with one sentence instead of a traceback."""
+    def end(text, code):
+        print(f"{program}: {text}", file=sys.stderr)
+        sys.exit(code)
     try:
         yield
-        return
     except UsageError as error:
-        text, code = str(error), error.code
+        end(error, error.code)
     except torch.OutOfMemoryError:
-        text, code = f"out of GPU memory: {memory_knob}.", 1
+        end(f"out of GPU memory: {memory_knob}.", 1)
     except OSError as error:                                                # a disk is full, a folder vanished
-        text, code = f"{error}: mend that, or choose another folder, and give the same command again.", 2
-    finally:
+        end(f"{error}: mend that, or choose another folder, and give the same command again.", 2)
+    finally:                                                                # after the sentence: it may wait
         if dist.is_initialized():
             dist.destroy_process_group()
-    print(f"{program}: {text}", file=sys.stderr)
-    sys.exit(code)
 
 
 def main(argv=None):
