@@ -1165,6 +1165,28 @@ def test_every_process_trains_every_step(monkeypatch):
 
 
 @pytest.mark.parametrize("stage", [1, 2])
+def test_dmd2_matches_the_x_prediction_as_a_clean_sample(stage, monkeypatch):
+    """App. K: what Eq. 9 gets is the x-prediction of step k at s = 0, whatever eta, with its gradient."""
+    matched, predicted, step = [], [], rtdmd.cps_mean_std
+
+    def cps_mean_std(x, v, t, t_next, eta):
+        predicted.append((x - t * v).detach())
+        return step(x, v, t, t_next, eta)
+
+    def matching_loss(run, x_s, s, *more):
+        assert (s == 0).all() and x_s.requires_grad
+        matched.append(x_s.detach())
+        return x_s.sum()
+
+    monkeypatch.setattr(rtdmd, "cps_mean_std", cps_mean_std)
+    monkeypatch.setattr(rtdmd, "matching_loss", matching_loss)
+    toy_run(monkeypatch, stage, 2, dims=3, renoise="dmd2")
+    known = torch.cat(predicted)
+    assert len(matched) >= 2
+    assert all((known - row).abs().amax(1).min() < 1e-5 for rows in matched for row in rows)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
 def test_shared_rollouts_keep_the_expected_gradients(stage, monkeypatch):
     """Algorithm 1 as with a fresh rollout and a random step k for each sample: Eq. 10 and Eq. 9.
 
@@ -1769,6 +1791,8 @@ def test_rate_names_reward_and_prompt():
 
     with pytest.raises(torch.OutOfMemoryError):
         rtdmd.rate(large, images, ["a", "b", "c"])
+    with pytest.raises(rtdmd.UsageError, match="SystemExit"):            # or a run would end with 0, and without a word
+        rtdmd.rate(lambda images, prompts: sys.exit(0), images, ["a", "b", "c"])
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -4632,6 +4656,15 @@ def test_geneval_of_a_folder(tmp_path, monkeypatch):
     assert report["tasks"] == {row["prompt"]: row["tag"] for row in rows}
 
 
+def test_a_run_folder_begins_with_what_made_it(begun):
+    """Settings, processes, versions, and both source files."""
+    facts = json.loads((begun / "stage1/run.json").read_text())
+    assert facts["config"]["stage"] == 1 and facts["processes"] == 1 and {"torch", "peft"} <= set(facts["versions"])
+    for module in (rtdmd, ev):
+        source = Path(module.__file__)
+        assert (begun / "stage1" / source.name).read_bytes() == source.read_bytes()
+
+
 def test_the_panel_measures_its_pictures(flags):
     """Saturation, contrast and edges of pictures whose left half is one colour and whose right half is black."""
     run = prepared(flags(1))
@@ -5116,6 +5149,8 @@ def test_tiny_judge_learns_and_scores():
     wrong = ev.judge_scores(judge, images, captions[1:] + captions[:1])[0]
     assert soft.mean() > wrong.mean() + 0.5 and set(strict.unique().tolist()) <= {0.0, 1.0} and strict.mean() > 0.2
     assert (soft <= 0).all() and (soft >= -4).all()
+    certain = lambda images: [100 * logits for logits in judge(images)]
+    assert -4 <= ev.judge_scores(certain, images, captions[1:] + captions[:1])[0].min() < -1
     assert torch.autograd.grad(soft.sum(), images)[0].abs().sum() > 0
     assert ev.TinyReward("strict", judge, 1).differentiable is False
 
