@@ -61,9 +61,10 @@ for stage in 1 2; do
     timed "stage $stage" "${run[@]}" rtdmd.py --stage $stage --model "$model" --out "$out" "$@"
     # A signal to the program alone ends it with 0, like its last iteration: do not go on from half of a stage.
     python -c 'import json, pathlib, sys
-saved = json.loads(max(pathlib.Path(sys.argv[1]).glob("checkpoint-*/state/run.json")).read_text())
-if saved["iteration"] < saved["config"]["iterations"]:
-    sys.exit(f"train.sh: {sys.argv[1]} was stopped: the same command goes on with it.")' "$out/stage$stage"
+for newest in sorted(pathlib.Path(sys.argv[1]).glob("checkpoint-*/state/run.json"))[-1:]:
+    saved = json.loads(newest.read_text())
+    if saved["iteration"] < saved["config"]["iterations"]:
+        sys.exit(f"train.sh: {sys.argv[1]} was stopped: the same command goes on with it.")' "$out/stage$stage"
 done
 timed "evaluation" "${run[@]}" eval.py --model "$model" --run_folder "$out"
 echo "Everything is in $out: report.json, grid.png, curves.png, stage1/, stage2/."
