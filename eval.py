@@ -1163,7 +1163,7 @@ class TextCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(self.folder).free / 1e9
             need = sum(row.nbytes for row in self.backbone.encode([""]).values()) * len(missing) / 1e9
-            rtdmd.log(f"text embeddings: {len(missing):,} prompts, {need:.2f} GB in {self.folder} ({free:.0f} free)")
+            rtdmd.log(f"text embeddings: {len(missing):,} prompts, {need:.2f} GB in {self.folder} (free: {free:.0f})")
             if 1.1 * need > free:
                 raise UsageError(f"{need:.1f} GB of text embeddings, {free:.1f} GB free: --cache needs more room.")
         parts = [missing[i:i + batch] for i in range(rank * batch, len(missing), world * batch)]
@@ -1560,8 +1560,10 @@ def read_folder(folder):
         prompts = [p.stem.replace("_", " ").strip() for p in files]
     missing = [file for file in files if not file.exists()]
     if missing or not files:
+        below = ", ".join(sorted(p.name for p in folder.iterdir() if p.is_dir())[:5])
         raise UsageError(f"{listed} names {missing[0]}, which does not exist: mend it." if missing else
-                         f"--images {folder} holds no .png, .jpg or .webp picture: give another folder.")
+                         f"--images {folder} holds no .png, .jpg or .webp picture: give another folder"
+                         f"{f', one of {below} in it' if below else ''}.")
     return files, prompts
 
 
@@ -2033,6 +2035,7 @@ STAGE2_FLAGS = "--fake_updates 2"    # of all rows of stage 2; MODELS has 4, bec
 STAGE1_ROWS = {
     "Table 3: the consistency term": {
         BASE: "", "gamma 0 (A-DMD)": "--gamma 0", "gamma .001": "--gamma .001", "gamma .005": "--gamma .005",
+        "gamma .01, kernel cps, App. F's times": "--kernel cps --consistency_times schedule",
         "gamma .1": "--gamma .1", "gamma 1": "--gamma 1", "gamma 1, kernel cps": "--gamma 1 --kernel cps",
         "gamma 1, App. F's times": "--gamma 1 --consistency_times schedule",
         "gamma 1, pairs across boundaries": "--gamma 1 @pairs_across"},

@@ -38,14 +38,14 @@ Symbols  theta generator | psi frozen teacher, guided with weight w | phi fake s
 DEPARTURES  [P] from the paper, [C] from its released code, [-] from neither: what both share or leave open.
 README ("Departures") has the long form; a test names the departure that it shows (grep DEPARTURE test_rtdmd.py).
  1. [P] kappa = sqrt(t^2 - a^2 s^2): variances add. The paper's (t-s)/(1-s) adds standard deviations (--renoise paper).
- 2. [-] With this kappa App. E holds for noisy x_s too: h(x_t, t) is a martingale of the reversed chain, and only then.
+ 2. [-] With this kappa App. E holds for noisy x_s too: h(x_t, t) is a martingale of the reversed chain, for no other.
  3. [C] Eq. 11's reverse kernel is the Gaussian posterior. At a fixed eta (--kernel cps) the true score has a loss.
  4. [PC] t'' is at most delta below t', with no t_j between: one phi serves all steps (18), and the mixture that it
     learns changes at t_j. App. F's t_k, t_{k+1} leave [t_k, 1], where step k trains phi
     (--consistency_times schedule).
  5. [PC] The fake loss is divided by the variance of its velocity target: Eq. 5 at s = 0, of order one everywhere.
- 6. [C] theta's gradient is Eq. 9's times a positive weight: the difference of the boundary means m, over D. (Released:
-    a draw of noise more in D.)
+ 6. [PC] theta's gradient is Eq. 9's times a positive weight, the difference of the boundary means m over D; as in DMD,
+    D depends on the sample, not on t alone. (The released D contains one more draw of noise.)
  7. [PC] log pi is the exact log-density divided by d. Without its 1 / (2 std^2) steps are weighted by their variance
     (--log_prob unscaled).
  8. [C] Old and new log pi come from one forward: in a rollout's first update the ratio is 1, not nearly 1.
@@ -170,7 +170,7 @@ class Config:
     policy_weight: float = opt(1.0, "weight of Eq. 17 inside Eq. 18")
     det_weight: float = opt(1.0, "weight of Eq. 15 inside Eq. 18")
     dm_weight: float = opt(1.0, "weight of the distribution matching term inside Eq. 18")
-    pathwise_steps: int = opt(1, "last steps that Eq. 15 runs through (paper 1), 0: all K; above 1 with --no_policy")
+    pathwise_steps: int = opt(1, "last steps that Eq. 15 runs through (paper: one), 0: all; above 1 with --no_policy")
     no_policy: bool = opt(False, "ablation: no stochastic term")
     no_det: bool = opt(False, "ablation: no pathwise term")
     no_dmd: bool = opt(False, "ablation: no distribution matching in stage 2")
@@ -196,7 +196,7 @@ class Config:
     sample_every: int = opt(25, "iterations between fixed-seed panels")
     watch: str = opt("", "rewards that are only looked at, on the panel (reward hacking shows there first)")
     force_resume: bool = opt(False, "resume although settings that change the result have changed")
-    dry_run: int = opt(0, "N: run N iterations, print cost per phase, keep nothing")
+    dry_run: int = opt(0, "N: run N iterations, print cost per phase, keep no checkpoint")
     tiny_steps: int = opt(2000, "updates that train the tiny world's teacher")
 
 
@@ -359,7 +359,7 @@ def timestep_schedule(steps, shift=1.0):
 
 
 def cps_mean_std(x, v, t, t_next, eta):
-    """Eqs. 20 and 21: mean (B, ...) and std of x_{t_next} given x at level t and the velocity there.
+    """Eqs. 20 and 21: mean (B, ...) and std of x_{t_next} given x at level t, a number or (B, 1, ..), and v there.
 
     eta 0 is an Euler step, eta 1 re-noises the x-prediction; the signal and noise coefficients are (1 - t_next,
     t_next) for every eta, which is what "coefficient preserving" means. std has the shape of t_next; it is
@@ -400,7 +400,8 @@ class CPSScheduler(diffusers.FlowMatchEulerDiscreteScheduler):
         pipe.scheduler.generator = torch.Generator().manual_seed(0)      # the noise of the steps
         image = pipe(prompt, num_inference_steps=4, guidance_scale=1).images[0]
 
-    eta = 0 is the Euler step, eta = 1 fresh noise at every level (the parent's `stochastic_sampling=True`).
+    eta = 0 is the Euler step, eta = 1 fresh noise at every level (the parent's `stochastic_sampling=True`). It is
+    made by from_config or from_pretrained only.
     No pipeline hands its `generator` on to `step`, hence the attribute; None means torch's global state.
     Put the old scheduler back before `pipe.save_pretrained`, or diffusers cannot load what was saved.
     """
@@ -473,7 +474,7 @@ def renoise(x_s, s, t, noise, std="markov"):
 
 
 def ambient_scale(s, t, std="markov"):
-    """c, with which the velocity that the conditional score of Eq. 10 implies is  v* = -x_s/(1-s) + c n.
+    """c of the target v* = -x_s/(1-s) + c n: the velocity that Eq. 2 assigns to the conditional score of Eq. 10.
 
     Derivation: put the conditional score -n/kappa into Eq. 2 and collect; c = (t - kappa^2) / ((1-t) kappa),
     written so that it is finite at t = 1. c >= 1; c = 1 for s = 0 (flow matching), c -> infinity as t -> s.
@@ -520,11 +521,11 @@ def reverse_step(x, v, t, t_next, noise, kernel="posterior", eta=None):
 def consistency_loss(fake, x, v, t, t_next, noise_1, noise_2, kernel="posterior", eta=None):
     """Eq. 22 (App. F) -> scalar: |h(x', t') - E h(x'', t'')|^2 over two draws x'', h = x - t v the x-prediction.
 
-    fake(x, t) -> v_phi;  x, v (B, ...) at level t' = t, v = fake(x, t) with its graph;  noise_1, noise_2 (B, ...)
-    independent. The product of two draws is unbiased for the squared norm of the mean; the square of one draw
-    would add the variance of h(x''). It may be negative. The draws are constants: a gradient into x'' would teach
-    the kernel, not the prediction. (update_fake takes a gradient of equal expectation in two halves, to hold one
-    graph of the network at a time.)
+    fake(x, t) -> v_phi;  x, v (B, ...) at level t' = t, v = fake(x, t) with its graph;  t, t_next numbers or (B, 1,
+    ..);  noise_1, noise_2 (B, ...) independent;  eta for kernel="cps" only. The product of two draws is unbiased for
+    the squared norm of the mean; the square of one draw would add the variance of h(x''). It may be negative. The
+    draws are constants: a gradient into x'' would teach the kernel, not the prediction. (update_fake takes a gradient
+    of equal expectation in two halves, to hold one graph of the network at a time.)
     """
     x, v, t, t_next, noise_1, noise_2 = (torch.as_tensor(a, dtype=torch.float32)
                                          for a in (x, v, t, t_next, noise_1, noise_2))
@@ -552,7 +553,8 @@ def dmd_loss(x_s, x_t, v_teacher, v_fake, s, t):
     """Scalar whose gradient in x_s is g / numel: Eq. 9 with lambda_k alpha_k = kappa^2 / (a D), Eq. 4 (ordinary
     DMD) at s = 0.
 
-    x_s (B, ...) with its graph; x_t = renoise(x_s); velocities at (x_t, t), treated as constants. g = (m_phi -
+    x_s (B, ...) with its graph; x_t = renoise(x_s); velocities at (x_t, t), treated as constants; s, t numbers or
+    (B, 1, ..). g = (m_phi -
     m_psi) / D points from the teacher's boundary mean to the fake's, so descent moves x_s towards the teacher; D
     = mean abs(x_s - m_psi) of the sample is DMD's normaliser. (x_s - stop(x_s - g))^2 / 2 has the gradient g; its
     value g^2 / 2 is half the squared relative gap. a and kappa are those of "markov", also under --renoise paper:
@@ -623,8 +625,8 @@ def subgrpo_loss(log_prob, old_log_prob, advantages, steps, clip):
     step of S; advantages (B,).
 
     (K-1)/M makes the sum over S an unbiased stand-in for the sum over all K-1 steps, Eq. 31, of naive GRPO (M =
-    K-1), if what the advantages were divided by does not depend on S (README, departure 11). The clip is PPO's: it
-    acts only once the ratio has left 1, i.e. from the second update of a rollout on.
+    K-1), if what the advantages were divided by does not depend on S; a group's std does (README, departure 11). The
+    clip is PPO's: it acts only once the ratio has left 1, i.e. from the second update of a rollout on.
     """
     ratio, A = torch.exp(log_prob.float() - old_log_prob.float()), advantages[:, None].float()
     surrogate = torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A)
@@ -634,8 +636,8 @@ def subgrpo_loss(log_prob, old_log_prob, advantages, steps, clip):
 def pathwise_loss(reward, scale=1.0, dims=1):
     """Loss whose gradient is minus Eq. 15 over dims, -> scalar. reward (B,) = r(G(x_{t_{K-1}})).
 
-    x_{t_{K-1}} must enter detached: how it depends on theta is what the policy term measures (App. G.2), and
-    would be counted twice. scale (B,) and dims bring it into the units of the other terms (DEPARTURE 11).
+    x_{t_{K-1}} must enter detached: its dependence on theta is already in the policy term (App. G.2), and a graph
+    here would count it twice. scale (B,) and dims bring it into the units of the other terms (DEPARTURE 11).
     """
     return -(reward.float() / scale).mean() / dims
 
@@ -665,7 +667,7 @@ def stage1(run):
         # Line 2: roll out G_theta from noise. Lines 3 and 4 re-noise to x_t what they need.
         ids = share(size * cfg.fake_updates)
         prompts = [run.prompts.at(it * period + i) for i in ids]
-        own = [*ids, *(period - cfg.batch + i for i in share(cfg.batch))]   # of an iteration's prompts, this process's
+        own = [*ids, *(period - cfg.batch + i for i in share(cfg.batch))]   # this process's of an iteration's prompts
         run.text.prefetch([run.prompts.at(i * period + j) for i in (it, it + 1) for j in own])
         with phase(run, "rollout"):
             keys = [key(cfg.seed, 1, it, "rollout", i) for i in ids]
@@ -690,8 +692,8 @@ def stage1(run):
 def update_generator(run, it, first):
     """Line 4: one AdamW step of theta on Eq. 9. Sample i trains step k = 1 + floor(i K / batch), on prompt first + i.
 
-    So k ~ U{1..K} in exactly equal parts, and to within one sample on every process: k = 1 + i mod K would give the
-    long walks to k = K to the same few processes, and the others would wait.
+    So k ~ U{1..K} in exactly equal parts, and to within one sample on every process: with k = 1 + i mod K and every
+    world-th sample on a process, the same few processes would always have the longest walks.
     """
     cfg, K, ids = run.cfg, run.cfg.steps, share(run.cfg.batch)
     for rows in chunks(len(ids), cfg.micro_batch):
@@ -715,8 +717,8 @@ def update_generator(run, it, first):
 
 @torch.no_grad()
 def walk(run, normal, k, cond):
-    """x_{t_{k-1}} of each sample, k (B,) its own step: the first k - 1 steps, by those that need them. normal (K+1,
-    B, ...): x_{t_0}, then the noise of step j at index j."""
+    """x_{t_{k-1}} of each sample, k (B,) its own step: it takes its first k - 1 steps, then waits. normal (K+1, B,
+    ...): x_{t_0}, then the noise of step j at index j."""
     x = normal[0].clone()
     for j in range(1, int(k.max())):
         live = (k > j).nonzero()[:, 0].to(x.device)
@@ -751,7 +753,7 @@ def boundary_states(run, states, predictions, k):
 
 
 def between(run, low, high, u):
-    """low + u (high - low), u ~ U[0, 1), as the network can be told it. u, low (B, 1, ..), high too or a number."""
+    """low + u (high - low), u ~ U[0, 1), rounded as the network rounds. u, low (B, 1, ..), high too or a number."""
     return run.backbone.quantise(low + u * (high - low)).clamp(low, torch.as_tensor(high, device=u.device))
 
 
@@ -876,7 +878,7 @@ def judge_groups(run, b):
         images = run.backbone.decode(b.states[-1][rows])
         for name, (reward, _) in run.rewards.items():
             values[name].append(rate(reward, images, b.prompts[rows]))
-    b.advantages, b.scales = 0.0, {}
+    b.advantages, b.scales = torch.zeros(len(b.ids), device=run.device), {}
     for name, (_, weight) in run.rewards.items():
         rewards = gather_groups(torch.cat(values[name]).view(-1, cfg.group_size))
         scale = reward_scale(rewards, cfg.advantage_std, cfg.std_floor).expand(rewards.shape)
@@ -892,7 +894,7 @@ def reinforce(run, it, epoch, b):
     """Line 13: one AdamW step of theta on Eq. 18, the gradient of Eq. 7 (the KL to Eq. 6).
 
     Its reward part is Eq. 14 (proved as Eqs. 23-30 in App. G). Each trajectory costs M + 1 forwards with
-    gradient, called slots: slot j < M is the j-th step of S, slot M is step K. The policy term lives on S, the
+    gradient, called slots: slot j < M is step S[j], slot M is step K. The policy term lives on S, the
     pathwise term on K, the DM term on one slot of the M + 1, chosen so that every k is matched equally often.
     """
     cfg, M = run.cfg, run.cfg.subset_size
@@ -944,8 +946,8 @@ def reinforce_slot(run, b, slot, reward_term, rows, here, u, noise, fresh, total
     gradient = torch.zeros_like(v)
 
     def push(name, loss, n):
-        """Adds the gradient at v of a loss, a mean over n samples that weighs n / total. The pathwise term comes last,
-        so that the decoder's activations are freed on the way back; the others leave `mean` its graph."""
+        """Adds the gradient at v of a loss, a mean over n samples that weighs n / total. "det" must come last: it
+        frees the graph of `mean`, which the others still need, and with it the decoder's activations."""
         part, = torch.autograd.grad(loss * n / total, v, retain_graph=name != "det")
         note(run, n, **{f"push_{name}": total / n * part.flatten(1).norm(dim=1).sum()})
         gradient.add_(part)
@@ -1677,7 +1679,8 @@ def load_start(run, start):
     copy_tensors(wanted(load_file(start / "state/state.safetensors")), wanted(training_state(run)), start)
     if not run.done:
         torch._foreach_copy_([p.data for p in run.roles.parameters("generator")], run.ema)
-    log(f"{'Resumed' if run.done else 'Begun from'} {start}; {run.done} iterations are done.")
+    left = run.cfg.iterations - run.done
+    log(f"{'Resumed' if run.done else 'Begun from'} {start}; {max(left, 0)} iterations are left.")
 
 
 @torch.no_grad()
@@ -1758,7 +1761,7 @@ def iterations(run):
         if run.done % cfg.sample_every == 0 or run.done == last:
             row.update(eval_module().panel(run))
         row["seconds"] = time.perf_counter() - start
-        bar.set_postfix_str(eval_module().record(run, row))
+        bar.set_postfix_str(eval_module().record(run, row), refresh=False)
         stop = any(everyone(run.stop))                                      # all of them, or one waits for ever
         if run.done % cfg.save_every == 0 or run.done == last or stop:
             save_checkpoint(run)

@@ -1791,7 +1791,7 @@ def test_rate_names_reward_and_prompt():
 
     with pytest.raises(torch.OutOfMemoryError):
         rtdmd.rate(large, images, ["a", "b", "c"])
-    with pytest.raises(rtdmd.UsageError, match="SystemExit"):            # or a run would end with 0, and without a word
+    with pytest.raises(rtdmd.UsageError, match="SystemExit"):         # or a run would end with 0, without a word
         rtdmd.rate(lambda images, prompts: sys.exit(0), images, ["a", "b", "c"])
 
 
@@ -2755,7 +2755,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(name, damage, begun, four, f
     rtdmd.main(flags(1, "--iterations", 4, "--keep", 1))
     text = capfd.readouterr().err
     assert re.search(r"checkpoint-000003 is damaged.*passed over", text)
-    assert "Resumed" in text and "2 iterations are done" in text
+    assert "Resumed" in text and "2 iterations are left" in text
     assert bytes_differing(state_of(tmp_path / "run/stage1"), state_of(four)) == 0
     assert names_in(tmp_path / "run/stage1") == ["checkpoint-000004"]
 
@@ -4886,6 +4886,12 @@ def test_flux2_4b_trains_on_a_24_gb_card(tmp_path):
     rtdmd.main(f"--stage 1 --model flux2-4b --device meta --random_weights --dry_run 1 --steps 2 --batch 2 "
                f"--fake_updates 1 --micro_batch 1 --out {tmp_path} --cache {tmp_path}".split())
     assert json.loads((tmp_path / "stage1/dry_run.json").read_text())["peak_bytes"] < 24e9
+
+
+def test_a_dry_run_counts_the_rest_if_no_reward_can_be_made(tmp_path, monkeypatch):
+    """HPSv3 needs a download even for its size: it is left out and said to be, alone too."""
+    costs, run = dry_run(tmp_path, monkeypatch, "sd3m", 2, *"--rewards hpsv3=1 --groups 1 --group_size 2".split())
+    assert not run.rewards and costs["phases"]["generator"]["tflop_per_sample"] > 0
 
 
 @pytest.mark.parametrize("stage", [1, 2])
