@@ -1,6 +1,7 @@
 """Tests of rtdmd.py and eval.py: `python -m pytest -q test_rtdmd.py`, in the order of the two files.
 
 Map  section  what is tested                          against what
+     0        the file as a text                      budgets of lines, the paper's equations
      1        configuration                           the contract of the command line
      2        flow algebra: Eq. 1, 2, 19              a mixture whose score is known at every level
      3        sampler: Eq. 20, 21                     the formulas written out
@@ -25,6 +26,7 @@ in 100 000), above 8 is proof of a difference; estimators are tested on both sid
 would be noticed.
 """
 import argparse
+import ast
 import contextlib
 import dataclasses
 import functools
@@ -128,6 +130,33 @@ def settings(weights_dir=None, prompts=None):
 def prepared(argv):
     """A run that is ready to begin, from its command line."""
     return rtdmd.prepare(rtdmd.resolve(rtdmd.parse_flags(argv)))
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# 0. The file as a text
+# -----------------------------------------------------------------------------------------------------------------
+
+EQUATIONS = [2, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 31]    # numbered, not proofs
+
+
+def test_the_file_stays_readable():
+    """Its length, its functions' length, and a step of stage 2 without a jump: budgets, since files only grow."""
+    source = Path(rtdmd.__file__).read_text()
+    lines, tree = source.splitlines(), ast.parse(source)
+    functions = {n.name: n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)}
+    longest = max(n.end_lineno - n.lineno + 1 for n in functions.values())
+    assert len(lines) <= 1900 and longest <= 60 and max(map(len, lines)) <= 119
+    assert functions["pathwise_terms"].end_lineno - functions["rollout_in_chunks"].lineno + 1 <= 250
+
+
+@pytest.mark.parametrize("module", ["rtdmd.py", "test_rtdmd.py"])
+def test_every_equation_is_cited(module):
+    """By its number, "Eq. 17" or "Eqs. 20 and 21", in the docstring or comment of what it is, and of its test."""
+    cited, text = set(), Path(rtdmd.__file__).with_name(module).read_text()
+    for group in re.findall(r"Eqs?\. (\d+(?:(?:, | and | to |-)\d+)*)", text):
+        ends = [int(number) for number in re.findall(r"\d+", group)]
+        cited |= set(range(ends[0], ends[-1] + 1)) if re.search(" to |-", group) else set(ends)
+    assert set(EQUATIONS) <= cited
 
 
 # -----------------------------------------------------------------------------------------------------------------
