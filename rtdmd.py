@@ -36,7 +36,7 @@ Symbols  theta generator | psi frozen teacher, guided with weight w | phi fake s
          the deterministic step K
 
 DEPARTURES  [P] from the paper, [C] from its released code, [-] from neither: what both share or leave open.
-README ("Departures") has the long form; a test names the departure that it shows (grep DEPARTURE test_rtdmd.py).
+README ("Departures") has the long form; tests name those that they show (grep DEPARTURE test_rtdmd.py).
  1. [P] kappa = sqrt(t^2 - a^2 s^2): variances add. The paper's (t-s)/(1-s) adds standard deviations (--renoise paper).
  2. [-] With this kappa App. E holds for noisy x_s too: h(x_t, t) is a martingale of the reversed chain, for no other.
  3. [C] Eq. 11's reverse kernel is the Gaussian posterior. At a fixed eta (--kernel cps) the true score has a loss.

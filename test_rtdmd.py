@@ -1219,9 +1219,9 @@ def test_dmd2_matches_the_x_prediction_as_a_clean_sample(stage, monkeypatch):
 def test_shared_rollouts_keep_the_expected_gradients(stage, monkeypatch):
     """Algorithm 1 as with a fresh rollout and a random step k for each sample: Eq. 10 and Eq. 9.
 
-    Stage 1: F fake updates on the K states of shared rollouts, DEPARTURE 17; k in equal parts for the generator,
-    DEPARTURE 16, and the gradient through step k alone, DEPARTURE 19. Stage 2: the fake score on the rollout's own
-    states; matching on one of the M + 1 forwards, DEPARTURE 13.
+    Stage 1: F fake updates on the K states of shared rollouts, DEPARTURE 17, DEPARTURE 22; k in equal parts for
+    the generator, DEPARTURE 16, and the gradient through step k alone, DEPARTURE 19. Stage 2: the fake score on the
+    rollout's own states; matching on one of the M + 1 forwards, DEPARTURE 13.
 
     Per iteration, so that rows are independent, and in stage 1 for each of the F updates by itself. It can fail:
     a step that is never visited is 14 to 70 standard errors away, step K matched in a third instead of a quarter
@@ -5023,7 +5023,8 @@ def test_antithetic_noise(size, flags):
 
 
 def test_what_a_group_shares(flags):
-    """Eq. 16: noise outside S; with --independent_noise nothing, with --share_initial x_{t_0} too."""
+    """Eq. 16: S, its own for every prompt (DEPARTURE 10), and the noise outside S; with --independent_noise no
+    noise, with --share_initial x_{t_0} too."""
     for more, noise_is_shared, start_is_shared in (((), True, False), (("--independent_noise",), False, False),
                                                    (("--share_initial",), True, True)):
         cfg = rtdmd.resolve(rtdmd.parse_flags(flags(2, "--group_size", 4, "--subset_size", 1, *more)))
@@ -5031,6 +5032,7 @@ def test_what_a_group_shares(flags):
         first, noise, subsets = rtdmd.group_draws(run, 0, range(6))
         first, noise, S = first.unflatten(0, (6, 4)), noise.unflatten(1, (6, 4)), subsets.view(6, 4).tolist()
         alike = lambda x: bool((x == x[:1]).all())
+        assert all(len(set(group)) == 1 for group in S) and len({group[0] for group in S}) == 3
         assert all(alike(first[g]) is start_is_shared for g in range(6))
         for g, k in itertools.product(range(6), (1, 2, 3)):
             assert alike(noise[k - 1, g]) is (noise_is_shared and k != S[g][0])
