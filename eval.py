@@ -30,8 +30,8 @@ or the hub. No package beyond requirements.txt: mmdet, paddle and the rewards' o
 
 Order: 1-7 scorers | 8 METRICS, run_metric | 9 prompts and their embeddings | 10 flags | 11 sampling | 12 reports,
 a function for each command: evaluate, score_folder, compare, one_picture | 13 records of a training run: settings,
-log, panel | 14 its costs, --random_weights | 15 ablations | 16 the tiny world | 17 main. rtdmd.py uses 8, 9, 13, 14
-and 16.
+log, panel | 14 its costs, --random_weights | 15 ablations | 16 the tiny world | 17 main. rtdmd.py uses 8, 9 and
+13 to 16.
 """
 import ast
 import concurrent.futures
@@ -2668,11 +2668,15 @@ def tiny_set_metrics(backbone, images, captions, per_prompt):
 
 def main(argv=None):
     """Samples, scores, compares or ablates, as the flags say."""
-    with rtdmd.one_sentence("eval", "lower --batch (no result changes)"):
+    with rtdmd.one_sentence("eval"):
         flags, cfg = parse(argv)
         commands = ((flags.ablations, ablations), (flags.compare, compare), (flags.images, score_folder),
                     (flags.prompt, one_picture), (True, evaluate))
-        next(command for given, command in commands if given)(flags, cfg)
+        try:
+            next(command for given, command in commands if given)(flags, cfg)
+        except torch.OutOfMemoryError:
+            raise UsageError(f"out of GPU memory: lower --batch (was {flags.batch}; no result changes).",
+                             code=1) from None
 
 
 if __name__ == "__main__":

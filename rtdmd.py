@@ -401,9 +401,9 @@ class CPSScheduler(diffusers.FlowMatchEulerDiscreteScheduler):
         image = pipe(prompt, num_inference_steps=4, guidance_scale=1).images[0]
 
     eta = 0 is the Euler step, eta = 1 fresh noise at every level (the parent's `stochastic_sampling=True`). It is
-    made by from_config or from_pretrained only.
-    No pipeline hands its `generator` on to `step`, hence the attribute; None means torch's global state.
-    Put the old scheduler back before `pipe.save_pretrained`, or diffusers cannot load what was saved.
+    made by from_config or from_pretrained only. No pipeline hands its `generator` on to `step`, hence the attribute;
+    None means torch's global state. Put the old scheduler back before `pipe.save_pretrained`, or diffusers cannot
+    load what was saved.
     """
 
     eta = 0.9                # randomness of a step, 0 to 1   (paper 4.1)
@@ -554,11 +554,10 @@ def dmd_loss(x_s, x_t, v_teacher, v_fake, s, t):
     DMD) at s = 0.
 
     x_s (B, ...) with its graph; x_t = renoise(x_s); velocities at (x_t, t), treated as constants; s, t numbers or
-    (B, 1, ..). g = (m_phi -
-    m_psi) / D points from the teacher's boundary mean to the fake's, so descent moves x_s towards the teacher; D
-    = mean abs(x_s - m_psi) of the sample is DMD's normaliser. (x_s - stop(x_s - g))^2 / 2 has the gradient g; its
-    value g^2 / 2 is half the squared relative gap. a and kappa are those of "markov", also under --renoise paper:
-    m_phi - m_psi stays a positive multiple of the score difference.
+    (B, 1, ..). g = (m_phi - m_psi) / D points from the teacher's boundary mean to the fake's, so descent moves x_s
+    towards the teacher; D = mean abs(x_s - m_psi) of the sample is DMD's normaliser. (x_s - stop(x_s - g))^2 / 2 has
+    the gradient g; its value g^2 / 2 is half the squared relative gap. a and kappa are those of "markov", also under
+    --renoise paper: m_phi - m_psi stays a positive multiple of the score difference.
     """
     x_s, x_t, v_teacher, v_fake, s, t = (torch.as_tensor(value, dtype=torch.float32)
                                          for value in (x_s, x_t, v_teacher, v_fake, s, t))
@@ -667,7 +666,7 @@ def stage1(run):
         # Line 2: roll out G_theta from noise. Lines 3 and 4 re-noise to x_t what they need.
         ids = share(size * cfg.fake_updates)
         prompts = [run.prompts.at(it * period + i) for i in ids]
-        own = [*ids, *(period - cfg.batch + i for i in share(cfg.batch))]   # this process's of an iteration's prompts
+        own = [*ids, *(period - cfg.batch + i for i in share(cfg.batch))]   # an iteration's prompts that are ours
         run.text.prefetch([run.prompts.at(i * period + j) for i in (it, it + 1) for j in own])
         with phase(run, "rollout"):
             keys = [key(cfg.seed, 1, it, "rollout", i) for i in ids]
@@ -1620,10 +1619,14 @@ def save_checkpoint(run):
         write_atomic(beside / "state/manifest.json", json.dumps(digests(beside), indent=1))
         shutil.rmtree(target, ignore_errors=True)
         os.replace(beside, target)
-        # A newer one is a damaged one, that find_checkpoint has passed over.
-        for old in [p for p in list_checkpoints(run.folder) if p <= target][cfg.keep:]:
-            shutil.rmtree(old, ignore_errors=True)                          # NFS refuses while somebody reads it
+        drop_old_checkpoints(run)
     barrier()
+
+
+def drop_old_checkpoints(run):
+    """Keeps the cfg.keep newest up to where the run is. A newer one is damaged: find_checkpoint has passed over it."""
+    for old in [p for p in list_checkpoints(run.folder) if int(p.name[-6:]) <= run.done][run.cfg.keep:]:
+        shutil.rmtree(old, ignore_errors=True)                              # NFS refuses while somebody reads it
 
 
 def list_checkpoints(folder):
@@ -1728,6 +1731,7 @@ def prepare(cfg):
         load_start(run, start)
     if dist_info()[0] == 0 and not cfg.dry_run:
         ev.open_log(run)
+        drop_old_checkpoints(run)                                           # a kill may have left one too many
     return run
 
 
@@ -1824,7 +1828,7 @@ def parse_flags(argv, fields=None, titles=HELP_TITLES, usage="rtdmd.py --stage 1
 
 
 @contextlib.contextmanager
-def one_sentence(program, memory_knob):
+def one_sentence(program):
     """What a user can mend ends the program with one sentence instead of a traceback."""
     def end(text, code):
         print(f"{program}: {text}", file=sys.stderr)
@@ -1833,8 +1837,6 @@ def one_sentence(program, memory_knob):
         yield
     except UsageError as error:
         end(error, error.code)
-    except torch.OutOfMemoryError:
-        end(f"out of GPU memory: {memory_knob}.", 1)
     except OSError as error:                                                # a disk is full, a folder vanished
         end(f"{error}: mend that, or choose another folder, and give the same command again.", 2)
     finally:                                                                # after the sentence: it may wait
@@ -1842,17 +1844,26 @@ def one_sentence(program, memory_knob):
             dist.destroy_process_group()
 
 
+def train(cfg):
+    """One stage, in a folder that no other run may write to meanwhile."""
+    with eval_module().claim(cfg) if dist_info()[0] == 0 and not cfg.dry_run else contextlib.nullcontext():
+        run = prepare(cfg)
+        if not cfg.dry_run:                                                 # there is nothing to save
+            watch_signals(run)
+        (stage1 if cfg.stage == 1 else stage2)(run)
+        if cfg.dry_run:
+            eval_module().report_costs(run)
+
+
 def main(argv=None):
     """One stage, from the command line."""
-    with one_sentence("rtdmd", "lower --micro_batch (it changes nothing else), or add --checkpointing"):
+    with one_sentence("rtdmd"):
         cfg = resolve(parse_flags(argv))
-        with eval_module().claim(cfg) if dist_info()[0] == 0 and not cfg.dry_run else contextlib.nullcontext():
-            run = prepare(cfg)
-            if not cfg.dry_run:                                             # there is nothing to save
-                watch_signals(run)
-            (stage1 if cfg.stage == 1 else stage2)(run)
-            if cfg.dry_run:
-                eval_module().report_costs(run)
+        try:
+            train(cfg)
+        except torch.OutOfMemoryError:
+            raise UsageError(f"out of GPU memory: lower --micro_batch (was {cfg.micro_batch}; it changes nothing "
+                             "else), or add --checkpointing.", code=1) from None
 
 
 if __name__ == "__main__":
