@@ -57,6 +57,7 @@ import shutil
 import subprocess
 import sys
 import time
+import unicodedata
 import weakref
 from collections import namedtuple
 from pathlib import Path
@@ -67,7 +68,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
@@ -258,7 +259,7 @@ class ImageReward:
     @classmethod
     def load(cls, cfg):
         """The published file, and BERT's tokenizer, which it does not bring."""
-        path = find_weights("THUDM/ImageReward", "ImageReward.pt", cfg)
+        path = find_weights("zai-org/ImageReward", "ImageReward.pt", cfg)
         networks = cls.networks(torch.load(path, map_location="cpu", weights_only=True))
         bert = from_hub(transformers.BertTokenizer.from_pretrained, "google-bert/bert-base-uncased", cfg,
                         needs="tokenizer.json")
@@ -888,7 +889,7 @@ METRICS = {
     "pickscore":   dict(column="PickScore", scale="cosine x about 100", licence="MIT", **REWARDS["pickscore"]),
     "hpsv2":       dict(column="HPSv2", scale="cosine, v2.1 weights", licence="Apache-2.0", **REWARDS["hpsv2"]),
     "imagereward": dict(column="ImageReward", scorer=ImageReward, scale="about 0 +- 1", licence="Apache-2.0",
-                        repo="THUDM/ImageReward, google-bert/bert-base-uncased"),
+                        repo="zai-org/ImageReward, google-bert/bert-base-uncased"),
     "hpsv3":       dict(column="HPSv3", scorer=HPSv3, scale="unbounded, 10 to 16", licence="MIT, Apache-2.0",
                         repo="MizzenAI/HPSv3, Qwen/Qwen2-VL-7B-Instruct"),
     "geneval":     dict(column="GenEval", scorer=GenEval, scale="0 to 1", licence="MIT rules, other detector",
@@ -944,7 +945,7 @@ def load_metric(name, cfg, training=False):
         return user_reward(name)
     if name in REWARDS:
         return load_reward(name, cfg)
-    scorer = METRICS[name]["scorer"].load(cfg)
+    scorer = rtdmd.readable(name, METRICS[name]["scorer"].load, cfg)
     if training and name == "geneval":
         scorer.rule = "geneval_partial"
     return scorer
@@ -970,10 +971,41 @@ def user_reward(name):
 
 
 def picture(item):
-    """A picture file, or bytes or floats (3, H, W), as floats in [0, 1]."""
+    """A picture file, or bytes or floats (3, H, W), as floats in [0, 1]. UsageError names a file that is no picture."""
     if isinstance(item, Path):
-        item = torch.from_numpy(np.array(Image.open(item).convert("RGB"))).permute(2, 0, 1)
+        try:
+            if not item.is_file():                        # a pipe or a device would be read for ever
+                raise ValueError("it is no file")
+            with Image.open(item) as image:
+                item = torch.from_numpy(np.array(as_shown(image))).permute(2, 0, 1)
+        except Exception as error:                        # Pillow raises ten kinds, SyntaxError among them
+            raise UsageError(f"the picture {str(item)!r} cannot be read ({error!r:.150}).") from error
     return item if item.is_floating_point() else item.float() / 255
+
+
+def as_shown(image):
+    """A PIL image as a viewer shows it, in sRGB: turned as its EXIF orientation says, 16 bits scaled to 8, its colour
+    profile applied, transparent parts on white. convert("RGB") alone does none of this. ValueError where there is more
+    than one frame, or no agreed range of values."""
+    if getattr(image, "is_animated", False) and image.format != "MPO":     # MPO: a photo with its preview
+        raise ValueError("it has several frames: save the one that is meant")
+    profile = image.info.get("icc_profile")
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):                                          # 16 bits of grey, which convert() clips
+        values = np.array(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError("its values are beyond 16 bits")
+        image = Image.fromarray((values / 257).round().astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("it holds floats without a known range: save it with 8 or 16 bits")
+    with contextlib.suppress(ImageCms.PyCMSError, OSError):                 # viewers ignore a profile that is broken
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile or b""))
+        if image.mode in ("RGB", "L", "CMYK") and "sRGB" not in ImageCms.getProfileDescription(source):
+            image = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 @torch.no_grad()
@@ -1054,16 +1086,17 @@ def read_prompts(name_or_path, seed=None):
     Stripped, without blank lines and duplicates; in an order by `seed` and each text alone (a new line moves no
     other), or without seed in the file's. UsageError names the line that is wrong."""
     texts, known, table = [], ", ".join(KNOWN_PROMPTS), name_or_path.lower().endswith((".csv", ".tsv"))
+    done = int(table)                                                       # lines read: a table has a header
     try:
-        for row in prompt_rows(name_or_path):
+        for i, row in enumerate(rows := prompt_rows(name_or_path), 1):
             texts.append(prompt_of(row))
+            done = getattr(rows, "line_num", i)
     except OSError as error:
         raise UsageError(f"--prompts {name_or_path} cannot be read ({error.strerror or error}): give a file, or "
                          f"one of {known}.") from error
     except (ValueError, RuntimeError, csv.Error) as error:              # pyarrow's are subclasses of the first two
-        line = len(texts) + (2 if table else 1)                          # a table has a header
         reason = " ".join(str(getattr(error, "msg", error)).split())[:150]
-        raise UsageError(f"--prompts {name_or_path}, line {line}: {reason}; mend it, or give {known}.") from error
+        raise UsageError(f"--prompts {name_or_path}, line {done + 1}: {reason}; mend it, or give {known}.") from error
     prompts = list(dict.fromkeys(filter(None, texts)))
     if not prompts:
         raise UsageError(f"--prompts {name_or_path} holds no prompt: give a file with one prompt a line.")
@@ -1076,6 +1109,8 @@ def read_prompts(name_or_path, seed=None):
 def prompt_of(row):
     """The stripped prompt of a row: a text, or a dict with one of PROMPT_COLUMNS. Raises ValueError."""
     if isinstance(row, dict):
+        if None in row:                                    # csv's name for cells beyond the header's columns
+            raise ValueError("more cells than the header has columns; write a text with a comma or tab in quotes")
         row = {str(name).strip().lower(): text for name, text in row.items()}
         if not (found := [row[name] or "" for name in PROMPT_COLUMNS if name in row]):
             raise ValueError(f"no column or key called {', '.join(PROMPT_COLUMNS)}")
@@ -1083,7 +1118,8 @@ def prompt_of(row):
     if not isinstance(row, str) or "\0" in row or len(row) > LONGEST_PROMPT:
         raise ValueError(f"a prompt is text without NUL, up to {LONGEST_PROMPT:,} characters: {row!r:.30}")
     row.encode()            # JSON can hold half a surrogate pair: an error here, and not in the tokenizer
-    return row.strip()
+    seen = any(unicodedata.category(letter)[0] not in "CZ" for letter in row)     # not only blanks of zero width
+    return row.strip() if seen else ""
 
 
 def prompt_rows(source):
@@ -1104,7 +1140,8 @@ def prompt_rows(source):
         return file.read([name for name in file.schema_arrow.names if name.lower() in PROMPT_COLUMNS]).to_pylist()
     lines = (line.decode("utf-8-sig") for line in Path(source).read_bytes().splitlines(keepends=True))
     if kind in (".csv", ".tsv"):
-        return csv.DictReader(lines, delimiter="," if kind == ".csv" else "\t")
+        # strict: or a quote that is never closed swallows the rows after it, in silence.
+        return csv.DictReader(lines, delimiter="," if kind == ".csv" else "\t", strict=True)
     if kind not in (".txt", ".jsonl"):
         raise ValueError(f"it ends in {kind or 'nothing'}, in none of .txt, .jsonl, .csv, .tsv, .parquet")
     return lines if kind == ".txt" else (json.loads(line) if line.strip() else "" for line in lines)
@@ -1305,7 +1342,8 @@ def settings_of(run):
 
 def checkpoint_at(path):
     """The newest whole checkpoint at a path, or a bare folder with an exported adapter. Raises UsageError."""
-    found = Path(path) if (Path(path) / rtdmd.LORA_FILE).exists() else rtdmd.find_checkpoint(path)
+    bare = (Path(path) / rtdmd.LORA_FILE).exists() and not (Path(path) / "state").exists()    # else it is checked
+    found = Path(path) if bare else rtdmd.find_checkpoint(path)
     if not found:
         raise UsageError(f"There is no checkpoint at {path}: give a stage's folder, such as runs/tiny/stage2.")
     return found
@@ -1555,14 +1593,22 @@ def read_folder(folder):
     if listed.exists():
         rows = read_rows(listed, file_name=str, prompt=str)
         files, prompts = [folder / row["file_name"] for row in rows], [row["prompt"] for row in rows]
+        if out := [row["file_name"] for row in rows if Path(row["file_name"]).is_absolute()
+                   or ".." in Path(row["file_name"]).parts]:
+            raise UsageError(f"{listed}: the file_name {out[0]!r} leads out of the folder: name pictures below it.")
     else:
-        files = sorted(p for p in folder.iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+        readable = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+        there = sorted(p for p in folder.iterdir() if not p.is_dir() and not p.name.startswith("."))
+        files = [p for p in there if p.suffix.lower() in readable]
+        if others := sorted({p.suffix or p.name for p in there if p not in files}):
+            rtdmd.log(f"{folder}: {len(there) - len(files)} files are left out, no pictures by their ending: "
+                      f"{', '.join(others[:8])}")
         prompts = [p.stem.replace("_", " ").strip() for p in files]
     missing = [file for file in files if not file.exists()]
     if missing or not files:
         below = ", ".join(sorted(p.name for p in folder.iterdir() if p.is_dir())[:5])
         raise UsageError(f"{listed} names {missing[0]}, which does not exist: mend it." if missing else
-                         f"--images {folder} holds no .png, .jpg or .webp picture: give another folder"
+                         f"--images {folder} holds no picture that Pillow reads: give another folder"
                          f"{f', one of {below} in it' if below else ''}.")
     return files, prompts
 
@@ -2161,7 +2207,7 @@ def ablation(out, cfg, stage, row, words, seed):
         raise UsageError(f"The ablation {row!r} failed: {quiet.getvalue().strip().splitlines()[-1]}") from None
     scores, = json.loads((folder / "report.json").read_text())["rows"].values()
     gaps = [line["dm"] for line in read_log(found.parent)[-20:] if "dm" in line]
-    facts = dict(stage=stage, seed=seed, words=words, iterations=int(found.name[-6:]))
+    facts = dict(stage=stage, seed=seed, words=words, iterations=rtdmd.iteration_of(found))
     rtdmd.write_atomic(target, json.dumps(scores | ({"dm": float(np.mean(gaps))} if gaps else {}) | facts))
 
 
@@ -2175,7 +2221,7 @@ def best_checkpoint(folder):
     """The checkpoint with the highest score of the held-out judge, averaged over panels within 10 iterations."""
     curve = {line["iteration"]: line["watch_heldout"] for line in read_log(folder) if "watch_heldout" in line}
     near = lambda it: np.mean([score for other, score in curve.items() if abs(other - it) <= 10])
-    return max(rtdmd.list_checkpoints(folder), key=lambda path: near(int(path.name[-6:])))
+    return max(rtdmd.list_checkpoints(folder), key=lambda path: near(rtdmd.iteration_of(path)))
 
 
 def ablation_table(rows, results):

@@ -1098,8 +1098,19 @@ def load_reward(name, cfg, extra=None):
     if extra and name in extra:
         return extra[name]
     if name in REWARDS:
-        return ClipReward(name, REWARDS[name], REWARDS[name]["host"](REWARDS[name], cfg))
+        return ClipReward(name, REWARDS[name], readable(name, REWARDS[name]["host"], REWARDS[name], cfg))
     return eval_module().load_metric(name, cfg, training=True)
+
+
+def readable(name, load, *args):
+    """load(*args), whose file may be empty, cut short or a web page: unpickling raises almost anything."""
+    try:
+        return load(*args)
+    except (UsageError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise UsageError(f"the weights of {name} cannot be read ({' '.join(repr(error).split())[:200]}): download them "
+                         "again.") from error
 
 
 def rate(reward, images, prompts):
@@ -1625,13 +1636,21 @@ def save_checkpoint(run):
 
 def drop_old_checkpoints(run):
     """Keeps the cfg.keep newest up to where the run is. A newer one is damaged: find_checkpoint has passed over it."""
-    for old in [p for p in list_checkpoints(run.folder) if int(p.name[-6:]) <= run.done][run.cfg.keep:]:
+    for old in [p for p in list_checkpoints(run.folder) if iteration_of(p) <= run.done][run.cfg.keep:]:
         shutil.rmtree(old, ignore_errors=True)                              # NFS refuses while somebody reads it
 
 
+def iteration_of(folder):
+    """The iteration in a checkpoint's name; None if it is no checkpoint of a run, such as a copy checkpoint-best."""
+    found = re.fullmatch(r"checkpoint-(\d{6,})", Path(folder).name)
+    return int(found[1]) if found else None
+
+
 def list_checkpoints(folder):
-    """Checkpoint folders below, newest first. A copy called checkpoint-best is none of them."""
-    return sorted(Path(folder).glob("checkpoint-" + 6 * "[0-9]"), reverse=True)
+    """Checkpoint folders below, newest first. OSError if the folder is there and may not be read (glob would say that
+    it is empty)."""
+    names = os.listdir(folder) if Path(folder).is_dir() else []
+    return sorted((Path(folder) / n for n in names if iteration_of(n) is not None), key=iteration_of, reverse=True)
 
 
 def digests(folder):
@@ -1640,13 +1659,20 @@ def digests(folder):
 
 
 def find_checkpoint(path):
-    """The newest whole checkpoint at or below a path, else None. A damaged one is named and passed over."""
+    """The newest whole checkpoint at or below a path, None if there is no checkpoint at all. A damaged one is named
+    and passed over. UsageError if all are damaged: to begin again from nothing would overwrite what may be all that
+    is left of a run. A file that is there but cannot be read (no permission, a passing fault of the disk) is no damage
+    either: its OSError ends the program."""
     path = Path(path)
-    for folder in [path] if path.name.startswith("checkpoint-") else list_checkpoints(path):
-        with contextlib.suppress(OSError, ValueError):
+    candidates = [path] if path.name.startswith("checkpoint-") and path.exists() else list_checkpoints(path)
+    for folder in candidates:
+        with contextlib.suppress(FileNotFoundError, ValueError, RecursionError):
             if json.loads((folder / "state/manifest.json").read_text()) == digests(folder):
                 return folder
         log(f"Checkpoint {folder} is damaged and is passed over.")
+    if candidates:
+        raise UsageError(f"All checkpoints at {path} are damaged, and none was touched: restore one, or move them away "
+                         "to start from the beginning.")
     return None
 
 
@@ -1754,7 +1780,7 @@ def iterations(run):
     checkpoint. The panel: pictures of fixed prompts and noise, and numbers that move when a reward is hacked."""
     cfg = run.cfg
     last = cfg.dry_run or cfg.iterations
-    bar = progress(range(run.done, last), last, f"stage {cfg.stage}", start=run.done)
+    due, bar = False, progress(range(run.done, last), last, f"stage {cfg.stage}", start=run.done)
     for it in bar:
         run.terms, start = {}, time.perf_counter()
         yield it
@@ -1767,11 +1793,18 @@ def iterations(run):
         row["seconds"] = time.perf_counter() - start
         bar.set_postfix_str(eval_module().record(run, row), refresh=False)
         stop = any(everyone(run.stop))                                      # all of them, or one waits for ever
-        if run.done % cfg.save_every == 0 or run.done == last or stop:
+        # A run that diverges must not push its last good checkpoint out: none is saved before an update is finite again.
+        due, streak = due or run.done % cfg.save_every == 0 or run.done == last or stop, max(run.bad.values())
+        if due and not streak:
             save_checkpoint(run)
+            due = False
         if stop:
-            log(f"Stopped by a signal after iteration {run.done}; the same command goes on from there.")
+            where = "the last checkpoint, since the latest update was not finite" if streak else "there"
+            log(f"Stopped by a signal after iteration {run.done}; the same command goes on from {where}.")
             return
+        if streak and run.done == last:
+            raise UsageError("the last update was not finite, so its checkpoint is not saved: go on from the one before "
+                             "with a lower --lr.", code=1)
 
 
 def watch_signals(run):

@@ -29,6 +29,7 @@ import argparse
 import ast
 import contextlib
 import dataclasses
+import errno
 import functools
 import inspect
 import itertools
@@ -2797,6 +2798,63 @@ def test_a_damaged_newest_checkpoint_is_passed_over(name, damage, begun, four, f
     assert names_in(tmp_path / "run/stage1") == ["checkpoint-000004"]
 
 
+def longer(path):
+    with open(path, "ab") as file:
+        file.write(b" ")
+
+
+@pytest.mark.parametrize("damage", [cut, longer, Path.unlink])
+def test_nothing_is_overwritten_where_all_checkpoints_are_damaged(damage, begun, flags, tmp_path, capfd):
+    """To begin again from nothing would delete what may be all that is left; stage 2 does not go back to stage 1."""
+    shutil.copytree(begun, tmp_path / "run")
+    rtdmd.main(flags(2, "--iterations", 1))
+    for folder in (tmp_path / "run").glob("stage*/checkpoint-*"):
+        damage(folder / "state/run.json")
+    before = snapshot(tmp_path)
+    refused(capfd, flags(1, "--iterations", 9), "All checkpoints at .*stage1 are damaged.*move them away")
+    refused(capfd, flags(2, "--iterations", 9), "All checkpoints at .*stage2 are damaged")
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE, errno.EMFILE])
+def test_a_checkpoint_that_cannot_be_read_is_no_damaged_one(number, begun, flags, tmp_path, capfd, monkeypatch):
+    """A passing fault of the disk ends the program before anything is written."""
+    shutil.copytree(begun, tmp_path / "run")
+    before, read = snapshot(tmp_path), Path.read_bytes
+
+    def fails(path):
+        if path.name == "run.json" and path.parent.name == "state":
+            raise OSError(number, os.strerror(number), str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", fails)
+    refused(capfd, flags(1, "--iterations", 9), re.escape(os.strerror(number)))
+    monkeypatch.undo()
+    assert snapshot(tmp_path) == before
+
+
+def test_a_million_iterations_and_copies(tmp_path):
+    """Checkpoints are sorted by number, not by letter; a copy under another name is none."""
+    for name in ("checkpoint-999950", "checkpoint-1000000", "checkpoint-000050", "checkpoint-best", "checkpoint-7"):
+        (tmp_path / name).mkdir()
+    assert names_in(tmp_path) == ["checkpoint-1000000", "checkpoint-999950", "checkpoint-000050"]
+
+
+def test_a_run_that_diverges_keeps_its_good_checkpoints(flags, tmp_path, monkeypatch, capfd):
+    """No save while updates are not finite: with --keep 2 they would have pushed the good ones out."""
+    monkeypatch.setattr(rtdmd, "dmd_loss", spoil("dmd_loss", lambda: len(rows_of(tmp_path / "run/stage1")) >= 2))
+    refused(capfd, flags(1, "--iterations", 5, "--save_every", 1, "--max_bad_steps", 9), "not finite.*not saved", code=1)
+    assert names_in(tmp_path / "run/stage1") == ["checkpoint-000002", "checkpoint-000001"]
+    assert len(rows_of(tmp_path / "run/stage1")) == 5
+
+
+def test_a_save_that_fell_due_in_a_bad_update_comes_with_the_next_good_one(flags, tmp_path, monkeypatch):
+    """One bad update in the third iteration: its checkpoint is the fourth's."""
+    monkeypatch.setattr(rtdmd, "dmd_loss", spoil("dmd_loss", lambda: len(rows_of(tmp_path / "run/stage1")) == 2))
+    rtdmd.main(flags(1, "--iterations", 5, "--save_every", 3, "--keep", 9))
+    assert names_in(tmp_path / "run/stage1") == ["checkpoint-000005", "checkpoint-000004"]
+
+
 def test_a_damaged_newer_one_does_not_push_out_the_whole_one(begun, flags, tmp_path, monkeypatch):
     """--keep 1, and the run ends before it reaches the damaged number again."""
     shutil.copytree(begun, tmp_path / "run")
@@ -3066,7 +3124,7 @@ WRONG = [line.split(" | ") for line in r"""
 2 --lora_alpha 8 | lora_alpha 4 -> 8
 2 --init TMP/nothing | No stage-1 checkpoint
 2 --init TMP/file | No stage-1 checkpoint
-2 --init TMP/cut/checkpoint-000003 | No stage-1 checkpoint
+2 --init TMP/cut/checkpoint-000003 | All checkpoints at .* are damaged
 2 --init TMP/other | model 'sd3m' -> 'tiny'
 2 --init TMP/bare | not of this version
 1 --out TMP/file/run | Not a directory
@@ -4277,6 +4335,111 @@ def test_prompts_are_counted_and_shuffled_by_seed(tmp_path, capsys, flags):
     doubled = written(tmp_path, "p.txt", "a red circle\na red circle\n\na blue square\n")
     rtdmd.main(flags(1, "--prompts", doubled, "--iterations", 1))
     assert "2 from" in (out := capsys.readouterr().err) and "1 duplicates" in out
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("p.tsv", 'prompt\n"the quick\nfox\na quoted" word\na dog\n', "line 2.*expected after"),
+    ("p.tsv", 'prompt\na cat\n"the quick\nfox\n', "line 3.*end of data"),
+    ("p.csv", 'prompt\na cat\n"a "red" dog"\n', "line 3.*expected after"),
+    ("p.csv", 'id,prompt\n1,a cat\n2,a red, small dog\n', "line 3.*more cells.*in quotes")])
+def test_quotes_and_commas_in_tables(name, content, words, tmp_path):
+    """A quote that is not closed would swallow the rows after it, a comma cut its caption: the line is named."""
+    with pytest.raises(rtdmd.UsageError, match=words) as error:
+        ev.read_prompts(written(tmp_path, name, content))
+    sentence(error)
+
+
+def test_prompts_that_nobody_can_see_are_blank(tmp_path):
+    """Zero-width characters and marks of direction are no prompt; beside letters they stay."""
+    path = written(tmp_path, "p.txt", "\u200b\u200d\n\u2060 \ufeff\na\u200bcat\n")
+    assert ev.read_prompts(path) == ["a\u200bcat"]
+
+
+# ---- Pictures
+
+def mean_of_halves(path):
+    """Mean colour of the upper and of the lower half of a picture file, as it is scored."""
+    top, bottom = ev.picture(path).chunk(2, 1)
+    return [[round(v, 2) for v in half.mean((1, 2)).tolist()] for half in (top, bottom)]
+
+
+def test_a_picture_is_scored_as_a_viewer_shows_it(tmp_path):
+    """EXIF's orientation, 16 bits, transparency, palettes, a colour profile."""
+    red_on_top = Image.new("RGB", (16, 16), "blue")
+    red_on_top.paste("red", (0, 0, 16, 8))
+    seen, path = [[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]], tmp_path / "p.png"
+    exif = Image.Exif()
+    exif[0x0112] = 6                                                        # shown turned by 90 degrees clockwise
+    red_on_top.rotate(90).save(path, exif=exif)
+    assert mean_of_halves(path) == seen
+    red_on_top.convert("P", palette=Image.Palette.ADAPTIVE).save(path)
+    assert mean_of_halves(path) == seen
+    ramp = np.linspace(0, 65535, 256).round().astype(np.uint16).reshape(16, 16)
+    Image.fromarray(ramp).save(path)
+    assert ev.picture(path).mean().item() == pytest.approx(.5, abs=.001) and len(ev.picture(path).unique()) == 256
+    red = Image.new("RGBA", (16, 16), (255, 0, 0, 255))
+    red.paste((255, 0, 0, 0), (0, 8, 16, 16))
+    for image in (red, red.quantize(4)):
+        image.save(path)
+        assert mean_of_halves(path) == [[1.0, 0.0, 0.0], [1.0, 1.0, 1.0]]    # a viewer's ground is white
+    Image.new("LA", (16, 16), (0, 0)).save(path)
+    assert mean_of_halves(path) == [[1.0] * 3] * 2
+    from PIL import ImageCms
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    swapped = profile.replace(b"rXYZ", b"....").replace(b"bXYZ", b"rXYZ").replace(b"....", b"bXYZ")
+    swapped = swapped.replace("sRGB".encode("utf-16-be"), "swap".encode("utf-16-be"))
+    for embedded, shown in ((profile, [255, 0, 0]), (swapped, [0, 0, 255]), (b"no profile", [255, 0, 0])):
+        Image.new("RGB", (16, 16), "red").save(path, icc_profile=embedded)
+        assert (ev.picture(path)[:, 0, 0] * 255 - torch.tensor(shown)).abs().max() <= 1
+
+
+def bomb(path):
+    """A PNG whose header says 100,000 x 100,000."""
+    import zlib
+    chunk = lambda kind, data: len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+    side = (100_000).to_bytes(4, "big")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", side + side + b"\x08\x02\0\0\0") + chunk(b"IEND", b""))
+
+
+def broken_chunk(path):
+    Image.new("RGB", (64, 64), "red").save(path)
+    data = bytearray(path.read_bytes())
+    data[data.index(b"IDAT") + 1] ^= 0xff
+    path.write_bytes(data)
+
+
+def animated(path):
+    Image.new("RGB", (8, 8)).save(path, save_all=True, append_images=[Image.new("RGB", (8, 8), "red")])
+
+
+@pytest.mark.parametrize("spoilt", [bomb, broken_chunk, animated, os.mkfifo, Path.mkdir, Path.touch,
+                                    lambda path: path.write_text("<html>"),
+                                    lambda path: Image.new("F", (8, 8)).save(path, "TIFF")])
+def test_a_picture_that_cannot_be_read_costs_its_own_score(spoilt, tmp_path):
+    """Whatever Pillow raises, a pipe that would be read for ever, and frames of which none is meant."""
+    good, bad = tmp_path / "good.png", tmp_path / "bad.png"
+    Image.new("RGB", (8, 8), "white").save(good)
+    spoilt(bad)
+    scorer = type("Mean", (), dict(name="mean", differentiable=False,
+                                   __call__=lambda self, images, prompts: images.mean((1, 2, 3))))()
+    scores, failures = ev.run_metric(scorer, [good, bad, good], ["a", "b", "c"])
+    assert scores["mean"][::2] == [1, 1] and math.isnan(scores["mean"][1])
+    assert len(failures) == 1 and "bad.png" in failures[0]
+
+
+def test_files_beside_the_pictures_are_told(tmp_path, capsys):
+    """What Pillow reads is scored, the rest is named; a row of metadata may not lead out of the folder."""
+    for name in ("a_cat.png", "b.bmp", "c.tiff", "d.GIF"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    for name in ("notes.txt", "e.mp4", ".hidden"):
+        (tmp_path / name).touch()
+    files, prompts = ev.read_folder(tmp_path)
+    assert [f.name for f in files] == ["a_cat.png", "b.bmp", "c.tiff", "d.GIF"] and prompts[0] == "a cat"
+    assert "2 files are left out" in (out := capsys.readouterr().err) and ".mp4, .txt" in out
+    for name in ("../x.png", "/etc/x.png", "a/../../x.png"):
+        written(tmp_path, "metadata.jsonl", json.dumps(dict(file_name=name, prompt="a")))
+        with pytest.raises(rtdmd.UsageError, match="leads out of the folder"):
+            ev.read_folder(tmp_path)
 
 
 BAD = {
