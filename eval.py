@@ -971,7 +971,7 @@ def user_reward(name):
 
 
 def picture(item):
-    """A picture file, or bytes or floats (3, H, W), as floats in [0, 1]. UsageError names a file that is no picture."""
+    """A picture file, or bytes or floats (3, H, W), as floats in [0, 1]. OSError names a file that is no picture."""
     if isinstance(item, Path):
         try:
             if not item.is_file():                        # a pipe or a device would be read for ever
@@ -979,7 +979,7 @@ def picture(item):
             with Image.open(item) as image:
                 item = torch.from_numpy(np.array(as_shown(image))).permute(2, 0, 1)
         except Exception as error:                        # Pillow raises ten kinds, SyntaxError among them
-            raise UsageError(f"the picture {str(item)!r} cannot be read ({error!r:.150}).") from error
+            raise OSError(f"the picture {str(item)!r} cannot be read ({error!r:.150}).") from error
     return item if item.is_floating_point() else item.float() / 255
 
 

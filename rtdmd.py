@@ -35,36 +35,30 @@ Symbols  theta generator | psi frozen teacher, guided with weight w | phi fake s
          distribution matching (DM) minus beta times that of E r (Eq. 7) | det, pathwise: the term of Eq. 15, through
          the deterministic step K
 
-DEPARTURES  [P] from the paper, [C] from its released code, [-] from neither: what both share or leave open.
-README ("Departures") has the long form; tests name those that they show (grep DEPARTURE test_rtdmd.py).
- 1. [P] kappa = sqrt(t^2 - a^2 s^2): variances add. The paper's (t-s)/(1-s) adds standard deviations (--renoise paper).
- 2. [-] With this kappa App. E holds for noisy x_s too: h(x_t, t) is a martingale of the reversed chain, for no other.
- 3. [C] Eq. 11's reverse kernel is the Gaussian posterior. At a fixed eta (--kernel cps) the true score has a loss.
- 4. [PC] t'' is at most delta below t', with no t_j between: one phi serves all steps (18), and the mixture that it
-    learns changes at t_j. App. F's t_k, t_{k+1} leave [t_k, 1], where step k trains phi
-    (--consistency_times schedule).
- 5. [PC] The fake loss is divided by the variance of its velocity target: Eq. 5 at s = 0, of order one everywhere.
- 6. [PC] theta's gradient is Eq. 9's times a positive weight, the difference of the boundary means m over D; as in DMD,
-    D depends on the sample, not on t alone. (The released D contains one more draw of noise.)
- 7. [PC] log pi is the exact log-density divided by d. Without its 1 / (2 std^2) steps are weighted by their variance
-    (--log_prob unscaled).
- 8. [C] Old and new log pi come from one forward: in a rollout's first update the ratio is 1, not nearly 1.
- 9. [C] (K-1)/M of Eq. 17 is kept: without it the estimate is M/(K-1) of the gradient.
+DEPARTURES  [P] from the paper, [C] from its released code, [-] from neither: both share it, or leave it open.
+The reasons are in README ("Departures"); tests name those that they show (grep DEPARTURE test_rtdmd.py).
+ 1. [P] kappa = sqrt(t^2 - a^2 s^2), since variances add. The paper's (t-s)/(1-s) adds standard deviations.
+ 2. [-] With this kappa, and with no other, App. E holds for noisy x_s too: h(x_t, t) is a martingale.
+ 3. [C] The reverse kernel of Eq. 11 is the Gaussian posterior. At a fixed eta the true score has a loss.
+ 4. [PC] t'' is at most delta below t', with no t_j between them. App. F's t_{k+1} leaves [t_k, 1].
+ 5. [PC] The fake loss is divided by the variance of its target: Eq. 5 at s = 0, of order one everywhere.
+ 6. [PC] theta's gradient is the difference of the boundary means m over D: Eq. 9 times a positive weight.
+ 7. [PC] log pi is the exact log-density divided by d. The release leaves out its 1 / (2 std^2).
+ 8. [C] Old and new log pi come from one forward: before the first update the ratio is exactly 1.
+ 9. [C] (K-1)/M of Eq. 17 is kept. Without it the estimate is M/(K-1) of the gradient.
 10. [C] S is drawn for every prompt, as Algorithm 1 says.
-11. [PC] Eqs. 15 and 17 share units: the same std divides a reward in both, and all of Eq. 18 is a mean over d.
-12. [P] Unscaled advantages leave r_i out of its own baseline; scaled ones (App. H) have a floor under the std.
-13. [C] DM in stage 2 acts on every k equally often on average, and so does phi's update; not on K alone
-    (--dm_steps last).
-14. [PC] Adapters, gradients, Adam, EMA are fp32: bf16 rounds a step of 1e-6 away. Stage 2 begins with stage 1's
-    averaged generator and its phi instead of merging them.
+11. [PC] Eqs. 15 and 17 share units: one std divides a reward in both, and all of Eq. 18 is a mean over d.
+12. [P] Unscaled advantages leave r_i out of its own baseline. Scaled ones (App. H) have a floor under the std.
+13. [C] In stage 2 matching acts on every k equally often on average, and so does phi's update; not on K alone.
+14. [PC] Adapters, gradients, Adam and EMA are fp32. Stage 2 continues stage 1's adapters, unmerged.
 15. [-] psi is the frozen base, phi an adapter on it, theta another: there, or on its own base (FLUX.2, App. J).
 16. [P] In stage 1 k is stratified: every update trains each step on an equal share of its samples.
-17. [PC] Levels are drawn from the inner 98 % of (s, 1). A clamp piles most of FLUX.2's first-step draws on .98.
-18. [-] One phi serves all k: at t it learns the mixture of the step-k laws with t_k < t, not each p^(k) of Eq. 9.
-19. [P] Eq. 9 is differentiated through step k alone; Eq. 8 also depends on theta through the steps before.
-20. [P] beta is a relative weight, not the exponent of Eq. 6: DM is divided by D, a reward by its std.
+17. [PC] Levels are drawn from the inner 98 % of (s, 1) instead of being clamped into it.
+18. [-] One phi serves all k: at t it learns the mixture of the step-k laws with t_k < t, not each p^(k).
+19. [P] Eq. 9 is differentiated through step k alone, although Eq. 8 also depends on theta through earlier steps.
+20. [P] beta is a relative weight, not the exponent of Eq. 6: matching is divided by D, a reward by its std.
 21. [P] Eq. 22's draws x'' are constants; psi is guided; what is exported is theta's average over updates.
-22. [P] phi has fake_updates steps for one of theta (10 in stage 1), and Algorithm 1's line 4 a rollout of its own.
+22. [P] phi has fake_updates steps for one of theta, and line 4 of Algorithm 1 a rollout of its own.
 """
 
 from __future__ import annotations
@@ -1109,8 +1103,8 @@ def readable(name, load, *args):
     except (UsageError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise UsageError(f"the weights of {name} cannot be read ({' '.join(repr(error).split())[:200]}): download them "
-                         "again.") from error
+        reason = " ".join(repr(error).split())[:200]
+        raise UsageError(f"the weights of {name} cannot be read ({reason}): download them again.") from error
 
 
 def rate(reward, images, prompts):
@@ -1671,8 +1665,8 @@ def find_checkpoint(path):
                 return folder
         log(f"Checkpoint {folder} is damaged and is passed over.")
     if candidates:
-        raise UsageError(f"All checkpoints at {path} are damaged, and none was touched: restore one, or move them away "
-                         "to start from the beginning.")
+        raise UsageError(f"All checkpoints at {path} are damaged, and none was touched: restore one, or move them "
+                         "away to start from the beginning.")
     return None
 
 
@@ -1793,7 +1787,7 @@ def iterations(run):
         row["seconds"] = time.perf_counter() - start
         bar.set_postfix_str(eval_module().record(run, row), refresh=False)
         stop = any(everyone(run.stop))                                      # all of them, or one waits for ever
-        # A run that diverges must not push its last good checkpoint out: none is saved before an update is finite again.
+        # A run that diverges must not push its last good checkpoint out: none is saved while updates are not finite.
         due, streak = due or run.done % cfg.save_every == 0 or run.done == last or stop, max(run.bad.values())
         if due and not streak:
             save_checkpoint(run)
@@ -1803,8 +1797,8 @@ def iterations(run):
             log(f"Stopped by a signal after iteration {run.done}; the same command goes on from {where}.")
             return
         if streak and run.done == last:
-            raise UsageError("the last update was not finite, so its checkpoint is not saved: go on from the one before "
-                             "with a lower --lr.", code=1)
+            raise UsageError("the last update was not finite, so its checkpoint is not saved: go on from the one "
+                             "before with a lower --lr.", code=1)
 
 
 def watch_signals(run):

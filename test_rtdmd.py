@@ -1676,7 +1676,7 @@ def test_hpsv2_host_loads_strictly_and_scores_a_cosine(tmp_path, monkeypatch):
     lacking = dict(small.state_dict())
     del lacking["visual.proj"]
     torch.save({"state_dict": lacking}, file)
-    with pytest.raises(RuntimeError, match="visual.proj"):
+    with pytest.raises(rtdmd.UsageError, match="weights of hpsv2 cannot be read.*visual.proj"):
         rtdmd.load_reward("hpsv2", cfg)
 
 
@@ -2684,10 +2684,14 @@ def test_a_number_that_is_none_skips_the_step(source, value, flags, tmp_path, mo
     rows = tmp_path / f"run/stage{stage}/metrics.jsonl"
     in_the_second = lambda: rows.exists() and rows.read_text().count("\n") == 1
     monkeypatch.setattr(rtdmd, name, spoil(name, in_the_second, value))
+    states, record = [], ev.record                  # there is no checkpoint of a bad update
+    monkeypatch.setattr(ev, "record", lambda run, row: states.append(
+        {n: p.clone() for n, p in rtdmd.training_state(run).items()}) or record(run, row))
     rtdmd.main(flags(stage, "--watch", ""))
     text = capfd.readouterr().err
     assert re.search(f"Iteration 2: the {role}'s gradient is not finite .*{source}.* is skipped", text)
-    first, second, third = (state_of(tmp_path / f"run/stage{stage}/checkpoint-{n:06d}") for n in (1, 2, 3))
+    first, second, third = states
+    assert names_in(rows.parent) == ["checkpoint-000003", "checkpoint-000001"]
     assert all(p.isfinite().all() for p in third.values())
     for kind, of in (("generator.", "generator"), ("ema.", "generator"), ("adam.generator.", "generator"),
                      ("fake.", "fake"), ("adam.fake.", "fake")):
@@ -2843,7 +2847,8 @@ def test_a_million_iterations_and_copies(tmp_path):
 def test_a_run_that_diverges_keeps_its_good_checkpoints(flags, tmp_path, monkeypatch, capfd):
     """No save while updates are not finite: with --keep 2 they would have pushed the good ones out."""
     monkeypatch.setattr(rtdmd, "dmd_loss", spoil("dmd_loss", lambda: len(rows_of(tmp_path / "run/stage1")) >= 2))
-    refused(capfd, flags(1, "--iterations", 5, "--save_every", 1, "--max_bad_steps", 9), "not finite.*not saved", code=1)
+    argv = flags(1, "--iterations", 5, "--save_every", 1, "--max_bad_steps", 9)
+    refused(capfd, argv, "not finite.*not saved", code=1)
     assert names_in(tmp_path / "run/stage1") == ["checkpoint-000002", "checkpoint-000001"]
     assert len(rows_of(tmp_path / "run/stage1")) == 5
 
