@@ -2,7 +2,7 @@
 
 It samples a checkpoint, or takes a folder of pictures, and prints the columns of the paper's tables.
 
-    a run       python eval.py --run_folder runs/tiny                   # teacher, untrained student, both stages
+    a run       python eval.py --run_folder runs/tiny  # teacher, untrained student, both stages
     checkpoint  python eval.py --model sd3m --lora runs/sd3m/stage2 --prompts drawbench --metrics hpsv2,aesthetic
     teacher     python eval.py --model sd3m --teacher --nfe 50 --cfg 7 --prompts drawbench
     pictures    python eval.py --images folder --metrics hpsv2          # of any origin
@@ -10,6 +10,7 @@ It samples a checkpoint, or takes a folder of pictures, and prints the columns o
     one         python eval.py --model sd3m --lora runs/sd3m/stage2 --prompt "a red fox"
     8 GPUs      torchrun --nproc_per_node 8 eval.py ...                 # the same numbers, sooner
     ablations   python eval.py --ablations --quick                      # the paper's questions, on the tiny world
+    costs       python eval.py --dry_run 1 --stage 1 --model sd3m       # will it fit, how fast is it? no download
 
 Metrics, better when higher, on the scale of the paper's tables, with the range found there:
     clipscore    cosine, .25 to .32           rtdmd.ClipReward, as are the next two
@@ -21,27 +22,23 @@ Metrics, better when higher, on the scale of the paper's tables, with the range 
     geneval      0 to 1                       GenEval: mean of six tasks; prompts are rows of its metadata
     geneval2     0 to 1                       GenEval2: likewise
     ocr          0 to 1                       OCR: the prompt has the wanted text in double quotes
-    tiny world   attributes, strict, heldout, heldout_strict (judges, section 16); of the whole set distance
+    tiny world   attributes, strict, heldout, heldout_strict (judges, section 14); of the whole set distance
                  (better when lower) and diversity (better near 1): tiny_set_metrics
 
 A scorer is called as scorer(images (B,3,H,W) in [0,1], prompts or metadata rows) -> (B,). Its networks are
 arguments, so that tests use the real classes at small size; `load(cfg)` takes the real ones from --weights_dir
 or the hub. No package beyond requirements.txt: mmdet, paddle and the rewards' own break on today's transformers.
 
-Order: 1-7 scorers | 8 METRICS, run_metric | 9 prompts and their embeddings | 10 flags | 11 sampling | 12 reports,
-a function for each command: evaluate, score_folder, compare, one_picture | 13 records of a training run: settings,
-log, panel | 14 its costs, --random_weights | 15 ablations | 16 the tiny world | 17 main. rtdmd.py uses 8, 9 and
-13 to 16.
+Order: 1-7 scorers | 8 METRICS, run_metric | 9 flags | 10 sampling | 11 reports, a function for each command: evaluate,
+score_folder, compare, one_picture | 12 what training costs | 13 ablations | 14 the tiny world | 15 main. rtdmd.py
+knows none of this: it finds the tiny world and these scorers by their names, as it would find yours.
 """
 import ast
 import concurrent.futures
 import contextlib
-import csv
 import dataclasses
-import fcntl
 import functools
 import gc
-import hashlib
 import importlib.metadata
 import importlib.util
 import io
@@ -53,17 +50,13 @@ import os
 import operator
 import random
 import re
-import shutil
-import subprocess
 import sys
 import time
-import unicodedata
 import weakref
 from collections import namedtuple
 from pathlib import Path
 
 import diffusers
-import huggingface_hub
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -78,17 +71,15 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 import rtdmd
-from rtdmd import REWARDS, UsageError, find_weights, from_hub, load_reward, normalise, opt, rate, resize, square_crop
-
-sys.modules.setdefault("eval", sys.modules[__name__])     # one copy of this file, also where it is the script
+from rtdmd import REWARDS, UsageError, find_weights, from_hub, normalise, opt, rate, resize, square_crop
 
 CLIP_L14 = "openai/clip-vit-large-patch14"
 IMAGENET_MEAN, IMAGENET_STD = (.485, .456, .406), (.229, .224, .225)
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 1. What the scorers share
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def frozen(net, cfg):
     """The network on the device, in eval mode, weights without gradients (which may still pass through)."""
@@ -96,16 +87,8 @@ def frozen(net, cfg):
 
 
 def load_net(loader, repo, cfg, **options):
-    """A frozen transformers network. Raises UsageError if the files lack a tensor.
-
-    transformers would fill it with random numbers and say so only in a log: the score would be noise.
-    """
-    net, info = from_hub(loader.from_pretrained, repo, cfg, output_loading_info=True, **options)
-    if info["missing_keys"]:
-        lacking = sorted(info["missing_keys"])
-        raise UsageError(f"{repo} lacks {len(lacking)} tensors of {loader.__name__}, such as {lacking[0]}: "
-                         "download the repository again.")
-    return frozen(net, cfg)
+    """A whole transformers network, frozen, on the device."""
+    return frozen(rtdmd.load_whole(loader, repo, cfg, **options), cfg)
 
 
 def as_bytes(images):
@@ -169,9 +152,9 @@ def rows_of(cfg, read):
     return {row["prompt"]: row for row in read(path)} if path.endswith(".jsonl") else {}
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 2. Aesthetic: LAION's second predictor, an affine map of CLIP L/14's unit image embedding
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 @dataclasses.dataclass
 class Aesthetic:
@@ -195,9 +178,9 @@ class Aesthetic:
         return self.head(F.normalize(embedding, dim=-1)).squeeze(-1)
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 3. ImageReward: BLIP's text encoder reads the prompt with the image in its cross-attention
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 # Names inside the checkpoint's visual encoder, a timm ViT, and what transformers calls them.
 BLIP_VISION = (("cls_token", "embeddings.class_embedding"), ("pos_embed", "embeddings.position_embedding"),
@@ -275,9 +258,9 @@ class ImageReward:
         return (self.head(read[:, 0]).squeeze(-1) - self.MEAN) / self.STD        # the first token, [CLS]
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 4. HPSv3: Qwen2-VL reads image and prompt; a small head turns the state at a marker token into a score
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def hpsv3_instruction(cfg):
     """The text around the prompt, with {text_prompt} in it, and the marker <|Reward|> behind it.
@@ -328,7 +311,7 @@ class HPSv3:
             raise UsageError(f"HPSv3.safetensors: {len(wrong)} tensors misfit Qwen2-VL, such as {wrong[0]}: "
                              "download it again.")
         head = nn.Sequential(nn.Linear(width, 1024), nn.ReLU(), nn.Identity(), nn.Linear(1024, 16), nn.ReLU(),
-                             nn.Linear(16, 2))                                  # dropout held place 2 in training
+                             nn.Linear(16, 2))  # dropout held place 2 in training
         head.load_state_dict(of_head)
         return net, head
 
@@ -365,9 +348,9 @@ class HPSv3:
         return self.head(states[input_ids == self.token_id].float())[:, 0]
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 5. GenEval: a detector finds the objects, CLIP names their colours, rules decide
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 # GenEval's names of the detector's 80 classes, in the detector's order (COCO's).
 COCO = """person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant,
@@ -546,7 +529,7 @@ def geneval_terms(objects, row, colours, best=False):
     position of objects in the wrong number give one 0. A violated position gives a 0 and then a 1: an oddity
     of the original, kept because scores are compared with its own. best: look at the best `count` only.
     """
-    terms, groups = [], []              # groups: the objects that meet each need, or None; positions refer to them
+    terms, groups = [], []  # groups: the objects that meet each need, or None; positions refer to them
     for need in row["include"]:
         name, count = need["class"], need["count"]
         found = objects.get(name, [])[:count if best else None]
@@ -606,7 +589,7 @@ class ColourNames:
         crops = []
         for d in detections:
             x1, y1, x2, y2 = d.box
-            crops.append(square_crop(torch.where(d.mask, image, .6)[None, :, y1:y2, x1:x2]))     # .6 is 0x99 / 255
+            crops.append(square_crop(torch.where(d.mask, image, .6)[None, :, y1:y2, x1:x2]))  # .6 is 0x99 / 255
         seen = F.normalize(self.net.encode_image(torch.cat(crops)), dim=-1)
         return [COLOURS[i] for i in (seen @ self.weights(name).T).argmax(-1).tolist()]
 
@@ -622,7 +605,7 @@ class GenEval:
     detector: object         # pixels (B,3,h,w) -> class logits, mask logits
     colours: object          # (image, Detections, class name) -> colour names
     rule: str = "geneval"    # which of the three scores a call returns
-    known: dict = dataclasses.field(default_factory=dict)    # {prompt: row}, for callers who have only prompts
+    known: dict = dataclasses.field(default_factory=dict)  # {prompt: row}, for callers who have only prompts
 
     @classmethod
     def load(cls, cfg):
@@ -651,6 +634,17 @@ class GenEval:
         return self.details(images, prompts)[self.rule]
 
 
+class GenEvalCredit(GenEval):
+    """GenEval as a training reward: partial credit instead of the official verdict."""
+    rule = "geneval_partial"
+
+    @classmethod
+    def load(cls, cfg):
+        scorer = super().load(cfg)
+        scorer.rule = cls.rule
+        return scorer
+
+
 def geneval_tasks(metrics, prompts, cfg):
     """{prompt: its task}, {} if geneval is not among the metrics. Refuses prompts without a metadata row."""
     if "geneval" not in metrics:
@@ -670,9 +664,9 @@ def geneval_summary(scores, prompts, tasks):
     return {**result, "geneval": (sum(means) / len(means), math.hypot(*errors) / len(errors))}
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 6. GenEval2: a vision language model answers one question for each atom of the prompt (Soft-TIFA)
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def accepted_answers(question, answer):
     """Spellings that count: a number as word and digits, words in both cases, with and without a blank."""
@@ -696,7 +690,7 @@ class GenEval2:
     name, differentiable = "geneval2", False
     net: nn.Module           # Qwen3VLForConditionalGeneration
     processor: object        # its own
-    known: dict = dataclasses.field(default_factory=dict)    # {prompt: row}, for callers who have only prompts
+    known: dict = dataclasses.field(default_factory=dict)  # {prompt: row}, for callers who have only prompts
     device: str = "cpu"
 
     @classmethod
@@ -739,9 +733,9 @@ class GenEval2:
         return self.details(images, prompts)["geneval2"]
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 7. OCR: find the lines of text, read them, compare with what the prompt puts in quotes
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def components(mask):
     """Connected regions (8 neighbours) of a bool array (H,W): lists of runs (row, first column, end).
@@ -877,9 +871,9 @@ class OCR:
         return images.new_tensor([text_score(self.read(i), w) for i, w in zip(as_bytes(images), wanted)])
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 8. The table of metrics, and how a set of images is scored and summed up
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 # In the order of the paper's tables. REWARDS, in rtdmd.py, has the rows of hpsv2, clipscore and pickscore.
 METRICS = {
@@ -907,67 +901,14 @@ SET_METRICS = ("distance", "diversity")           # of the whole set, not of a p
 DEFAULT_METRICS = {"tiny": ",".join(TINY_COLUMNS), "real": "clipscore,aesthetic,pickscore,hpsv2,imagereward"}
 
 
-def parse_rewards(text, extra=(), flag="--rewards"):
-    """"hpsv2=1,ocr=.5,my_module:score=2" -> [(name, weight), ...]. extra: names that the backbone brings.
-
-    No weight means 1, a negative one makes a penalty; 0 would load a network for nothing. Only --watch may be
-    empty.
-    """
-    pairs = {}
-    for item in text.split(",") if text or flag != "--watch" else ():
-        name, equals, weight = (part.strip() for part in item.partition("="))
-        try:
-            value = float(weight if equals else 1)
-        except ValueError:
-            value = math.nan
-        if not name or name in pairs or value == 0 or not math.isfinite(value):
-            raise UsageError(f"{flag} {text!r}: write name=weight,name=weight with no name named twice, "
-                             "and with each weight a finite number other than 0.")
-        check_names([name], extra, flag)
-        pairs[name] = value
-    return list(pairs.items())
+def check_metrics(flags, own=()):
+    """Refuses an unknown metric, and a module without it, before anything is loaded or sampled."""
+    rtdmd.parse_rewards(",".join(flags.metrics), own, "--metrics")
 
 
-def check_names(names, extra, flag):
-    """Refuses unknown rewards and metrics, and modules without them, before anything is loaded or sampled."""
-    for name in names:
-        if ":" in name:
-            user_object(name)
-        elif name not in extra and name not in METRICS:
-            known = ", ".join(dict.fromkeys([*extra, *METRICS]))
-            raise UsageError(f"{flag}: no reward is called {name!r}; there are {known}, module:attribute.")
-
-
-def load_metric(name, cfg, training=False):
-    """The scorer of that name with its real networks. As a training reward, geneval gives partial credit."""
-    check_names([name], (), "--metrics")
-    if ":" in name:
-        return user_reward(name)
-    if name in REWARDS:
-        return load_reward(name, cfg)
-    scorer = rtdmd.readable(name, METRICS[name]["scorer"].load, cfg)
-    if training and name == "geneval":
-        scorer.rule = "geneval_partial"
-    return scorer
-
-
-def user_object(name, use=lambda found: found):
-    """use(what "module:attribute" names), looked for in the current directory too."""
-    module, _, attribute = name.partition(":")
-    sys.path.append(os.getcwd())   # Python itself looks in the script's folder
-    try:
-        return use(getattr(importlib.import_module(module), attribute))
-    except (Exception, SystemExit) as error:   # foreign code raises anything
-        raise UsageError(f"reward {name}: {error!r}; looked in {os.getcwd()} and among the packages: mend the "
-                         f"name or the code, or put {module}.py there.") from error
-
-
-def user_reward(name):
-    """"module:attribute": a function (images, prompts) -> (B,), or a class without arguments whose objects are
-    one. Its .differentiable counts as False if it has none."""
-    reward = user_object(name, lambda found: functools.partial(found() if isinstance(found, type) else found))
-    reward.name, reward.differentiable = name, getattr(reward.func, "differentiable", False)
-    return reward   # a partial: methods and builtins take no attributes
+def load_metric(name, cfg):
+    """The scorer of that name with its real networks. (As a reward, geneval gives partial credit.)"""
+    return rtdmd.load_reward("eval:GenEval" if name == "geneval" else name, cfg)
 
 
 def picture(item):
@@ -991,14 +932,14 @@ def as_shown(image):
         raise ValueError("it has several frames: save the one that is meant")
     profile = image.info.get("icc_profile")
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):                                          # 16 bits of grey, which convert() clips
+    if image.mode.startswith("I"):  # 16 bits of grey, which convert() clips
         values = np.array(image)
         if values.min() < 0 or values.max() > 65535:
             raise ValueError("its values are beyond 16 bits")
         image = Image.fromarray((values / 257).round().astype(np.uint8))
     if image.mode == "F":
         raise ValueError("it holds floats without a known range: save it with 8 or 16 bits")
-    with contextlib.suppress(ImageCms.PyCMSError, OSError):                 # viewers ignore a profile that is broken
+    with contextlib.suppress(ImageCms.PyCMSError, OSError):  # viewers ignore a profile that is broken
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile or b""))
         if image.mode in ("RGB", "L", "CMYK") and "sRGB" not in ImageCms.getProfileDescription(source):
             image = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
@@ -1068,181 +1009,10 @@ def mean_and_error(values, prompts=None):
     return float(np.mean(means)) if means else math.nan, error
 
 
-# -----------------------------------------------------------------------------------------------------------------
-# 9. Prompts and their text embeddings, for training too
-# -----------------------------------------------------------------------------------------------------------------
-
-KNOWN_PROMPTS = {        # name: (data set on the hub, its files)
-    "pickapic": ("yuvalkirstain/pickapic_v1_no_images", "data/train-*.parquet"),       # 584k rows, 168 MB
-    "drawbench": ("sayakpaul/drawbench", "*.csv"),                                     # 200 rows
-    "partiprompts": ("nateraw/parti-prompts", "PartiPrompts.tsv"),                     # 1,632 rows
-    "hpdv2": None, "tiny": None, "tiny-test": None}           # 3,200 through hpsv2; the captions of the tiny world
-PROMPT_COLUMNS = ("prompt", "prompts", "caption", "text")      # in any case; the first that a table has
-LONGEST_PROMPT = 20_000          # characters; the encoders read some 2,000, more is a broken file
-
-
-def read_prompts(name_or_path, seed=None):
-    """--prompts as list[str]: a .txt, .jsonl (GenEval's too), .csv, .tsv or .parquet file, or a known name.
-    Stripped, without blank lines and duplicates; in an order by `seed` and each text alone (a new line moves no
-    other), or without seed in the file's. UsageError names the line that is wrong."""
-    texts, known, table = [], ", ".join(KNOWN_PROMPTS), name_or_path.lower().endswith((".csv", ".tsv"))
-    done = int(table)                                                       # lines read: a table has a header
-    try:
-        for i, row in enumerate(rows := prompt_rows(name_or_path), 1):
-            texts.append(prompt_of(row))
-            done = getattr(rows, "line_num", i)
-    except OSError as error:
-        raise UsageError(f"--prompts {name_or_path} cannot be read ({error.strerror or error}): give a file, or "
-                         f"one of {known}.") from error
-    except (ValueError, RuntimeError, csv.Error) as error:              # pyarrow's are subclasses of the first two
-        reason = " ".join(str(getattr(error, "msg", error)).split())[:150]
-        raise UsageError(f"--prompts {name_or_path}, line {done + 1}: {reason}; mend it, or give {known}.") from error
-    prompts = list(dict.fromkeys(filter(None, texts)))
-    if not prompts:
-        raise UsageError(f"--prompts {name_or_path} holds no prompt: give a file with one prompt a line.")
-    blank = texts.count("")
-    rtdmd.log(f"prompts: {len(prompts):,} from {name_or_path}, less {blank} blank lines and "
-              f"{len(texts) - len(prompts) - blank} duplicates")
-    return prompts if seed is None else sorted(prompts, key=lambda text: rtdmd.key("prompt order", seed, text))
-
-
-def prompt_of(row):
-    """The stripped prompt of a row: a text, or a dict with one of PROMPT_COLUMNS. Raises ValueError."""
-    if isinstance(row, dict):
-        if None in row:                                    # csv's name for cells beyond the header's columns
-            raise ValueError("more cells than the header has columns; write a text with a comma or tab in quotes")
-        row = {str(name).strip().lower(): text for name, text in row.items()}
-        if not (found := [row[name] or "" for name in PROMPT_COLUMNS if name in row]):
-            raise ValueError(f"no column or key called {', '.join(PROMPT_COLUMNS)}")
-        row = found[0]
-    if not isinstance(row, str) or "\0" in row or len(row) > LONGEST_PROMPT:
-        raise ValueError(f"a prompt is text without NUL, up to {LONGEST_PROMPT:,} characters: {row!r:.30}")
-    row.encode()            # JSON can hold half a surrogate pair: an error here, and not in the tokenizer
-    seen = any(unicodedata.category(letter)[0] not in "CZ" for letter in row)     # not only blanks of zero width
-    return row.strip() if seen else ""
-
-
-def prompt_rows(source):
-    """The rows of a known set or of a file by its ending: strings, or dicts by column names."""
-    kind = Path(source).suffix.lower()
-    if source in ("tiny", "tiny-test"):
-        return tiny_captions(source == "tiny-test")
-    if source == "hpdv2":
-        import hpsv2
-        return sum(hpsv2.benchmark_prompts("all").values(), [])
-    if source in KNOWN_PROMPTS:
-        repository, pattern = KNOWN_PROMPTS[source]
-        folder = huggingface_hub.snapshot_download(repository, repo_type="dataset", allow_patterns=pattern)
-        return (row for file in sorted(Path(folder).glob(pattern)) for row in prompt_rows(str(file)))
-    if kind == ".parquet":
-        from pyarrow.parquet import ParquetFile
-        file = ParquetFile(source)
-        return file.read([name for name in file.schema_arrow.names if name.lower() in PROMPT_COLUMNS]).to_pylist()
-    lines = (line.decode("utf-8-sig") for line in Path(source).read_bytes().splitlines(keepends=True))
-    if kind in (".csv", ".tsv"):
-        # strict: or a quote that is never closed swallows the rows after it, in silence.
-        return csv.DictReader(lines, delimiter="," if kind == ".csv" else "\t", strict=True)
-    if kind not in (".txt", ".jsonl"):
-        raise ValueError(f"it ends in {kind or 'nothing'}, in none of .txt, .jsonl, .csv, .tsv, .parquet")
-    return lines if kind == ".txt" else (json.loads(line) if line.strip() else "" for line in lines)
-
-
-class PromptStream(list):
-    """The prompts of a training run. at(i) is the i-th of an endless stream: the whole set over and over, each time
-    in another order."""
-
-    def __init__(self, cfg):
-        prompts = [*map(str, range(8))] if cfg.random_weights else read_prompts(cfg.prompts, cfg.seed)
-        super().__init__(prompts[:cfg.max_prompts][:64 if cfg.dry_run else None])      # to encode 25,000 takes an hour
-        self.seed = cfg.seed
-
-    def at(self, position):
-        """The prompt at a position of the stream."""
-        epoch, i = divmod(position, len(self))
-        return self[epoch_order(self.seed, epoch, len(self))[i]]
-
-
-@functools.lru_cache(maxsize=4)
-def epoch_order(seed, epoch, n):
-    """A permutation of range(n)."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(rtdmd.key("order", seed, epoch))).tolist()
-
-
-class TextCache:
-    """Text embeddings on disk, so that the encoders need not live beside the network while it trains.
-    FOLDER/<hash of text_key>/<hash of prompt>.safetensors is encode([prompt]) of any backbone without batch axis.
-    A file that is cut short is known by its size, and made anew. One thread reads, ahead of the network."""
-
-    def __init__(self, backbone, folder):
-        self.backbone, self.reader = backbone, concurrent.futures.ThreadPoolExecutor(1)
-        self.rows, self.keep = {}, 512     # prompt -> future of its row, latest last; at most so many (SD3 1.4 GB)
-        self.folder = Path(folder) / hashlib.sha256(backbone.text_key.encode()).hexdigest()[:16]
-
-    def path(self, prompt):
-        """The file of one prompt."""
-        return self.folder / f"{hashlib.sha256(prompt.encode()).hexdigest()}.safetensors"
-
-    def has(self, prompt):
-        """True if the prompt's file is whole: opening it compares header and size."""
-        try:
-            with safe_open(self.path(prompt), "pt"):
-                return True
-        except (OSError, SafetensorError):
-            return False
-
-    def prepare(self, prompts, batch=16):
-        """Encode what is missing of `prompts` and "" (the null condition), split over ranks; then free_text.
-        UsageError if the disk is too small. All ranks list what is missing before any of them writes."""
-        rank, _, world = rtdmd.dist_info()
-        missing = [prompt for prompt in dict.fromkeys(["", *prompts]) if not self.has(prompt)]
-        rtdmd.barrier()
-        if missing:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(self.folder).free / 1e9
-            need = sum(row.nbytes for row in self.backbone.encode([""]).values()) * len(missing) / 1e9
-            rtdmd.log(f"text embeddings: {len(missing):,} prompts, {need:.2f} GB in {self.folder} (free: {free:.0f})")
-            if 1.1 * need > free:
-                raise UsageError(f"{need:.1f} GB of text embeddings, {free:.1f} GB free: --cache needs more room.")
-        parts = [missing[i:i + batch] for i in range(rank * batch, len(missing), world * batch)]
-        for part in rtdmd.progress(parts, len(parts), "text embeddings") if parts else ():
-            cond = self.backbone.encode(part)
-            for i, prompt in enumerate(part):
-                row = {name: rows[i] for name, rows in cond.items()}
-                rtdmd.write_atomic(self.path(prompt), safetensors_bytes(row))
-        self.backbone.free_text()
-        self.rows.clear()                                  # a file that could not be read is whole now
-        rtdmd.barrier()
-
-    def read(self, prompt):
-        """One row from its file. Cloned: load_file gives views of the open file, and 65,530 are allowed."""
-        try:
-            return {name: x.clone() for name, x in load_file(self.path(prompt)).items()}
-        except (OSError, SafetensorError) as error:
-            raise UsageError(f"{self.path(prompt)} cannot be read: start again, and it is made anew (several "
-                             "nodes need one --cache that all of them see).") from error
-
-    def prefetch(self, prompts):
-        """Has the thread read `prompts` in this order, each once, and returns at once. A loop that asks here for
-        this iteration and the next one finds in `batch` what was read while the network worked."""
-        prompts = list(dict.fromkeys(prompts))
-        self.rows |= {p: self.rows.pop(p, None) or self.reader.submit(self.read, p) for p in prompts}
-        self.keep = max(self.keep, len(prompts))
-        for old in list(self.rows)[:-self.keep]:
-            del self.rows[old]
-
-    def batch(self, prompts, device):
-        """cond of `prompts`, batch first, on `device`."""
-        self.prefetch(prompts)
-        rows = [self.rows[prompt].result() for prompt in prompts]
-        cond = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-        pin = torch.device(device).type == "cuda"         # a copy from pinned memory does not stop the host
-        return {name: (x.pin_memory() if pin else x).to(device, non_blocking=True) for name, x in cond.items()}
-
-
-# -----------------------------------------------------------------------------------------------------------------
-# 10. Command line. About the model itself eval.py has rtdmd.py's flags; a run folder and a checkpoint bring
+# ------------------------------------------------------------------------------------------------------------
+# 9. Command line. About the model itself eval.py has rtdmd.py's flags; a run folder and a checkpoint bring
 # theirs.
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 @dataclasses.dataclass
 class Flags:
@@ -1255,6 +1025,7 @@ class Flags:
     images: str = opt("", "folder of pictures; metadata.jsonl (file_name, prompt) or names give the prompts")
     compare: list = opt((), "two report.json: differences B - A with paired standard errors")
     prompt: str = opt("", "only make one picture of this prompt, OUT/prompt.png")
+    dry_run: int = opt(0, "what N iterations of training cost; takes all flags of rtdmd.py; --device meta counts")
     ablations: bool = opt(False, "the paper's questions on the tiny world; goes on where it was stopped")
     seeds: int = opt(0, "seeds of --ablations; default: 5, with --quick 2")
     quick: bool = opt(False, "--ablations: Tables 3 and 4 only, with two seeds, in half an hour")
@@ -1274,11 +1045,12 @@ class Flags:
 
 
 FLAG_GROUPS = dict(run_folder="what to do (one of these)", metrics="what to measure", nfe="sampler (App. C)",
-                   model="model (flags of rtdmd.py)")                                                # first fields
+                   model="model (flags of rtdmd.py)")  # first fields
 MODEL_FLAGS = ("model", "pretrained", "resolution", "device", "dtype", "cache", "prompts", "text_length",
-               "weights_dir", "seed", "tiny_steps", "random_weights")
+               "weights_dir", "seed")
 # Defaults that depend on the model. DrawBench is the set of the paper's Tables 2 to 4.
-OWN_DEFAULTS = {"tiny": dict(prompts="tiny-test", metrics=DEFAULT_METRICS["tiny"], per_prompt=8, batch=128),
+OWN_DEFAULTS = {"tiny": dict(prompts="eval:tiny_test_captions", metrics=DEFAULT_METRICS["tiny"], per_prompt=8,
+                             batch=128),
                 "real": dict(prompts="drawbench", metrics=DEFAULT_METRICS["real"], per_prompt=1, batch=8)}
 
 
@@ -1297,7 +1069,7 @@ def parse(argv):
     shared, run = {n: v for n, v in given.items() if n in MODEL_FLAGS}, settings_of(given.get("run_folder", ""))
     of_model = {*MODEL_FLAGS, "guidance"} - {"device", "prompts"}
     cfg = rtdmd.resolve({**{n: v for n, v in run.items() if n in of_model}, **shared})
-    cfg.steps, cfg.eta = run.get("steps", cfg.steps), run.get("eta", cfg.eta)    # resolve would want its --batch
+    cfg.steps, cfg.eta = run.get("steps", cfg.steps), run.get("eta", cfg.eta)  # resolve would want its --batch
     own = dict(OWN_DEFAULTS["tiny" if cfg.model == "tiny" else "real"])
     cfg.prompts = given.get("prompts", own.pop("prompts"))
     if "images" in given:
@@ -1336,13 +1108,13 @@ def settings_of(run):
         raise UsageError(f"{found[0]} is damaged ({error!r}): delete it, and give the run's flags.") from None
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 11. Sampling
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def checkpoint_at(path):
     """The newest whole checkpoint at a path, or a bare folder with an exported adapter. Raises UsageError."""
-    bare = (Path(path) / rtdmd.LORA_FILE).exists() and not (Path(path) / "state").exists()    # else it is checked
+    bare = (Path(path) / rtdmd.LORA_FILE).exists() and not (Path(path) / "state").exists()  # else it is checked
     found = Path(path) if bare else rtdmd.find_checkpoint(path)
     if not found:
         raise UsageError(f"There is no checkpoint at {path}: give a stage's folder, such as runs/tiny/stage2.")
@@ -1397,12 +1169,12 @@ class Sampler:
             if info["model"] != cfg.model:
                 raise UsageError(f"The adapter is one of {info['model']}: add --model {info['model']}.")
             cfg.lora_rank, cfg.lora_alpha = info["rank"], info["alpha"]
-            cfg.text_length = cfg.text_length or info.get("text_length", 0)      # padding is part of the condition
+            cfg.text_length = cfg.text_length or info.get("text_length", 0)  # padding is part of the condition
         cfg.device = rtdmd.start_processes(cfg.device)
-        self.cfg, self.adapters, self.backbone = cfg, adapters, rtdmd.load_backbone(cfg)
+        self.cfg, self.adapters, self.backbone = cfg, adapters, rtdmd.backbone_class(cfg.model)(cfg)
         self.roles = rtdmd.Roles(self.backbone, cfg)
         self.blank = {n: p.detach().clone() for n, p in self.roles.named["generator"].items()}
-        self.text = TextCache(self.backbone, Path(cfg.cache) / "text")
+        self.text = rtdmd.TextCache(self.backbone, Path(cfg.cache) / "text")
         self.text.prepare(prompts)
 
     def load_adapter(self, name):
@@ -1442,9 +1214,9 @@ class Sampler:
         free()
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 12. Scoring and reports. pictures {row: (indices, images)}: this process's share, all rows of the same captions
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def gathered(pairs):
     """Values of all processes' (index, value) in the order of the index, a picture's place in the set."""
@@ -1469,7 +1241,7 @@ def score_rows(pictures, captions, flags, cfg, own=()):
             texts = [captions[i] for i in index]
             values, failed = run_metric(scorer, images, texts, max(flags.batch, 16), cfg.device)
             failures += [f"{row}: {sentence}" for sentence in itertools.chain(*rtdmd.everyone(failed))]
-            lost = [math.nan] * len(index)           # a process without a score does not know all of the names
+            lost = [math.nan] * len(index)  # a process without a score does not know all of the names
             for metric in dict.fromkeys(itertools.chain(*rtdmd.everyone(list(values)))):
                 scores[row][metric] = gathered(zip(index, values.get(metric, lost)))
         del scorer
@@ -1486,20 +1258,6 @@ def summarise(scores, captions, tasks):
 def number(mean, error):
     """A mean with its standard error."""
     return f"{mean:.4g}" if math.isnan(error) else f"{mean:.3f}+-{error:.3f}"
-
-
-def provenance():
-    """Versions of the packages; commit of the source, marked if it has changed since (none outside a
-    repository)."""
-    packages, versions = ("torch", "diffusers", "transformers", "peft", "open_clip_torch", "hpsv2"), {}
-    for name in packages:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    ask = "git describe --always --abbrev=40 --dirty --exclude *".split()
-    git = None
-    with contextlib.suppress(FileNotFoundError):                             # there may be no git
-        git = subprocess.run(ask, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-    return dict(versions=versions, git=git)
 
 
 def table(rows):
@@ -1522,7 +1280,7 @@ def report(flags, results, scores, failures, note="", **facts):
     content = dict(rows={n: {m: value for m, (value, _) in row.items()} for n, row in results.items()},
                    errors={n: {m: None if math.isnan(error) else error for m, (_, error) in row.items()}
                            for n, row in results.items()},
-                   scores=scores, **provenance(),
+                   scores=scores, **rtdmd.provenance(),
                    scorers={m: {k: METRICS[m][k] for k in ("repo", "scale", "licence")} for m in used},
                    per_prompt=flags.per_prompt, failures=failures, **facts)
     rtdmd.write_atomic(Path(flags.out) / "report.json", json.dumps(content, indent=1, default=str))
@@ -1539,12 +1297,12 @@ def demand_scores(flags, scores):
 def evaluate(flags, cfg):
     """--run_folder, --lora, --teacher: samples the rows of a plan, scores them, writes the report and
     grid.png."""
-    check_names(flags.metrics, TINY_COLUMNS if cfg.model == "tiny" else (), "--metrics")
+    check_metrics(flags, TINY_COLUMNS if cfg.model == "tiny" else ())
     rows, pictures, seconds = plan(flags, cfg), {}, {}
-    prompts = read_prompts(cfg.prompts, cfg.seed)[:flags.max_prompts]
+    prompts = rtdmd.read_prompts(cfg.prompts, cfg.seed)[:flags.max_prompts]
     tasks = geneval_tasks(flags.metrics, prompts, cfg)
     captions = [prompt for prompt in prompts for _ in range(flags.per_prompt)]
-    Path(flags.out).mkdir(parents=True, exist_ok=True)       # what cannot be written is known before hours of work
+    Path(flags.out).mkdir(parents=True, exist_ok=True)  # what cannot be written is known before hours of work
     sampler = Sampler(cfg, rows, prompts)
     for name, row in rows.items():
         *pictures[name], seconds[name] = sampler.sample(name, row, captions, flags)
@@ -1565,8 +1323,8 @@ def evaluate(flags, cfg):
             f"standard error. Rows of {flags.out}/grid.png: {', '.join(rows)}.")
     report(flags, results, scores, failures, note, model=cfg.model, prompts=prompts, prompt_hash=prompt_hash,
            tasks=tasks, seed=cfg.seed, sampler=rows, resolution=cfg.resolution)
-    if rtdmd.dist_info()[0] == 0:                            # after the report: no picture is worth losing it for
-        save_grid(Path(flags.out) / "grid.png", torch.stack(panels).float() / 255, len(shown), list(rows))
+    if rtdmd.dist_info()[0] == 0:  # after the report: no picture is worth losing it for
+        rtdmd.save_grid(Path(flags.out) / "grid.png", torch.stack(panels).float() / 255, len(shown), list(rows))
         if flags.run_folder:
             draw_run_curves(Path(flags.run_folder), Path(flags.out) / "curves.png")
     if flags.save_images:
@@ -1580,7 +1338,7 @@ def save_pictures(folder, pictures, captions):
     lines = [json.dumps({"file_name": name, "prompt": text}) + "\n" for name, text in zip(names, captions)]
     for row, (index, images) in pictures.items():
         for i, image in zip(index, images):
-            write_png(folder / row / names[i], Image.fromarray(image.permute(1, 2, 0).numpy()))
+            rtdmd.write_png(folder / row / names[i], Image.fromarray(image.permute(1, 2, 0).numpy()))
         if rtdmd.dist_info()[0] == 0:
             rtdmd.write_atomic(folder / row / "metadata.jsonl", "".join(lines))
 
@@ -1616,7 +1374,7 @@ def read_folder(folder):
 def score_folder(flags, cfg):
     """--images: scores pictures of any origin."""
     files, prompts = read_folder(flags.images)
-    check_names(flags.metrics, (), "--metrics")
+    check_metrics(flags)
     tasks = geneval_tasks(flags.metrics, prompts, cfg)
     cfg.device = rtdmd.start_processes(cfg.device)
     flags.per_prompt, name, index = 1, Path(flags.images).name, rtdmd.share(len(files))
@@ -1666,121 +1424,88 @@ def one_picture(flags, cfg):
     sampler.load_adapter(name)
     image = sampler.batch(row, [flags.prompt], [rtdmd.key("eval", cfg.seed, flags.prompt, 0)])
     if rtdmd.dist_info()[0] == 0:
-        save_grid(Path(flags.out) / "prompt.png", image, columns=1)
+        rtdmd.save_grid(Path(flags.out) / "prompt.png", image, columns=1)
         print(f"{flags.out}/prompt.png: {flags.prompt}")
 
 
-# -----------------------------------------------------------------------------------------------------------------
-# 13. The records of a training run: what made it, its log, and the panel that is looked at
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# 12. What training costs (--dry_run), on networks of full size that need no download
+# ------------------------------------------------------------------------------------------------------------
 
-def write_png(path, image):
-    """A PIL image as a file that is whole or not there."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    rtdmd.write_atomic(path, buffer.getvalue())
+def dry_run(argv):
+    """--dry_run N with flags of rtdmd.py: N iterations of a stage, in which functions stand in for those of rtdmd.py
+    that would load a checkpoint, save one, or write a log. A model of FULL_SIZE has random weights, unless
+    --pretrained names some. Prints a table and writes OUT/stageN/dry_run.json."""
+    parser = rtdmd.FlagParser(allow_abbrev=False, add_help=False)
+    parser.add_argument("--dry_run", type=int)
+    mode, rest = parser.parse_known_args(argv)
+    given = rtdmd.parse_flags(rest)
+    meta, model = given.get("device") == "meta", given.get("model", rtdmd.Config.model)
+    made = model in FULL_SIZE and not given.get("pretrained")
+    if mode.dry_run < 1 or meta and not made:
+        raise UsageError("--dry_run must be at least 1." if mode.dry_run < 1 else
+                         f"--device meta counts networks of full size: take --model {', '.join(FULL_SIZE)}.")
+    if made:
+        given["prompts"] = "made.jsonl"  # a name for what made_prompts gives
+    cfg = rtdmd.resolve(given | (dict(device="cpu", dtype=given.get("dtype", "bf16")) if meta else {}))
+    cfg.device, steps = "meta" if meta else cfg.device, 1 if meta else mode.dry_run  # on meta all are the same
+    cfg.cache = str(Path(cfg.cache) / "made") if made else cfg.cache  # no invented embeddings beside real ones
+    read_prompts = rtdmd.read_prompts
 
+    def iterations(run):
+        for run.done in range(steps):
+            run.terms = {}
+            yield run.done
 
-def save_grid(path, images, columns, names=()):
-    """Writes images (B, 3, H, W) in [0, 1] as one PNG, small ones enlarged to 64 pixels; names stand left of its
-    rows."""
-    zoom = max(1, 64 // images.shape[-1])
-    images = F.pad(images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3), (1, 1, 1, 1), value=1.0)
-    blank = images.new_ones(-len(images) % columns, *images.shape[1:])
-    B, _, H, W = (images := torch.cat([images, blank])).shape
-    rows = images.view(B // columns, columns, 3, H, W).permute(0, 3, 1, 4, 2)
-    canvas = (rows.reshape(B // columns * H, columns * W, 3).cpu().numpy() * 255).round().astype(np.uint8)
-    font = ImageFont.load_default(13)
-    margin = max((int(font.getlength(name)) + 12 for name in names), default=0)
-    image = Image.new("RGB", (margin + canvas.shape[1], canvas.shape[0]), "white")
-    image.paste(Image.fromarray(canvas), (margin, 0))
-    for i, name in enumerate(names):
-        ImageDraw.Draw(image).text((margin - 6, (i + 0.5) * H), name, "black", font, anchor="rm")
-    write_png(path, image)
-
-
-@contextlib.contextmanager
-def claim(cfg):
-    """Makes and locks the run folder: two runs in one would destroy each other's checkpoints. Sweeps up what a
-    killed run left half-written."""
-    folder = Path(cfg.out) / f"stage{cfg.stage}"
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f"Another run is writing to {folder}: wait for it, or take another --out.") from None
-        for rest in [*folder.rglob(".*.partial")]:
-            shutil.rmtree(rest) if rest.is_dir() else rest.unlink(missing_ok=True)
-        yield
+    stand_ins = {(rtdmd, "find_start"): lambda run: None, (rtdmd, "iterations"): iterations,
+                 (rtdmd, "phase"): CostMeter,
+                 (rtdmd, "read_prompts"): lambda source, seed: read_prompts(source, seed)[:64]}
+    with standing_in(stand_ins | (made_networks(cfg) if made else {})):
+        run = rtdmd.prepare(cfg)
+        (rtdmd.stage1 if cfg.stage == 1 else rtdmd.stage2)(run)
+    report_costs(run, steps)
 
 
-def open_log(run):
-    """The run folder begins with what made it: settings, versions, and the source. metrics.jsonl loses the lines
-    that a resumed run will write again."""
-    facts = dict(config=vars(run.cfg), processes=rtdmd.dist_info()[2], prompts=run.prompt_hash, **provenance(),
-                 device=torch.cuda.get_device_name() if "cuda" in run.device else run.device)
-    rtdmd.write_atomic(run.folder / "run.json", json.dumps(facts, indent=1))
-    for source in (rtdmd.__file__, __file__):
-        rtdmd.write_atomic(run.folder / Path(source).name, Path(source).read_bytes())
-    path = run.folder / "metrics.jsonl"
-    lines = re.findall(r'({"iteration": (\d+), .*}\n)', path.read_text(errors="replace") if path.exists() else "")
-    rtdmd.write_atomic(path, "".join(line for line, iteration in lines if int(iteration) <= run.done))
-    with contextlib.suppress(ImportError):                         # the same numbers as curves, if it is installed
-        from torch.utils.tensorboard import SummaryWriter
-        run.board = SummaryWriter(run.folder / "tensorboard", purge_step=run.done + 1)
+def made_networks(cfg):
+    """Functions that stand in for those of rtdmd.py that read from disk or hub: {(owner, name): function}."""
+    def load_whole(cls, repo, cfg, part="", dtype=torch.float32):
+        """A network of full size without download. Its seed is keyed: every rank makes the same weights, and the
+        global random state stays where it was."""
+        gpus = [torch.cuda.current_device()] if cfg.device.startswith("cuda") else []
+        with torch.random.fork_rng(gpus), torch.device(cfg.device):
+            torch.manual_seed(rtdmd.key("random weights", repo, part))
+            torch.set_default_dtype(dtype)  # built in fp32 first, it would need three times its memory
+            net = nn.Module.to(cls(**FULL_SIZE[cfg.model][part]), dtype)  # the position tables are made in fp32
+            torch.set_default_dtype(torch.float32)
+        return net
 
+    def encode(backbone, prompts):
+        """Normal embeddings on the CPU, the same for the same prompt."""
+        normal = lambda shape, *what: torch.randn(shape, generator=torch.Generator().manual_seed(rtdmd.key(*what)))
+        shapes = FULL_SIZE[backbone.cfg.model]["text"](backbone.text_length)
+        rows = lambda name: torch.stack([normal(shapes[name], "random text", name, prompt) for prompt in prompts])
+        return {name: rows(name).to(backbone.dtype) for name in shapes}
 
-def record(run, row):
-    """Appends a JSON object to metrics.jsonl; returns the few numbers that tell a healthy run from a sick one."""
-    row = {n: float(f"{v:.6g}") if isinstance(v, float) else v for n, v in row.items() if math.isfinite(v)}
-    if rtdmd.dist_info()[0] == 0:
-        with open(run.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
-        for name, value in row.items() if run.board else ():
-            run.board.add_scalar(name, value, row["iteration"])
-    show = [n for n in row if n in ("dm", "dsm", "grad_generator") or n.startswith(("reward_", "watch_"))]
-    return " ".join(f"{n} {row[n]:.3g}" for n in show)
+    return {(rtdmd, "load_whole"): load_whole, (rtdmd.Backbone, "encode"): encode,
+            (rtdmd, "load_reward"): random_reward, (rtdmd, "read_prompts"): lambda source, seed: [*map(str, range(8))],
+            (rtdmd, "from_hub"): lambda *_, **__: {"shift": 3.0}, (rtdmd, "check_pipeline"): lambda *_, **__: None}
 
 
 @contextlib.contextmanager
-def ema_weights(run):
-    """The averaged generator in place of the raw one."""
-    params = [p.data for p in run.roles.parameters("generator")]
-    raw = [p.clone() for p in params]
-    torch._foreach_copy_(params, run.ema)
+def standing_in(functions):
+    """rtdmd with other functions in places of its own: {(owner, name): function}."""
+    before = {(owner, name): getattr(owner, name) for owner, name in functions}
     try:
+        for (owner, name), function in functions.items():
+            setattr(owner, name, function)
         yield
     finally:
-        torch._foreach_copy_(params, raw)
+        for (owner, name), function in before.items():
+            setattr(owner, name, function)
 
-
-def panel(run):
-    """OUT/stageN/samples/000100.png: fixed prompts and noise through the averaged generator. Returns the watched
-    rewards, and numbers that move when a reward is hacked: saturation (max - min over channels), contrast (std of
-    grey), edges (mean difference of neighbours)."""
-    prompts = sorted(run.prompts, key=lambda prompt: rtdmd.key("panel", prompt))[:16]
-    keys = [rtdmd.key("panel", p) for p in prompts]
-    _, normal = rtdmd.draw(keys, 0, run.cfg.steps, run.backbone.latent_shape, run.device)
-    with ema_weights(run), torch.no_grad():
-        states, _ = rtdmd.rollout_in_chunks(run, normal[0], normal[1:], prompts)
-        parts = rtdmd.chunks(len(prompts), run.cfg.micro_batch)
-        images = torch.cat([run.backbone.decode(states[-1][rows]).float() for rows in parts])
-        watched = {f"watch_{n}": rate(r, images, prompts).mean().item() for n, r in run.watched.items()}
-    if rtdmd.dist_info()[0] == 0:
-        save_grid(run.folder / "samples" / f"{run.done:06d}.png", images, columns=8)
-    grey = images.mean(1)
-    edges = grey.diff(dim=1).abs().mean() + grey.diff(dim=2).abs().mean()
-    return dict(watched, saturation=(images.amax(1) - images.amin(1)).mean().item(), edges=edges.item(),
-                contrast=grey.flatten(1).std(1).mean().item())
-
-
-# -----------------------------------------------------------------------------------------------------------------
-# 14. What training costs (rtdmd.py --dry_run), and networks of full size without download (--random_weights)
-# -----------------------------------------------------------------------------------------------------------------
 
 class CostMeter(TorchDispatchMode):
-    """What happens inside a block of a training iteration, added to run.costs[name].
+    """What happens inside a phase of a training iteration, added to run.costs[name].
 
     Of the first iteration: forwards by role; FLOPs of the transformers ("network"), of the VAE's decoder and of
     each reward, by torch's formulas (a product of (n, m) and (m, k) is 2 n m k, all else nothing); and the peak
@@ -1814,7 +1539,7 @@ class CostMeter(TorchDispatchMode):
         if self.kind == "cuda":
             torch.cuda.synchronize()
             self.run.live["peak"] = torch.cuda.max_memory_allocated() - self.run.standing_bytes
-        if self.run.done == 1:                                               # the first iteration was for counting
+        if self.run.done == 1:  # the first iteration was for counting
             self.cost["seconds"] = 0.0
         self.cost["seconds"] += time.perf_counter() - self.start
         self.cost["peak_bytes"] = max(self.cost["peak_bytes"], self.run.live["peak"])
@@ -1828,6 +1553,8 @@ class CostMeter(TorchDispatchMode):
         """torch calls this instead of every operation: runs it, counts its FLOPs and the storages that it
         made."""
         kwargs, live = kwargs or {}, self.run.live
+        if operation is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return 1                                       # the loops ask only whether a gradient is finite
         result = shapes_only(operation, args, kwargs) if self.kind == "meta" else operation(*args, **kwargs)
         if operation.overloadpacket in flop_registry:
             flop = flop_registry[operation.overloadpacket](*args, **kwargs, out_val=result)
@@ -1941,60 +1668,52 @@ def start_counting(run):
             layers = nets
         elif part == "decoder":
             layers = [nets[0].decoder]
-        else:                                                            # the first convolution sees the images
+        else:  # the first convolution sees the images
             layers = [m for net in nets for m in net.modules() if any(True for _ in m.parameters(recurse=False))]
             layers = sorted(layers, key=lambda m: not isinstance(m, nn.Conv2d))
         for i, layer in enumerate(layers):
             watch(layer, part, counted=part == "network" or i == 0)
         run.live["held"].update(t.untyped_storage()._cdata for t in tensors_of(nets))
     moments = (m for o in run.optimizers.values() for state in o.state.values() for m in state.values())
-    run.live["held"].update(t.untyped_storage()._cdata for t in [*run.ema, *moments])    # beside the peak in the table
+    run.live["held"].update(t.untyped_storage()._cdata for t in [*run.ema, *moments])  # beside the peak in the table
     run.standing_bytes = torch.cuda.memory_allocated() if "cuda" in run.device else 0
 
 
-# Full-size networks for --random_weights: where the hub's config.json departs from the defaults of the class.
+# Networks of full size: where the hub's config.json departs from the defaults of the class, and the shapes of what the
+# text encoders give. (Those of sd35l, flux1 and zimage were not compared with their hub files.)
 SD3_NET = dict(num_layers=24, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=192)
 SD35_NET = dict(SD3_NET, pos_embed_max_size=384, dual_attention_layers=tuple(range(13)), qk_norm="rms_norm")
+SD35L_NET = dict(num_layers=38, num_attention_heads=38, caption_projection_dim=2432, pos_embed_max_size=192,
+                 qk_norm="rms_norm")
 K4_NET = dict(num_layers=5, num_single_layers=20, num_attention_heads=24, joint_attention_dim=7680,
               guidance_embeds=False)
 K9_NET = dict(K4_NET, num_layers=8, num_single_layers=24, num_attention_heads=32, joint_attention_dim=12288)
 SD3_VAE = dict(down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
                block_out_channels=[128, 256, 512, 512], layers_per_block=2, latent_channels=16,
                use_quant_conv=False, use_post_quant_conv=False, scaling_factor=1.5305, shift_factor=0.0609)
-FULL_SIZE = {"sd3m": dict(transformer=SD3_NET, vae=SD3_VAE), "sd35m": dict(transformer=SD35_NET, vae=SD3_VAE),
-             "flux2-4b": dict(transformer=K4_NET, vae={}), "flux2-9b": dict(transformer=K9_NET, vae={})}
-
-
-def random_network(cls, path, part, dtype, cfg):
-    """A network of full size without download. Its seed is keyed: every rank makes the same weights, and the global
-    random state stays where it was."""
-    gpus = [torch.cuda.current_device()] if cfg.device.startswith("cuda") else []
-    with torch.random.fork_rng(gpus), torch.device(cfg.device):
-        torch.manual_seed(rtdmd.key("random weights", path, part))
-        torch.set_default_dtype(dtype)                    # built in fp32 first, it would need three times its memory
-        net = nn.Module.to(cls(**FULL_SIZE[cfg.model][part]), dtype)    # the position tables are made in fp32
-        torch.set_default_dtype(torch.float32)
-    return net
-
-
-def random_text(prompts, dtype, **shapes):
-    """Normal embeddings of the given shapes on the CPU, the same for the same prompt."""
-    normal = lambda shape, *what: torch.randn(shape, generator=torch.Generator().manual_seed(rtdmd.key(*what)))
-    return {name: torch.stack([normal(shape, "random text", name, prompt) for prompt in prompts]).to(dtype)
-            for name, shape in shapes.items()}
+FLUX_VAE = dict(SD3_VAE, scaling_factor=0.3611, shift_factor=0.1159)
+sd3_text = lambda length: dict(text=(77 + length, 4096), pooled=(2048,))
+FULL_SIZE = {"sd3m": dict(transformer=SD3_NET, vae=SD3_VAE, text=sd3_text),
+             "sd35m": dict(transformer=SD35_NET, vae=SD3_VAE, text=sd3_text),
+             "sd35l": dict(transformer=SD35L_NET, vae=SD3_VAE, text=sd3_text),
+             "flux1": dict(transformer=dict(guidance_embeds=True), vae=FLUX_VAE,
+                           text=lambda length: dict(text=(length, 4096), pooled=(768,), guidance=())),
+             "flux2-4b": dict(transformer=K4_NET, vae={}, text=lambda length: dict(text=(length, 7680))),
+             "flux2-9b": dict(transformer=K9_NET, vae={}, text=lambda length: dict(text=(length, 12288))),
+             "zimage": dict(transformer={}, vae=FLUX_VAE, text=lambda length: dict(text=(length, 2560), length=()))}
 
 
 CLIP_SIZES = {"hpsv2": "ViT-H-14", "clipscore": "ViT-L-14", "pickscore": "ViT-H-14"}
 
 
-def random_reward(name, cfg, extra):
-    """load_reward for --random_weights: a CLIP reward of full size, its cost without its download. None if that
+def random_reward(name, cfg, own):
+    """load_reward for networks that were made: a CLIP reward of full size, its cost without its download. None if that
     cannot be."""
     import open_clip
-    if name in extra or ":" in name:
-        return load_reward(name, cfg, extra)
+    if name in own or ":" in name:
+        return LOAD_REWARD(name, cfg, own)
     if name not in CLIP_SIZES:
-        return rtdmd.log(f"--random_weights: {name} cannot be made without a download, and is left out.")
+        return rtdmd.log(f"--dry_run: {name} cannot be made without a download, and is left out.")
     with torch.device(cfg.device):
         net = open_clip.create_model(CLIP_SIZES[name], device=cfg.device)
     tokenise = open_clip.get_tokenizer(CLIP_SIZES[name])
@@ -2002,9 +1721,12 @@ def random_reward(name, cfg, extra):
     return rtdmd.ClipReward(name, REWARDS[name], (net, net.encode_image, embed_text))
 
 
+LOAD_REWARD = rtdmd.load_reward
+
+
 def matrix_rate(device, n=8192):
     """TFLOP/s of bf16 products of two n x n matrices: what the chip can do at best."""
-    from torch.utils.benchmark import Timer          # on import it looks for a CUDA compiler, and warns without GPU
+    from torch.utils.benchmark import Timer  # on import it looks for a CUDA compiler, and warns without GPU
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16)
     timer = Timer("a @ a", globals={"a": a})                                 # it waits for the GPU
     timer.timeit(3)                                                          # warm
@@ -2020,9 +1742,9 @@ def standing_weights(run):
     return dict(sizes, adapters=lora, adam=2 * lora, ema=lora // 2)
 
 
-def report_costs(run):
+def report_costs(run, steps):
     """The table of --dry_run, and OUT/stageN/dry_run.json."""
-    cfg, timed = run.cfg, max(1, run.cfg.dry_run - 1)
+    cfg, timed = run.cfg, max(1, steps - 1)
     samples = (cfg.batch if cfg.stage == 1 else cfg.groups * cfg.group_size) / rtdmd.dist_info()[2]
     phases = {name: dict(seconds=c["seconds"] / timed, tflop_per_sample=sum(c["tflop"].values()) / samples,
                          tflop_by_part={n: f / samples for n, f in c["tflop"].items()}, peak_bytes=c["peak_bytes"],
@@ -2064,14 +1786,14 @@ def cost_lines(run, phases, total, weights, samples):
            f"{total['peak_bytes'] / 1e9:.3g} GB ({source}).")
 
 
-# -----------------------------------------------------------------------------------------------------------------
-# 15. The paper's questions, asked on the tiny world (bash train.sh ablations)
+# ------------------------------------------------------------------------------------------------------------
+# 13. The paper's questions, asked on the tiny world (bash train.sh ablations)
 #
 # A question is a dict {row: words}: flags of rtdmd.py, and @names of VARIANTS, which are none of its flags:
 # experiments beyond the paper, small functions that stand in for one of rtdmd's. Its first row is what the others
 # are compared with, seed by seed. Rows of stage 2 start from the stage-1 student of the row BASE of their seed.
 # Held-out judges decide, not the trained reward.
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 BASE, BASE_2 = "base (gamma .01)", "base (SubGRPO M=2 + pathwise)"
 LAG = "--fake_updates 1 --lr_fake 3e-4"
@@ -2081,50 +1803,62 @@ STAGE2_FLAGS = "--fake_updates 2"    # of all rows of stage 2; MODELS has 4, bec
 STAGE1_ROWS = {
     "Table 3: the consistency term": {
         BASE: "", "gamma 0 (A-DMD)": "--gamma 0", "gamma .001": "--gamma .001", "gamma .005": "--gamma .005",
-        "gamma .01, kernel cps, App. F's times": "--kernel cps --consistency_times schedule",
-        "gamma .1": "--gamma .1", "gamma 1": "--gamma 1", "gamma 1, kernel cps": "--gamma 1 --kernel cps",
-        "gamma 1, App. F's times": "--gamma 1 --consistency_times schedule",
+        "gamma .01, kernel cps, App. F's times": "@released_kernel @app_f_times",
+        "gamma .1": "--gamma .1", "gamma 1": "--gamma 1", "gamma 1, kernel cps": "--gamma 1 @released_kernel",
+        "gamma 1, App. F's times": "--gamma 1 @app_f_times",
         "gamma 1, pairs across boundaries": "--gamma 1 @pairs_across"},
     "Figure 5: randomness of the sampler (base: eta .9)": {
         BASE: "", "eta 0": "--eta 0", "eta .5": "--eta .5", "eta .8": "--eta .8", "eta 1": "--eta 1"},
-    "App. K: DMD2": {"eta 1": "--eta 1", "eta 1, DMD2's re-noising": "--eta 1 --renoise dmd2"},
-    "DEPARTURE 1: the re-noising std": {BASE: "", "the paper's (t-s)/(1-s)": "--renoise paper"},
+    "App. K: DMD2": {"eta 1": "--eta 1", "eta 1, DMD2's re-noising": "--eta 1 @dmd2_renoising"},
+    "DEPARTURE 1: the re-noising std": {BASE: "", "the paper's (t-s)/(1-s)": "@paper_std"},
     "A fake score that lags (1 update at lr 3e-4)": {
         "lag, gamma 0": f"{LAG} --gamma 0", "lag, gamma .01": LAG, "lag, gamma 1": f"{LAG} --gamma 1"},
     "A fake score that starts from zero behind a trained student (75 iterations)": {
         "behind, gamma 0": f"{BEHIND} --gamma 0", "behind, gamma .01": BEHIND,
         "behind, gamma 1": f"{BEHIND} --gamma 1"},
     "Beyond the paper, stage 1": {BASE: "", "a fake score that knows k": "@fake_knows_k"},
+    "The constants and functions of the released code": {
+        BASE: "", "released constants": "--lora_rank 32 --lora_alpha 64 --delta .2 --ema .904 @released_kernel"},
 }
 STAGE2_ROWS = {
     "Table 4: the hybrid policy gradient": {
-        BASE_2: "", "DM only": "--no_policy --no_det", "naive GRPO": "--subset_size 3 --no_det",
-        "SubGRPO M=1": "--subset_size 1 --no_det", "SubGRPO M=2": "--no_det", "pathwise only": "--no_policy",
+        BASE_2: "", "DM only": "--policy_weight 0 --det_weight 0", "naive GRPO": "--subset_size 3 --det_weight 0",
+        "SubGRPO M=1": "--subset_size 1 --det_weight 0", "SubGRPO M=2": "--det_weight 0",
+        "pathwise only": "--policy_weight 0",
         "SubGRPO M=1 + pathwise": "--subset_size 1", "naive GRPO + pathwise": "--subset_size 3",
-        "base without DM": "--no_dmd"},
+        "base without DM": "--dm_weight 0"},
     "SubGRPO against naive GRPO": {
-        "naive GRPO": "--subset_size 3 --no_det", "SubGRPO M=2": "--no_det",
-        "SubGRPO M=1": "--subset_size 1 --no_det", "antithetic, naive GRPO": "--subset_size 3 --no_det @antithetic"},
+        "naive GRPO": "--subset_size 3 --det_weight 0", "SubGRPO M=2": "--det_weight 0",
+        "SubGRPO M=1": "--subset_size 1 --det_weight 0",
+        "antithetic, naive GRPO": "--subset_size 3 --det_weight 0 @antithetic"},
     "Table 5: a reward without gradient": {
         "strict, naive GRPO": "--rewards strict=1 --subset_size 3", "strict, SubGRPO M=2": "--rewards strict=1",
         "strict, SubGRPO M=1": "--rewards strict=1 --subset_size 1"},
     "Departures 12 and 13": {
-        BASE_2: "", "std over all prompts": "--advantage_std global",
-        "no std (leave one out)": "--advantage_std none --beta 8", "shared x_{t_0}": "--share_initial",
-        "independent noise outside S": "--independent_noise", "DM at the last step only": "--dm_steps last"},
+        BASE_2: "", "std over all prompts": "@std_over_all",
+        "no std (leave one out)": "--beta 8 @no_std", "shared x_{t_0}": "@shared_start",
+        "independent noise outside S": "@independent_noise", "DM at the last step only": "@matching_last"},
     "The stochastic term alone: DEPARTURE 7, weight, std floor (tiny: .05), antithetic noise": {
-        "SubGRPO M=2": "--no_det", "log-prob as released": "--log_prob unscaled --no_det",
-        "SubGRPO M=2, policy_weight 3": "--no_det --policy_weight 3",
-        "std floor .0001, SubGRPO M=2": "--no_det --std_floor 1e-4",
-        "std floor .2, SubGRPO M=2": "--no_det --std_floor .2",
-        "antithetic, SubGRPO M=2": "--no_det @antithetic"},
+        "SubGRPO M=2": "--det_weight 0", "log-prob as released": "--det_weight 0 @unscaled_log_prob",
+        "SubGRPO M=2, policy_weight 3": "--det_weight 0 --policy_weight 3",
+        "std floor .0001, SubGRPO M=2": "--det_weight 0 --std_floor 1e-4",
+        "std floor .2, SubGRPO M=2": "--det_weight 0 --std_floor .2",
+        "antithetic, SubGRPO M=2": "--det_weight 0 @antithetic"},
     "The weight of the pathwise term (tiny: 10), fake updates (here: 2)": {
         BASE_2: "", "base, det_weight 1": "--det_weight 1", "base, 4 fake updates": "--fake_updates 4"},
     "Matching alone": {
-        "DM only": "--no_policy --no_det", "DM only, 4 fake updates": "--no_policy --no_det --fake_updates 4"},
+        "DM only": "--policy_weight 0 --det_weight 0",
+        "DM only, 4 fake updates": "--policy_weight 0 --det_weight 0 --fake_updates 4"},
     "Beyond the paper: pathwise through more steps": {
-        BASE_2: "", "pathwise, last 2 steps": "--no_policy --pathwise_steps 2",
-        "pathwise, last 3 steps": "--no_policy --pathwise_steps 3", "pathwise, all 4 steps": "--recipe pathwise"},
+        BASE_2: "", "pathwise, last 2 steps": "--policy_weight 0 @pathwise_2",
+        "pathwise, last 3 steps": "--policy_weight 0 @pathwise_3",
+        "pathwise, all 4 steps": "--policy_weight 0 @pathwise_4"},
+    # Not reproduced: its raw pathwise scale (1e-4 per unit of reward, so that PickScore counts four times), its fake
+    # weight min(1, 10 kappa^2), its clamps of t and of the advantages (+-5), one S per iteration, bf16 adapters.
+    "The constants and functions of the released code": {
+        BASE_2: "",
+        "released constants, stage 2": "--weight_decay 1e-4 --dm_weight 1e-3 --policy_weight .667 --ema .81 "
+                                       "@released_kernel @std_over_all @unscaled_log_prob @matching_last"},
     "Beyond the paper: when to stop": {
         BASE_2: "", "150 iterations": LONG, "150 iterations, stopped by the held-out judge": f"{LONG} @held_out_stop"},
 }
@@ -2153,8 +1887,9 @@ def ablations(flags, cfg):
     if not jobs:
         rtdmd.log(f"--only {flags.only!r} names no row of these tables: nothing is trained.")
     else:
-        rtdmd.load_backbone(rtdmd.resolve(dict(cache=cfg.cache, tiny_steps=cfg.tiny_steps)))    # makes the world
-        train_rows(base, out, cfg, flags.jobs)                                           # where these rows start
+        world = dict(cache=cfg.cache, pretrained=cfg.pretrained, device=cfg.device)
+        TinyBackbone(rtdmd.resolve(world))                                  # makes it, if it is not there
+        train_rows(base, out, cfg, flags.jobs)  # where these rows start
         train_rows(list(jobs.values()), out, cfg, flags.jobs)
     files = {row: [result_of(out, row, seed) for seed in seeds] for _, _, rows in tables for row in rows}
     results = {row: [json.loads(file.read_text()) for file in found if file.exists()] for row, found in files.items()}
@@ -2190,7 +1925,7 @@ def ablation(out, cfg, stage, row, words, seed):
     """One row for one seed, in a process of its own: trains it, evaluates it, writes its result."""
     target, start = result_of(out, row, seed), result_of(out, BASE, seed).with_suffix("") / "stage1"
     folder, names = target.with_suffix(""), [word[1:] for word in words.split() if word[0] == "@"]
-    world = ["--cache", cfg.cache, "--tiny_steps", str(cfg.tiny_steps), "--device", cfg.device]
+    world = ["--cache", cfg.cache, "--pretrained", cfg.pretrained, "--device", cfg.device]
     options = ["--stage", str(stage), "--out", str(folder), "--seed", str(seed), "--keep", "1", *world,
                *(word for word in words.split() if word[0] != "@"), *(["--init", str(start)] if stage == 2 else [])]
     last, quiet = rtdmd.resolve(rtdmd.parse_flags(options)).iterations, io.StringIO()
@@ -2240,21 +1975,105 @@ def ablation_table(rows, results):
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-# ---- Experiments beyond the paper: each replaces functions of rtdmd by others that call them
+# ---- Variants: each is {(owner, name): function}, functions that stand in for those of rtdmd.py while a row trains
 
-@contextlib.contextmanager
 def replaced(names, start):
     """rtdmd with the functions of these variants; start: the stage-1 student of the same seed."""
-    before = {}
+    stack = contextlib.ExitStack()
     for name in names:
-        for (owner, attribute), function in VARIANTS[name](start).items():
-            before[owner, attribute] = getattr(owner, attribute)
-            setattr(owner, attribute, function)
-    try:
-        yield
-    finally:
-        for (owner, attribute), function in before.items():
-            setattr(owner, attribute, function)
+        stack.enter_context(standing_in(VARIANTS[name](start)))
+    return stack
+
+
+def paper_std(start):
+    """DEPARTURE 1 undone: the std sigma_k(t) = (t-s)/(1-s) of 3.1 and App. B, and the c of Eq. 10 that goes with
+    it."""
+    def renoise_coefficients(s, t):
+        s, t = rtdmd.fp32(s, t)
+        return (1 - t) / (1 - s), (t - s) / (1 - s)
+
+    def ambient_scale(s, t):
+        s, t = rtdmd.fp32(s, t)
+        _, kappa = renoise_coefficients(s, t)
+        return (t + s * (t + kappa) / (1 - s)) / kappa  # s (t + kappa) is (t^2 - kappa^2) / a
+    return {(rtdmd, "renoise_coefficients"): renoise_coefficients, (rtdmd, "ambient_scale"): ambient_scale}
+
+
+def dmd2_renoising(start):
+    """App. K: DMD2 takes the x-prediction of a step for a clean sample, s = 0, and re-noises it over [0, 1]. Stage
+    1."""
+    def boundary_state(x, v, t, t_next, noise, eta):
+        return rtdmd.x0_from_velocity(x, v, t), torch.zeros_like(t_next)
+
+    def boundary_states(run, states, predictions, k):
+        return predictions[k - 1, range(len(k))], torch.zeros(len(k))
+    return {(rtdmd, "boundary_state"): boundary_state, (rtdmd, "boundary_states"): boundary_states}
+
+
+def released_kernel(start):
+    """DEPARTURE 3 undone: Eq. 11's reverse kernel is the sampler's step at its fixed eta."""
+    return {(rtdmd, "reverse_step"): functools.partial(rtdmd.reverse_step, kernel="cps", eta=rtdmd.Config.eta)}
+
+
+def app_f_times(start):
+    """DEPARTURE 4 undone, App. F: t' = t_k, so x' is the boundary state itself, and t'' = t_{k+1}."""
+    def update_fake(run, it, update, x_s, s, k, prompts, ids, total):
+        cfg = run.cfg
+        for rows in rtdmd.chunks(len(x_s), cfg.micro_batch):
+            keys = [rtdmd.key(cfg.seed, cfg.stage, it, "fake", update, i, j)
+                    for i, j in zip(ids[rows], k[rows].tolist())]
+            uniform, (n, n_1, n_2) = rtdmd.draw(keys, 2, 3, x_s.shape[1:], run.device)
+            x, s_x, cond = x_s[rows], rtdmd.level(s[rows], x_s), run.text.batch(prompts[rows], run.device)
+            fake = lambda x, t: run.roles.velocity("fake", x, t, cond)
+            t = rtdmd.draw_level(run, s_x, rtdmd.level(uniform[0], x))
+            loss = rtdmd.ambient_dsm_loss(fake(rtdmd.renoise(x, s_x, t, n), t), x, n, s_x, t)
+            t, t_next = s_x.clamp_min(1e-6), rtdmd.level(run.times[(k[rows] + 1).clamp_max(cfg.steps)], x)  # t_K is 0
+            v, weight = fake(x, t), len(x) / total
+            h = rtdmd.x0_from_velocity(x, v, t)
+            x_1, x_2 = (rtdmd.reverse_step(x, v.detach(), t, t_next, noise) for noise in (n_1, n_2))
+            with torch.no_grad():
+                d_1 = rtdmd.x0_from_velocity(x_1, fake(x_1, t_next), t_next) - h
+            (weight * (loss - 2 * cfg.gamma * (d_1 * h).mean())).backward()
+            consistency = (d_1 * (rtdmd.x0_from_velocity(x_2, fake(x_2, t_next), t_next) - h.detach())).mean()
+            (weight * 2 * cfg.gamma * consistency).backward()
+            rtdmd.note(run, len(x), dsm=loss, consistency=consistency)
+        rtdmd.optimizer_step(run, "fake")
+    return {(rtdmd, "update_fake"): update_fake}
+
+
+def unscaled_log_prob(start):
+    """DEPARTURE 7 undone: the released log-probability has no 1 / (2 std^2)."""
+    return {(rtdmd, "gaussian_log_prob"): lambda x_next, mean, std: -(x_next - mean).square().flatten(1).mean(1)}
+
+
+def matching_last(start):
+    """DEPARTURE 13 undone: matching and the fake score of stage 2 at step K only."""
+    return {(rtdmd, "fake_steps"): lambda cfg, it, update, ids: torch.full((len(ids),), cfg.steps),
+            (rtdmd, "matched_slots"): lambda cfg, u: [cfg.subset_size] * len(u)}
+
+
+def another_std(start, std):
+    """Advantages over the std of all prompts ("global"), or over none, with the others as baseline ("none")."""
+    scale, advantages = rtdmd.reward_scale, rtdmd.group_advantages
+    return {(rtdmd, "reward_scale"): lambda rewards, _="group", floor=1e-4: scale(rewards, std, floor),
+            (rtdmd, "group_advantages"): lambda rewards, _="group", floor=1e-4: advantages(rewards, std, floor)}
+
+
+def independent_noise(start):
+    """Eq. 16 undone: nothing is shared in a group outside S."""
+    original = rtdmd.group_noise
+    return {(rtdmd, "group_noise"): lambda shape, selected, size, steps, generator:
+            original(shape, range(1, steps), size, steps, generator)}
+
+
+def shared_start(start):
+    """A group shares x_{t_0} too, which the paper leaves open."""
+    original = rtdmd.group_draws
+
+    def group_draws(run, it, groups):
+        first, noise, subsets = original(run, it, groups)
+        return first[::run.cfg.group_size].repeat_interleave(run.cfg.group_size, 0), noise, subsets
+    return {(rtdmd, "group_draws"): group_draws}
 
 
 def antithetic(start):
@@ -2277,7 +2096,7 @@ def fake_knows_k(start):
     """DEPARTURE 18 undone: a learned vector per step k joins the fake score's pooled text embedding, zero at
     first."""
     velocity, teacher, roles = rtdmd.Roles.velocity, rtdmd.Roles.teacher, rtdmd.Roles.__init__
-    batch, fake, matching = TextCache.batch, rtdmd.update_fake, rtdmd.matching_loss
+    batch, fake, matching = rtdmd.TextCache.batch, rtdmd.update_fake, rtdmd.matching_loss
 
     def __init__(self, backbone, cfg):
         roles(self, backbone, cfg)
@@ -2304,7 +2123,7 @@ def fake_knows_k(start):
 
     without = lambda self, x, t, cond, null: teacher(self, x, t, {n: c for n, c in cond.items() if n != "k"}, null)
     return {(rtdmd.Roles, "__init__"): __init__, (rtdmd.Roles, "velocity"): velocity_with_k,
-            (rtdmd.Roles, "teacher"): without, (TextCache, "batch"): batch_with_k,
+            (rtdmd.Roles, "teacher"): without, (rtdmd.TextCache, "batch"): batch_with_k,
             (rtdmd, "update_fake"): update_fake, (rtdmd, "matching_loss"): matching_loss}
 
 
@@ -2331,23 +2150,36 @@ def fake_from_zero(start):
     return {(rtdmd, "prepare"): prepare}
 
 
-def pathwise_through(run, b, rows, total):
-    """--recipe pathwise: Eq. 15 through the last cfg.pathwise_steps steps with their noise held fixed. rows: slice.
+def pathwise_through(start, steps):
+    """Beyond the paper: Eq. 15 through the last `steps` steps with their noise held fixed. Exact for all that these
+    steps do to the reward, so no policy term may act on them: --policy_weight 0. Their forwards keep their
+    activations."""
+    original = rtdmd.reinforce_slot
 
-    Exact for all that these steps do to the reward, so no policy term may act on them.
-    """
-    cfg, K, prompts = run.cfg, run.cfg.steps, b.prompts[rows]
-    x, cond = b.states[K - cfg.pathwise_steps, rows], run.text.batch(prompts, run.device)
-    for k in range(K - cfg.pathwise_steps + 1, K + 1):
-        t, t_next = (rtdmd.level(run.times[[j] * len(x)], x) for j in (k - 1, k))
-        mean, _ = rtdmd.cps_mean_std(x, run.roles.velocity("generator", x, t, cond), t, t_next, cfg.eta)
-        x = b.states[k, rows] + mean - mean.detach()                        # the rollout's state, with a gradient
-    loss = rtdmd.pathwise_terms(run, x, prompts, {name: scale[rows] for name, scale in b.scales.items()})
-    (cfg.beta * cfg.det_weight * loss * len(x) / total).backward()
+    def reinforce_slot(run, b, slot, reward_term, rows, here, u, noise, fresh, total):
+        if slot < run.cfg.subset_size or not reward_term:
+            return original(run, b, slot, reward_term, rows, here, u, noise, fresh, total)
+        cfg, K, prompts = run.cfg, run.cfg.steps, [b.prompts[row] for row in rows]
+        x, cond = b.states[K - steps, rows], run.text.batch(prompts, run.device)
+        for k in range(K - steps + 1, K + 1):
+            t, t_next = (rtdmd.level(run.times[[j] * len(x)], x) for j in (k - 1, k))
+            mean, _ = rtdmd.cps_mean_std(x, run.roles.velocity("generator", x, t, cond), t, t_next, cfg.eta)
+            x = b.states[k, rows] + mean - mean.detach()                    # the rollout's state, with a gradient
+        loss = rtdmd.pathwise_terms(run, x, prompts, {name: scale[rows] for name, scale in b.scales.items()})
+        (cfg.beta * cfg.det_weight * loss * len(x) / total).backward()
+        if here:                                                            # matching stays as it is
+            matched = [rows[i] for i in here]
+            original(run, b, slot, False, matched, range(len(matched)), u[here], noise[here], fresh, total)
+    return {(rtdmd, "reinforce_slot"): reinforce_slot}
 
 
-VARIANTS = dict(antithetic=antithetic, pairs_across=pairs_across, fake_knows_k=fake_knows_k,
-                fake_from_zero=fake_from_zero, held_out_stop=lambda start: {})                # ablation() does that
+VARIANTS = {function.__name__: function for function in (
+    paper_std, dmd2_renoising, released_kernel, app_f_times, unscaled_log_prob, matching_last, independent_noise,
+    shared_start, antithetic, pairs_across, fake_knows_k, fake_from_zero)}
+VARIANTS |= dict(std_over_all=functools.partial(another_std, std="global"),
+                 no_std=functools.partial(another_std, std="none"),
+                 held_out_stop=lambda start: {},                            # ablation() does that
+                 **{f"pathwise_{n}": functools.partial(pathwise_through, steps=n) for n in (2, 3, 4)})
 
 
 # ---- Curves
@@ -2430,19 +2262,19 @@ def draw_curves(path, panels, width=560, height=330):
                     pen.ellipse([px - 3, py - 3, px + 3, py + 3], colour)
             pen.line([(x, y + 8), (x + 22, y + 8)], colour, 3)
             pen.text((x + 28, y), label, "black", font)
-    write_png(path, image)
+    rtdmd.write_png(path, image)
 
 
-# -----------------------------------------------------------------------------------------------------------------
-# 16. The tiny world (--model tiny): a text-to-image problem for a laptop, through the very same stages
+# ------------------------------------------------------------------------------------------------------------
+# 14. The tiny world (--model tiny): a text-to-image problem for a laptop, through the very same stages
 #
 # 12 x 12 pictures of one or two coloured shapes and their captions; a 0.6 M parameter SD3Transformer2DModel in
 # pixel space as teacher; two classifiers, A (the reward) and B (held out).
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 TINY_COLOURS = {"red": (.85, .15, .15), "green": (.15, .7, .2), "blue": (.15, .25, .9), "yellow": (.9, .85, .15)}
 TINY_SHAPES = ("circle", "square", "triangle")
-TINY_RELATIONS = {"above": (1, 0), "below": (1, 1), "left of": (2, 0), "right of": (2, 1)}   # layout, does order swap
+TINY_RELATIONS = {"above": (1, 0), "below": (1, 1), "left of": (2, 0), "right of": (2, 1)}  # layout, does order swap
 TINY_WORDS = ["<pad>", *TINY_COLOURS, *TINY_SHAPES, *TINY_RELATIONS]
 TINY_TOKENS, TINY_WIDTH, TINY_SIDE = 6, 64, 12
 TINY_REWARDS = ("attributes", "strict", "heldout", "heldout_strict")
@@ -2453,6 +2285,11 @@ def tiny_captions(held_out=False):
     objects = [f"a {c} {s}" for c in TINY_COLOURS for s in TINY_SHAPES]
     pairs = [f"{a} {r} {b}" for r in TINY_RELATIONS for a in objects for b in objects if a != b]
     return pairs[3::8] if held_out else objects + [p for i, p in enumerate(pairs) if i % 8 != 3]
+
+
+def tiny_test_captions():
+    """The 66."""
+    return tiny_captions(held_out=True)
 
 
 @functools.cache
@@ -2538,7 +2375,7 @@ class TinyJudge(nn.Module):
 def judge_scores(judge, images, captions):
     """Mean log-probability of the caption's attributes, each at least -4, and whether all are right (0 or 1):
     (B,), (B,). images (B, 3, 12, 12) in [0, 1]."""
-    facts = torch.stack([parse_caption(c)[1] for c in captions]).to(images.device)                  # -1: not asked
+    facts = torch.stack([parse_caption(c)[1] for c in captions]).to(images.device)  # -1: not asked
     heads = list(zip(judge(images.float() * 2 - 1), facts.T))
     loss = torch.stack([F.cross_entropy(l, f, ignore_index=-1, reduction="none") for l, f in heads], 1)
     right = torch.stack([(l.argmax(1) == f) | (f < 0) for l, f in heads], 1)
@@ -2615,20 +2452,34 @@ def train_tiny_teacher(net, text, steps, seed):
 
 
 class TinyBackbone:
-    """The tiny world behind the interface of the real backbones. Trains its teacher and judges on first use."""
+    """The tiny world behind the interface of the real backbones, as any --model module:Class. Trains its teacher and
+    judges on first use: 2,000 updates of the teacher, or as many as --pretrained tiny-500 says."""
 
-    shift, latent_shape = 1.0, (3, TINY_SIDE, TINY_SIDE)
+    shift, latent_shape, rewards = 1.0, (3, TINY_SIDE, TINY_SIDE), dict.fromkeys(TINY_REWARDS)
+    # Matching is divided by D (DEPARTURE 20), so the balance of Eq. 18 does not carry over from the paper's models:
+    # the pathwise term has ten times the weight of the others here. docs/claims.md has both.
+    settings = {
+        "prompts": "eval:tiny_captions", "resolution": TINY_SIDE, "guidance": 1.5, "micro_batch": 48,
+        "rewards": "attributes=1", "watch": "heldout", "sample_every": 10, "lora_rank": 32, "lora_alpha": 16,
+        "ema": 0.97, "std_floor": 0.05,
+        1: dict(iterations=150, lr=1e-3, lr_fake=1e-3, fake_updates=3, batch=48),
+        2: dict(iterations=50, lr=1e-3, lr_fake=1e-3, fake_updates=4, groups=4, group_size=12, det_weight=10.0)}
 
     def __init__(self, cfg):
-        torch.manual_seed(rtdmd.key("tiny world"))                         # the world is the same for every --seed
+        name = cfg.pretrained or "tiny-2000"
+        if cfg.resolution != TINY_SIDE or not re.fullmatch(r"tiny-[1-9]\d*", name):
+            raise UsageError(f"--model tiny has {TINY_SIDE} pixels and its own teacher: leave out --resolution, and "
+                             "give --pretrained, if at all, as tiny-500: a teacher after 500 updates.")
+        torch.manual_seed(rtdmd.key("tiny world"))  # the world is the same for every --seed
         net, text, A, B = tiny_transformer(), TinyText(), TinyJudge(32, nn.GELU), TinyJudge(24, nn.ReLU)
         parts = nn.ModuleDict(dict(net=net, text=text, reward=A, heldout=B))
-        path = Path(cfg.cache) / f"tiny-{cfg.tiny_steps}.safetensors"
+        path, updates = Path(cfg.cache) / f"{name}.safetensors", int(name[5:])
         if not path.exists() and rtdmd.dist_info()[0] == 0:
-            steps = max(1, min(300, cfg.tiny_steps))
+            path.parent.mkdir(parents=True, exist_ok=True)  # what cannot be written is known before minutes
+            steps = min(300, updates)
             train_tiny_judge(A, "tiny reward judge", steps, seed=1)
             train_tiny_judge(B, "tiny held-out judge", steps, seed=2)
-            train_tiny_teacher(net, text, cfg.tiny_steps, seed=3)
+            train_tiny_teacher(net, text, updates, seed=3)
             rtdmd.write_atomic(path, safetensors_bytes({n: p.contiguous() for n, p in parts.state_dict().items()}))
         rtdmd.barrier()
         try:
@@ -2638,8 +2489,8 @@ class TinyBackbone:
                              "anew.") from error
         parts.to(cfg.device).eval().requires_grad_(False)
         self.nets, self.text = {"generator": net, "teacher": net}, text
-        self.base = self.text_key = path.stem
-        self.lora_targets = rtdmd.attention_linears(net)
+        self.base = self.text_key = name
+        self.lora_targets = rtdmd.matching_linears(net, rtdmd.Backbone.attention)
         kinds = zip(TINY_REWARDS, (A, A, B, B), (0, 1, 0, 1))
         self.rewards = {name: TinyReward(name, judge, output) for name, judge, output in kinds}
 
@@ -2655,7 +2506,11 @@ class TinyBackbone:
     def velocity(self, net, x, t, cond):
         return tiny_velocity(net, x, t, cond)
 
-    shift_for, quantise = rtdmd.SD3Backbone.shift_for, rtdmd.SD3Backbone.quantise
+    def shift_for(self, steps):
+        return self.shift
+
+    def quantise(self, t):
+        return t
 
     def decode(self, x):
         return (x / 2 + 0.5).clamp(0, 1)
@@ -2700,7 +2555,7 @@ def tiny_set_metrics(backbone, images, captions, per_prompt):
     real = backbone.decode(render(captions, torch.Generator().manual_seed(rtdmd.key("real renders"))))
     pooled, truth = (F.avg_pool2d(2 * x, 2).flatten(1) for x in (images, real))
     generator, P, results = torch.Generator().manual_seed(0), len(captions) // per_prompt, []
-    for draw in range(21):                                   # the set itself, then 20 resamples of its captions
+    for draw in range(21):  # the set itself, then 20 resamples of its captions
         pick = torch.arange(P) if draw == 0 else torch.randint(P, (P,), generator=generator)
         rows = (pick[:, None] * per_prompt + torch.arange(per_prompt)).flatten()
         ratio = spread(images[rows], per_prompt) / spread(real[rows], per_prompt) if per_prompt > 1 else math.nan
@@ -2708,14 +2563,17 @@ def tiny_set_metrics(backbone, images, captions, per_prompt):
     return dict(zip(("distance", "diversity"), zip(results[0], torch.tensor(results[1:]).std(0).tolist())))
 
 
-# -----------------------------------------------------------------------------------------------------------------
-# 17. main
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# 15. main
+# ------------------------------------------------------------------------------------------------------------
 
 def main(argv=None):
     """Samples, scores, compares or ablates, as the flags say."""
     with rtdmd.one_sentence("eval"):
-        flags, cfg = parse(argv)
+        words = sys.argv[1:] if argv is None else argv
+        if any(word.split("=")[0] == "--dry_run" for word in words):
+            return dry_run(words)
+        flags, cfg = parse(words)
         commands = ((flags.ablations, ablations), (flags.compare, compare), (flags.images, score_folder),
                     (flags.prompt, one_picture), (True, evaluate))
         try:

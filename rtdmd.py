@@ -6,11 +6,11 @@ deterministic step, and distribution matching to stay near the teacher. It follo
 Generators via Reward-Tilted Distribution Matching" and is meant to be read beside it. Not a framework: copy what
 you need.
 
-    laptop      bash train.sh                                     # the tiny world: both stages, a table, a picture
+    laptop      bash train.sh  # the tiny world: both stages, a table, a picture
     1 GPU       python rtdmd.py --stage 1 --model sd3m
-    8 GPUs      torchrun --nproc_per_node 8 rtdmd.py --stage 1 --model sd3m            # then --stage 2, same --out
-    2 nodes     NNODES=2 NODE_RANK=0 MASTER_ADDR=host bash train.sh sd3m 8          # on the other node NODE_RANK=1
-    no weights  python rtdmd.py --stage 1 --model sd3m --random_weights --dry_run 1     # will it fit, how fast is it
+    8 GPUs      torchrun --nproc_per_node 8 rtdmd.py --stage 1 --model sd3m  # then --stage 2, same --out
+    2 nodes     NNODES=2 NODE_RANK=0 MASTER_ADDR=host bash train.sh sd3m 8  # on the other node NODE_RANK=1
+    no weights  python eval.py --dry_run 1 --stage 1 --model sd3m  # will it fit, how fast is it
 
 Map  section  paper                functions
      2        2.1                  x0_from_velocity, eps_from_velocity, score_from_velocity
@@ -20,9 +20,8 @@ Map  section  paper                functions
      5        3.2, App. G, H       choose_steps, group_noise, gaussian_log_prob, reward_scale, group_advantages,
                                    subgrpo_loss, pathwise_loss
      6        App. I, Algorithm 1  stage1, stage2
-     1 is the configuration, 7 rewards, 8 backbones, 9 plumbing, 10 the command line. The rest is in eval.py, which
-     must lie beside this file to train: metrics, prompts and their embeddings, sampling and reports, the records
-     and costs of a run, ablations, the tiny world.
+     1 is the configuration, 7 rewards, 8 backbones, 9 prompts, 10 plumbing, 11 the command line. This file
+     trains alone; eval.py has what training does not need: metrics, reports, costs, ablations, the tiny world.
 
 Symbols  theta generator | psi frozen teacher, guided with weight w | phi fake score
          steps k = 1..K | t_k level after step k, t_0 = 1, t_K = 0 | eta randomness of the sampler, eps_k its noise
@@ -36,7 +35,7 @@ Symbols  theta generator | psi frozen teacher, guided with weight w | phi fake s
          the deterministic step K
 
 DEPARTURES  [P] from the paper, [C] from its released code, [-] from neither: both share it, or leave it open.
-The reasons are in README ("Departures"); tests name those that they show (grep DEPARTURE test_rtdmd.py).
+The reasons are in docs/departures.md; tests name those that they show (grep DEPARTURE test_rtdmd.py).
  1. [P] kappa = sqrt(t^2 - a^2 s^2), since variances add. The paper's (t-s)/(1-s) adds standard deviations.
  2. [-] With this kappa, and with no other, App. E holds for noisy x_s too: h(x_t, t) is a martingale.
  3. [C] The reverse kernel of Eq. 11 is the Gaussian posterior. At a fixed eta the true score has a loss.
@@ -64,19 +63,26 @@ The reasons are in README ("Departures"); tests name those that they show (grep 
 from __future__ import annotations
 
 import argparse
+import collections
+import concurrent.futures
 import contextlib
+import csv
 import dataclasses
+import fcntl
 import functools
 import hashlib
-import importlib
+import importlib.metadata
+import io
 import json
 import math
 import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
+import unicodedata
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -87,7 +93,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torch.utils.checkpoint
-from safetensors import SafetensorError
+import transformers
+from PIL import Image, ImageDraw, ImageFont
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
@@ -95,16 +103,17 @@ from tqdm import tqdm
 
 
 class UsageError(Exception):
-    """Bad input or a hopeless run. One sentence that says what to do: main prints it and exits with `code`."""
+    """Bad input or a hopeless run. One sentence that says what to do: main prints it and exits with
+    `code`."""
 
     def __init__(self, message, code=2):
         super().__init__(message)
         self.code = code
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 1. Configuration. One typed place; every default says its unit and where it comes from.
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def opt(default, help, choices=None):
     """A dataclass field whose help text and admissible values the command line reads."""
@@ -117,20 +126,18 @@ class Config:
 
     # ---- What to run
     stage: int = opt(1, "1 distils (AC-DMD), 2 reinforces (hybrid policy gradient)", (1, 2))
-    model: str = opt("tiny", "backbone: tiny, sd3m, sd35m, flux2-4b, flux2-9b")
-    recipe: str = opt("paper", "named set of differences from these defaults: paper, official, pathwise")
+    model: str = opt("tiny", "backbone: tiny, sd3m, sd35m, flux2-4b, flux2-9b, or module:Class for your own")
     out: str = opt("runs/MODEL", "run folder; stage 1 and stage 2 share it")
     init: str = opt("", "stage 2: checkpoint of stage 1 to start from (default: the newest under --out)")
     iterations: int = opt(0, "passes of Algorithm 1's loop; 0: the stage's own (paper 4.1: 1500, then 1000)")
     seed: int = opt(0, "the only source of randomness")
-    device: str = opt("", "cuda, cpu or meta (counting only); default: cuda if there is one")
-    prompts: str = opt("pickapic", "file (.txt .jsonl .csv .tsv .parquet) or pickapic (released; paper 4.1 for SD3-M: "
-                         "text-to-image-2M, 423 GB of pictures), drawbench, partiprompts, hpdv2")
+    device: str = opt("", "cuda or cpu; default: cuda if there is one")
+    prompts: str = opt("pickapic", "file (.txt .jsonl .csv .tsv .parquet), module:attribute, or pickapic (released; "
+                       "paper 4.1 for SD3-M: text-to-image-2M, 423 GB), drawbench, partiprompts, hpdv2")
     max_prompts: int = opt(25000, "prompts taken from the set: their text embeddings go to disk, 2 to 8 MB each")
     cache: str = opt("runs/cache", "text embeddings, the tiny world's teacher and judges; shared by all runs")
     # ---- Network
     pretrained: str = opt("", "local folder or hub id instead of the model's own; FLUX.2: GENERATOR,TEACHER")
-    random_weights: bool = opt(False, "full-size network without any download: will it fit, how fast is it")
     weights_dir: str = opt("", "folder searched for models and reward checkpoints before the hub (offline)")
     resolution: int = opt(512, "pixels, width and height (paper 4.1; its Table 1 uses 1024)")
     text_length: int = opt(0, "tokens of the long text encoder; 0: the stock pipeline's (SD3 256, FLUX.2 512)")
@@ -146,11 +153,7 @@ class Config:
     eta: float = opt(0.9, "CPS randomness: 0 Euler ODE, 1 consistency sampler (paper 4.1, App. K)")
     # ---- AC-DMD (3.1)
     gamma: float = opt(0.01, "weight of the consistency term in Eq. 12 (paper 4.1); 0 is A-DMD")
-    kernel: str = opt("posterior", "reverse kernel of Eq. 11; cps: fixed eta, as released", ("posterior", "cps"))
-    consistency_times: str = opt("local", "t'' just below t'; schedule: App. F's t_{k+1}", ("local", "schedule"))
     delta: float = opt(0.1, "largest t' - t'' of the consistency term, in noise level (ours; released: 0.2)")
-    renoise: str = opt("markov", "std sigma_k(t) of 3.1: sqrt(t^2 - a^2 s^2); paper: its (t-s)/(1-s); "
-                       "dmd2 re-noises the x-prediction over [0, 1] (App. K)", ("markov", "paper", "dmd2"))
     batch: int = opt(72, "boundary states per update, over all processes (released: 9 x 8 GPUs)")
     fake_updates: int = opt(0, "fake updates per generator update; 0: the stage's own (released: 10, then 1)")
     # ---- Hybrid policy gradient (3.2)
@@ -158,22 +161,12 @@ class Config:
     groups: int = opt(48, "prompts per iteration, over all processes (paper 4.1)")
     group_size: int = opt(24, "N, trajectories per prompt (paper 4.1)")
     subset_size: int = opt(2, "M, size of S (paper 4.3); K-1 is naive GRPO")
-    independent_noise: bool = opt(False, "ablation: no shared noise outside S (Eq. 16 off)")
-    share_initial: bool = opt(False, "share x_{t_0} in a group too (the paper does not say; released: no)")
     beta: float = opt(1.0, "reward strength, Eq. 6 (App. J)")
-    policy_weight: float = opt(1.0, "weight of Eq. 17 inside Eq. 18")
-    det_weight: float = opt(1.0, "weight of Eq. 15 inside Eq. 18")
-    dm_weight: float = opt(1.0, "weight of the distribution matching term inside Eq. 18")
-    pathwise_steps: int = opt(1, "last steps that Eq. 15 runs through (paper: one), 0: all; above 1 with --no_policy")
-    no_policy: bool = opt(False, "ablation: no stochastic term")
-    no_det: bool = opt(False, "ablation: no pathwise term")
-    no_dmd: bool = opt(False, "ablation: no distribution matching in stage 2")
-    advantage_std: str = opt("group", "divide rewards by their std over the group, over all, or not at all",
-                             ("group", "global", "none"))
+    policy_weight: float = opt(1.0, "weight of Eq. 17 inside Eq. 18; 0 leaves the term out")
+    det_weight: float = opt(1.0, "weight of Eq. 15 inside Eq. 18; 0 leaves the term out")
+    dm_weight: float = opt(1.0, "weight of the matching term inside Eq. 18; 0: no matching, no fake score")
     std_floor: float = opt(1e-4, "least std that a reward is divided by, in its own units (ours)")
     clip: float = opt(1e-5, "PPO clip on exp(mean of the log-ratio over dimensions) (App. J)")
-    log_prob: str = opt("exact", "unscaled drops 1 / (2 std^2), as released", ("exact", "unscaled"))
-    dm_steps: str = opt("all", "steps k of stage 2's matching and fake score; last: as released", ("all", "last"))
     inner_epochs: int = opt(1, "generator updates per rollout; the ratio is exactly 1 in the first")
     # ---- Optimisation (App. J)
     lr: float = opt(0.0, "generator; 0: the stage's own (3e-5 or 1e-6, then 3e-6)")
@@ -190,69 +183,67 @@ class Config:
     sample_every: int = opt(25, "iterations between fixed-seed panels")
     watch: str = opt("", "rewards that are only looked at, on the panel (reward hacking shows there first)")
     force_resume: bool = opt(False, "resume although settings that change the result have changed")
-    dry_run: int = opt(0, "N: run N iterations, print cost per phase, keep no checkpoint")
-    tiny_steps: int = opt(2000, "updates that train the tiny world's teacher")
 
 
-# Differences from the defaults above. Numbers under 1 and 2 hold for that stage only. micro_batch: the largest
-# power of two that leaves 15 % of a card free at 512 pixels on 8 processes, as --device meta counts (README). The
-# card: 24 GB for SD3, 40 for FLUX.2-4B, 80 for 9B. Where 2 does not leave that much it stays 1 (13 % or more).
-STAGES = {1: dict(iterations=1500, lr=3e-5, lr_fake=3e-5, fake_updates=10),        # iterations: paper 4.1, lr: App. J,
+# Differences from the defaults above; numbers under 1 and 2 hold for that stage only. (The tiny world's, like
+# those of any backbone that is found by module:Class, are the attribute `settings` of its class.)
+# micro_batch: the largest power of two that leaves 15 % of a card free at 512 pixels on 8 processes, as
+# counted (docs/costs.md). The card: 24 GB for SD3, 40 for FLUX.2-4B, 80 for 9B. Where 2 does not leave that
+# much it stays 1 (13 % or more).
+STAGES = {1: dict(iterations=1500, lr=3e-5, lr_fake=3e-5, fake_updates=10),  # iterations: paper 4.1, lr: App. J,
           2: dict(iterations=1000, lr=3e-6, lr_fake=3e-5, fake_updates=1)}         # fake_updates: released
 MODELS = {
-    "tiny": {"prompts": "tiny", "resolution": 12, "guidance": 1.5, "micro_batch": 48, "rewards": "attributes=1",
-             "watch": "heldout", "sample_every": 10, "lora_rank": 32, "lora_alpha": 16, "ema": 0.97,
-             "std_floor": 0.05,
-             1: dict(iterations=150, lr=1e-3, lr_fake=1e-3, fake_updates=3, batch=48),
-             # DM is divided by D (DEPARTURE 20), so the balance of Eq. 18 does not carry over from the paper's
-             # models. The tiny world gives the pathwise term ten times the weight of the others; README has both.
-             2: dict(iterations=50, lr=1e-3, lr_fake=1e-3, fake_updates=4, groups=4, group_size=12,
-                     det_weight=10.0)},
     "sd3m": {"guidance": 7.0, 1: dict(micro_batch=8), 2: dict(micro_batch=2)},
-    "sd35m": {"guidance": 4.5, "rewards": "hpsv2=1,clipscore=1,pickscore=1",                            # paper 4.3
+    "sd35m": {"guidance": 4.5, "rewards": "hpsv2=1,clipscore=1,pickscore=1",  # paper 4.3
               1: dict(micro_batch=4)},
+    "sd35l": {"guidance": 3.5, "rewards": "hpsv2=1,clipscore=1,pickscore=1"},  # ours; w: its model card, from memory
+    "flux1": {"guidance": 3.5, "rewards": "hpsv2=1,clipscore=1,pickscore=1", 2: dict(groups=64)},  # w, lr: released
     "flux2-4b": {"guidance": 4.0, "rewards": "hpsv2=1,clipscore=1,pickscore=1,geneval=1",
-                 1: dict(lr=1e-6, lr_fake=1e-6, micro_batch=2),                                 # App. J, paper 4.1
+                 1: dict(lr=1e-6, lr_fake=1e-6, micro_batch=2),  # App. J, paper 4.1
                  2: dict(lr_fake=1e-6, groups=64)},
     "flux2-9b": {"guidance": 4.0, "rewards": "hpsv2=1,clipscore=1,pickscore=1,geneval=1",
-                 1: dict(lr=1e-6, lr_fake=1e-6, micro_batch=2),                         # as the 4B: the paper has
+                 1: dict(lr=1e-6, lr_fake=1e-6, micro_batch=2),  # as the 4B: the paper has
                  2: dict(lr_fake=1e-6, groups=64)},                                     # no number for the 9B
-}
-RECIPES = {
-    "paper": {},
-    # Ours, for differentiable rewards: all K steps are back-propagated, which leaves nothing to SubGRPO. Its K
-    # forwards keep their activations at once. README ("Beyond the paper") has its measurement.
-    "pathwise": {2: dict(no_policy=True, pathwise_steps=0)},
-    # The constants of the released method that have a flag here. Not set: its rewards and prompts, 128 T5 tokens,
-    # SD3-M's 1024 pixels and 32 x 16 trajectories. Not reproduced: its raw pathwise scale (1e-4 per unit of reward,
-    # so that PickScore counts four times), its fake weight min(1, 10 kappa^2), its clamps of t and of the
-    # advantages (+-5), one S per iteration, bf16 adapters.
-    "official": {"lora_rank": 32, "lora_alpha": 64, "kernel": "cps", "delta": 0.2, "ema": 0.904,
-                 2: dict(advantage_std="global", log_prob="unscaled", dm_steps="last", weight_decay=1e-4,
-                         dm_weight=1e-3, policy_weight=2 / 3, ema=0.81)},
+    "zimage": {"guidance": 5.0, "rewards": "hpsv2=1,clipscore=1,pickscore=1",  # ours; w is the pipeline's 4 + 1
+               1: dict(lr=1e-6, lr_fake=1e-6), 2: dict(lr_fake=1e-6)},  # as FLUX.2: theta is distilled already
 }
 
 
 def resolve(flags):
-    """Config from the flags that were given: default < STAGES < MODELS < RECIPES < flag. Raises UsageError."""
-    stage, model, recipe = (flags.get(n, getattr(Config, n)) for n in ("stage", "model", "recipe"))
-    for kind, name, table in (("model", model, MODELS), ("recipe", recipe, RECIPES), ("stage", stage, STAGES)):
-        if name not in table:
-            raise UsageError(f"--{kind} {name} is unknown: take one of {', '.join(map(str, table))}.")
-    values = dict(STAGES[stage], out=f"runs/{model}")
-    for row in (MODELS[model], RECIPES[recipe]):
-        values.update({n: v for n, v in row.items() if isinstance(n, str)}, **row.get(stage, {}))
+    """Config from the flags that were given: default < STAGES < MODELS < flag. Raises UsageError."""
+    stage, model = (flags.get(name, getattr(Config, name)) for name in ("stage", "model"))
+    if stage not in STAGES:
+        raise UsageError(f"--stage {stage} is unknown: take one of 1, 2.")
+    row = MODELS.get(model) or getattr(backbone_class(model), "settings", {})
+    values = dict(STAGES[stage], out=f"runs/{model.split(':')[-1]}")
+    values.update({n: v for n, v in row.items() if isinstance(n, str)}, **row.get(stage, {}))
     values.update({n: v for n, v in flags.items() if v != 0 or n not in STAGES[stage]})     # 0: the stage's own
     cfg = Config(**values)
     cfg.device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     cfg.dtype = cfg.dtype or ("fp32" if cfg.device == "cpu" else "bf16")
-    cfg.pathwise_steps = cfg.pathwise_steps or cfg.steps
     check(cfg)
     return cfg
 
 
+def find_named(name, what):
+    """What "module:attribute" names: a backbone, a reward, a list of prompts. The module may lie in the
+    current folder, beside this file, or among the packages. This is the one door between this file and code
+    outside of it."""
+    module, _, attribute = name.partition(":")
+    # The program that runs is called __main__; a module that imports it by its own name would get a second
+    # copy.
+    program = sys.modules["__main__"]
+    sys.modules.setdefault(Path(getattr(program, "__file__", None) or "none").stem, program)
+    sys.path += [p for p in (os.getcwd(), str(Path(__file__).resolve().parent)) if p not in sys.path]
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (Exception, SystemExit) as error:                                # foreign code raises anything
+        raise UsageError(f"{what} {name}: {error!r}; looked in {os.getcwd()}, beside {Path(__file__).name} and "
+                         f"among the packages: correct the name or the code, or put {module}.py there.") from error
+
+
 # A whole number is at least 1, another number at least 0, and neither has an upper bound, but for these.
-LEAST = dict(seed=0, text_length=0, dry_run=0, steps=2, group_size=2, resolution=8)
+LEAST = dict(seed=0, text_length=0, steps=2, group_size=2, resolution=8)
 MOST = dict(eta=1, ema=1, delta=1)
 
 
@@ -271,50 +262,38 @@ def check(cfg):
     stage2, gpus, (_, local, world) = cfg.stage == 2, torch.cuda.device_count(), dist_info()
     for wrong, sentence in (
             (0 in (cfg.clip, cfg.grad_clip, cfg.delta), "--clip, --grad_clip and --delta must be above 0."),
-            (cfg.renoise == "dmd2" and cfg.consistency_times == "schedule",
-             "--consistency_times schedule has no meaning with --renoise dmd2, whose level is 0: take local."),
             (not stage2 and cfg.batch % cfg.steps,
              f"--batch {cfg.batch} must be a multiple of --steps {cfg.steps}: every k gets an equal share."),
             (stage2 and cfg.subset_size >= cfg.steps,
              f"--subset_size {cfg.subset_size}: there are only {cfg.steps - 1} stochastic steps to choose from."),
             (stage2 and cfg.groups % world, f"--groups {cfg.groups} does not split over {world} processes: take "
              f"{-(-cfg.groups // world) * world}."),
-            (stage2 and cfg.eta == 0 and not cfg.no_policy,
-             "--eta 0 leaves no stochastic step to reinforce: give --eta above 0 or --no_policy."),
-            (stage2 and not (cfg.pathwise_steps == 1 or cfg.no_policy and cfg.pathwise_steps <= cfg.steps),
-             f"--pathwise_steps {cfg.pathwise_steps}: above 1 it needs --no_policy, or these steps would count twice, "
-             f"and at most --steps {cfg.steps}."),
-            (stage2 and cfg.no_policy and cfg.no_det and cfg.no_dmd,
-             "--no_policy --no_det --no_dmd together leave nothing to train: drop one of them."),
-            (stage2 and "geneval" in cfg.rewards and not cfg.prompts.endswith(".jsonl") and not cfg.random_weights,
+            (stage2 and cfg.eta == 0 and cfg.policy_weight,
+             "--eta 0 leaves no stochastic step to reinforce: give --eta above 0 or --policy_weight 0."),
+            (stage2 and not (cfg.policy_weight or cfg.det_weight or cfg.dm_weight),
+             "--policy_weight, --det_weight and --dm_weight are all 0, which leaves nothing to train: give one."),
+            (stage2 and "geneval" in cfg.rewards and not cfg.prompts.endswith(".jsonl"),
              "--rewards geneval must know what a picture has to show: give --prompts FILE.jsonl of GenEval's rows "
              "(README says how to make one), or other --rewards."),
-            (not re.fullmatch(r"cpu|meta|cuda(:\d+)?", cfg.device),
-             f"--device {cfg.device} is unknown: take cuda, cpu or meta."),
+            (not re.fullmatch(r"cpu|cuda(:\d+)?", cfg.device), f"--device {cfg.device} is unknown: take cuda or cpu."),
             (cfg.device.startswith("cuda") and gpus <= int(re.sub(r"\D", "", cfg.device) or local),
              f"--device cuda needs a GPU for each process, and PyTorch sees {gpus} here: start fewer processes, "
              "or take --device cpu."),
-            (cfg.device == "meta" and not (cfg.dry_run and cfg.random_weights),
-             "--device meta only counts: give it to rtdmd.py with --dry_run 1 --random_weights."),
-            (cfg.model == "tiny" and (cfg.pretrained or cfg.random_weights or cfg.resolution != 12),
-             "--model tiny has 12 pixels and its own teacher: no --pretrained, --random_weights or --resolution."),
-            (not (cfg.out and cfg.cache), "--out and --cache must name a folder."),
-            (world > 1 and "MASTER_ADDR" not in os.environ,
-             f"WORLD_SIZE is {world}, but torchrun did not set it: start with torchrun, or unset it.")):
+            (not (cfg.out and cfg.cache), "--out and --cache must name a folder.")):
         if wrong:
             raise UsageError(sentence)
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 2. Flow algebra (paper 2.1). Rectified path x_t = (1-t) x_0 + t eps, velocity v = E[eps - x_0 | x_t].
 #
-# From here to section 5 all functions are pure: no globals, no configuration; noise, or the generator that draws
-# it, comes in as an argument; levels t, s are numbers or tensors that broadcast against x. All compute in fp32
-# whatever comes in (the schedule: fp64): bf16 keeps fewer than three digits, so FLUX.2's t_1 = .9581 would become
-# .957, and x - t v would be as coarse. A few are there for the reader, and to be copied: consistency_loss,
-# ambient_velocity_target, boundary_mean, eps_ and score_from_velocity. The loops and losses have the same formulas in
-# a cheaper form.
-# -----------------------------------------------------------------------------------------------------------------
+# From here to section 5 all functions are pure: no globals, no configuration; noise, or the generator that
+# draws it, comes in as an argument; levels t, s are numbers or tensors that broadcast against x. All compute
+# in fp32 whatever comes in (the schedule: fp64): bf16 keeps fewer than three digits, so FLUX.2's t_1 = .9581
+# would become .957, and x - t v would be as coarse. A few are there for the reader, and to be copied:
+# consistency_loss, ambient_velocity_target, boundary_mean, eps_ and score_from_velocity. The loops and losses
+# have the same formulas in a cheaper form.
+# ------------------------------------------------------------------------------------------------------------
 
 def fp32(*values):
     """Each value as an fp32 tensor, its autograd graph and device kept."""
@@ -322,7 +301,8 @@ def fp32(*values):
 
 
 def x0_from_velocity(x, v, t):
-    """E[x_0 | x_t = x], the x-prediction: G_theta(x, t) of 3.1 under v_theta. x, v (B, ...), t broadcastable."""
+    """E[x_0 | x_t = x], the x-prediction: G_theta(x, t) of 3.1 under v_theta. x, v (B, ...), t
+    broadcastable."""
     x, v, t = fp32(x, v, t)
     return x - t * v
 
@@ -339,9 +319,9 @@ def score_from_velocity(x, v, t):
     return -(x + (1 - t) * v) / t
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 3. Sampler (App. C)
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def timestep_schedule(steps, shift=1.0):
     """t_0 = 1 > ... > t_K = 0, (K+1,) float64: a uniform grid u (App. J), as shift u / (1 + (shift - 1) u).
@@ -353,13 +333,13 @@ def timestep_schedule(steps, shift=1.0):
 
 
 def cps_mean_std(x, v, t, t_next, eta):
-    """Eqs. 20 and 21: mean (B, ...) and std of x_{t_next} given x at level t, a number or (B, 1, ..), and v there.
+    """Eqs. 20 and 21: mean (B, ...) and std of x_{t_next} given x at level t, a number or (B, 1, ..), and v
+    there.
 
-    eta 0 is an Euler step, eta 1 re-noises the x-prediction; the signal and noise coefficients are (1 - t_next,
-    t_next) for every eta, which is what "coefficient preserving" means. std has the shape of t_next; it is
-    sigma_k of Eq. 13.
-    """
-    x, v, t, t_next = (torch.as_tensor(a, dtype=torch.float32) for a in (x, v, t, t_next))
+    eta 0 is an Euler step, eta 1 re-noises the x-prediction; the signal and noise coefficients are (1 -
+    t_next, t_next) for every eta, which is what "coefficient preserving" means. std has the shape of t_next;
+    it is sigma_k of Eq. 13. """
+    x, v, t, t_next = fp32(x, v, t, t_next)
     x0, eps = x - t * v, x + (1 - t) * v
     mean = (1 - t_next) * x0 + t_next * math.cos(eta * math.pi / 2) * eps
     return mean, t_next * math.sin(eta * math.pi / 2)
@@ -388,17 +368,16 @@ def rollout(velocity, x, noise, times, eta):
 
 
 class CPSScheduler(diffusers.FlowMatchEulerDiscreteScheduler):
-    """Eq. 21 for the stock diffusers pipelines of SD3 and FLUX.2.  To copy it: import math, torch, diffusers.
+    """Eq. 21 for the stock diffusers pipelines of SD3 and FLUX.2. To copy it, copy cps_mean_std and fp32 too.
 
         pipe.scheduler = CPSScheduler.from_config(pipe.scheduler.config, eta=0.9)
         pipe.scheduler.generator = torch.Generator().manual_seed(0)      # the noise of the steps
         image = pipe(prompt, num_inference_steps=4, guidance_scale=1).images[0]
 
-    eta = 0 is the Euler step, eta = 1 fresh noise at every level (the parent's `stochastic_sampling=True`). It is
-    made by from_config or from_pretrained only. No pipeline hands its `generator` on to `step`, hence the attribute;
-    None means torch's global state. Put the old scheduler back before `pipe.save_pretrained`, or diffusers cannot
-    load what was saved.
-    """
+    eta = 0 is the Euler step, eta = 1 fresh noise at every level (the parent's `stochastic_sampling=True`).
+    It is made by from_config or from_pretrained only. No pipeline hands its `generator` on to `step`, hence
+    the attribute; None means torch's global state. Put the old scheduler back before `pipe.save_pretrained`,
+    or diffusers cannot load what was saved. """
 
     eta = 0.9                # randomness of a step, 0 to 1   (paper 4.1)
     generator = None         # a torch.Generator, or a list with one per image
@@ -424,76 +403,69 @@ class CPSScheduler(diffusers.FlowMatchEulerDiscreteScheduler):
         super().set_timesteps(device=device, sigmas=sigmas, mu=mu, timesteps=timesteps)
 
     def step(self, model_output, timestep, sample, generator=None, return_dict=True, **unused):
-        """x_t -> x_t_next by Eq. 21.  model_output is the velocity v, sample is x_t, of any shape.
-
-        In fp32 inside (bf16 would lose .004 of a unit-variance latent in x - t v); the result has v's dtype.
-        """
+        """x_t -> x_t_next.  model_output is the velocity v, sample is x_t, of any shape; the result has v's
+        dtype."""
         if self.step_index is None:
             self._init_step_index(timestep)
         t, t_next = self.sigmas[self.step_index], self.sigmas[self.step_index + 1]
-        x, v = sample.float(), model_output.float()
-        x0, eps = x - t * v, x + (1 - t) * v
-        x = (1 - t_next) * x0 + t_next * math.cos(self.eta * math.pi / 2) * eps
+        x, std = cps_mean_std(sample, model_output, t, t_next, self.eta)
         if self.eta > 0 and self.step_index < len(self.sigmas) - 2:      # the last step has no noise
-            noise = diffusers.utils.torch_utils.randn_tensor(x.shape, generator or self.generator, x.device,
-                                                             torch.float32)
-            x = x + t_next * math.sin(self.eta * math.pi / 2) * noise
+            x = x + std * diffusers.utils.torch_utils.randn_tensor(x.shape, generator or self.generator, x.device,
+                                                                   torch.float32)
         self._step_index += 1
         x = x.to(model_output.dtype)
         return diffusers.schedulers.scheduling_utils.SchedulerOutput(prev_sample=x) if return_dict else (x,)
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 4. AC-DMD (3.1, App. B, D, E, F). s: level t_k of a boundary state x_s; t in [s, 1]: level it is re-noised to.
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
-def renoise_coefficients(s, t, std="markov"):
-    """a = alpha_k(t) and kappa = sigma_k(t) of 3.1 (above Eq. 8) and App. B: x_t = a x_s + kappa n brings level s
-    to level t.
+def renoise_coefficients(s, t):
+    """a = alpha_k(t) and kappa = sigma_k(t) of 3.1 (above Eq. 8) and App. B: x_t = a x_s + kappa n brings
+    level s to level t.
 
-    The new noise is independent of the old, so variances add: a^2 s^2 + kappa^2 = t^2. The root is written
-    without the difference of squares, which would cancel as t -> s. std="paper" is (t-s)/(1-s), DEPARTURE 1.
-    """
+    The new noise is independent of the old, so variances add: a^2 s^2 + kappa^2 = t^2 (DEPARTURE 1). The root
+    is written without the difference of squares, which would cancel as t -> s: t - a s = (t-s)/(1-s). """
     s, t = fp32(s, t)
     a = (1 - t) / (1 - s)
-    gap = (t - s) / (1 - s)                                                # = t - a s
-    return a, gap if std == "paper" else (gap * (t + a * s)).clamp_min(0).sqrt()
+    return a, ((t - s) / (1 - s) * (t + a * s)).clamp_min(0).sqrt()
 
 
-def renoise(x_s, s, t, noise, std="markov"):
+def renoise(x_s, s, t, noise):
     """x_t ~ q_t^(k)(. | x_s), the Gaussian corruption of 3.1 (above Eq. 8). x_s, noise (B, ...)."""
     x_s, noise = fp32(x_s, noise)
-    a, kappa = renoise_coefficients(s, t, std)
+    a, kappa = renoise_coefficients(s, t)
     return a * x_s + kappa * noise
 
 
-def ambient_scale(s, t, std="markov"):
-    """c of the target v* = -x_s/(1-s) + c n: the velocity that Eq. 2 assigns to the conditional score of Eq. 10.
+def ambient_scale(s, t):
+    """c of the target v* = -x_s/(1-s) + c n: the velocity that Eq. 2 assigns to the conditional score of Eq.
+    10.
 
     Derivation: put the conditional score -n/kappa into Eq. 2 and collect; c = (t - kappa^2) / ((1-t) kappa),
     written so that it is finite at t = 1. c >= 1; c = 1 for s = 0 (flow matching), c -> infinity as t -> s.
     """
     s, t = fp32(s, t)
-    a, kappa = renoise_coefficients(s, t, std)
-    excess = s * (t + kappa) if std == "paper" else a * s * s              # (t^2 - kappa^2) / a
-    return (t + excess / (1 - s)) / kappa
+    a, kappa = renoise_coefficients(s, t)
+    return (t + a * s * s / (1 - s)) / kappa
 
 
-def ambient_velocity_target(x_s, noise, s, t, std="markov"):
-    """Regression target v* of the fake score on x_t = a x_s + kappa n: Eq. 5's n - x_0 at s = 0. All (B, ...)."""
+def ambient_velocity_target(x_s, noise, s, t):
+    """Regression target v* of the fake score on x_t = a x_s + kappa n: Eq. 5's n - x_0 at s = 0. All (B,
+    ...)."""
     x_s, noise, s = fp32(x_s, noise, s)
-    return -x_s / (1 - s) + ambient_scale(s, t, std) * noise
+    return -x_s / (1 - s) + ambient_scale(s, t) * noise
 
 
-def ambient_dsm_loss(v_fake, x_s, noise, s, t, std="markov"):
+def ambient_dsm_loss(v_fake, x_s, noise, s, t):
     """Eq. 10 -> scalar. v_fake = v_phi(x_t, t), x_s, noise (B, ...).
 
-    |v_phi - v*|^2 is divided by the variance of v* given x_0, c^2 + s^2 / (1-s)^2: of order one at every (s, t),
-    exactly Eq. 5 at s = 0, and without singularity as t -> s, where v* grows like 1 / kappa. (In Eq. 10's terms
-    omega_k = (t/(1-t))^2 over that variance.) Its minimiser is the marginal score (App. D).
-    """
+    |v_phi - v*|^2 is divided by the variance of v* given x_0, c^2 + s^2 / (1-s)^2: of order one at every (s,
+    t), exactly Eq. 5 at s = 0, and without singularity as t -> s, where v* grows like 1 / kappa. (In Eq. 10's
+    terms omega_k = (t/(1-t))^2 over that variance.) Its minimiser is the marginal score (App. D). """
     v_fake, x_s, noise, s = fp32(v_fake, x_s, noise, s)
-    c, b = ambient_scale(s, t, std), s / (1 - s)
+    c, b = ambient_scale(s, t), s / (1 - s)
     residual = (v_fake + x_s / (1 - s)) / c - noise                        # (v_phi - v*) / c
     return (residual.square() / (1 + (b / c).square())).mean()
 
@@ -502,10 +474,9 @@ def reverse_step(x, v, t, t_next, noise, kernel="posterior", eta=None):
     """x'' ~ p_phi(x_t'' | x_t'), the reverse kernel of Eq. 11. x, v, noise (B, ...); t' = t >= t_next = t''.
 
     "posterior": the Gaussian bridge q(x'' | x', x_0) at the x-prediction: Eq. 20 with cos = t''(1-t') /
-    (t'(1-t'')). The 1e-9 makes cos 1 instead of 0/0 at t' = t'' = 1, where a level that is rounded to bf16 may
-    fall. "cps": Eq. 20 at a fixed eta, as released; the true score is then no fixed point of Eq. 11 (DEPARTURE
-    3).
-    """
+    (t'(1-t'')). The 1e-9 makes cos 1 instead of 0/0 at t' = t'' = 1, where a level that is rounded to bf16
+    may fall. "cps": Eq. 20 at a fixed eta, as released; the true score is then no fixed point of Eq. 11
+    (DEPARTURE 3). """
     x, v, t, t_next, noise = fp32(x, v, t, t_next, noise)
     cos = math.cos(eta * math.pi / 2) if kernel == "cps" else t_next * (1 - t + 1e-9) / (t * (1 - t_next + 1e-9))
     sin = torch.as_tensor(1 - cos * cos).clamp_min(0).sqrt()
@@ -513,23 +484,18 @@ def reverse_step(x, v, t, t_next, noise, kernel="posterior", eta=None):
 
 
 def consistency_loss(fake, x, v, t, t_next, noise_1, noise_2, kernel="posterior", eta=None):
-    """Eq. 22 (App. F) -> scalar: |h(x', t') - E h(x'', t'')|^2 over two draws x'', h = x - t v the x-prediction.
+    """Eq. 22 (App. F) -> scalar: |h(x', t') - E h(x'', t'')|^2 over two draws x'', h = x - t v the
+    x-prediction.
 
-    fake(x, t) -> v_phi;  x, v (B, ...) at level t' = t, v = fake(x, t) with its graph;  t, t_next numbers or (B, 1,
-    ..);  noise_1, noise_2 (B, ...) independent;  eta for kernel="cps" only. The product of two draws is unbiased for
-    the squared norm of the mean; the square of one draw would add the variance of h(x''). It may be negative. The
-    draws are constants: a gradient into x'' would teach the kernel, not the prediction. (update_fake takes a gradient
-    of equal expectation in two halves, to hold one graph of the network at a time.)
-    """
-    x, v, t, t_next, noise_1, noise_2 = (torch.as_tensor(a, dtype=torch.float32)
-                                         for a in (x, v, t, t_next, noise_1, noise_2))
-    h = x - t * v
-    # reverse_step twice, written out so that this function can be copied alone.
-    cos = math.cos(eta * math.pi / 2) if kernel == "cps" else t_next * (1 - t + 1e-9) / (t * (1 - t_next + 1e-9))
-    sin = torch.as_tensor(1 - cos * cos).clamp_min(0).sqrt()
-    mean = ((1 - t_next) * h + t_next * cos * (x + (1 - t) * v)).detach()
-    x_1, x_2 = mean + t_next * sin * noise_1, mean + t_next * sin * noise_2
-    d_1, d_2 = (x_next - t_next * fake(x_next, t_next).float() - h for x_next in (x_1, x_2))
+    fake(x, t) -> v_phi;  x, v (B, ...) at level t' = t, v = fake(x, t) with its graph;  t, t_next numbers or
+    (B, 1, ..);  noise_1, noise_2 (B, ...) independent;  kernel and eta as in reverse_step. The product of two
+    draws is unbiased for the squared norm of the mean; the square of one draw would add the variance of
+    h(x''). It may be negative. The draws are constants: a gradient into x'' would teach the kernel, not the
+    prediction. (Training does not call this function: update_fake takes a gradient of the same expectation in
+    two halves.) """
+    x, v, t, t_next = fp32(x, v, t, t_next)
+    draws = (reverse_step(x.detach(), v.detach(), t, t_next, noise, kernel, eta) for noise in (noise_1, noise_2))
+    d_1, d_2 = (x0_from_velocity(x_next, fake(x_next, t_next), t_next) - (x - t * v) for x_next in draws)
     return (d_1 * d_2).mean()
 
 
@@ -544,37 +510,34 @@ def boundary_mean(x_t, v, s, t):
 
 
 def dmd_loss(x_s, x_t, v_teacher, v_fake, s, t):
-    """Scalar whose gradient in x_s is g / numel: Eq. 9 with lambda_k alpha_k = kappa^2 / (a D), Eq. 4 (ordinary
-    DMD) at s = 0.
+    """Scalar whose gradient in x_s is g / numel: Eq. 9 with lambda_k alpha_k = kappa^2 / (a D), Eq. 4
+    (ordinary DMD) at s = 0.
 
-    x_s (B, ...) with its graph; x_t = renoise(x_s); velocities at (x_t, t), treated as constants; s, t numbers or
-    (B, 1, ..). g = (m_phi - m_psi) / D points from the teacher's boundary mean to the fake's, so descent moves x_s
-    towards the teacher; D = mean abs(x_s - m_psi) of the sample is DMD's normaliser. (x_s - stop(x_s - g))^2 / 2 has
-    the gradient g; its value g^2 / 2 is half the squared relative gap. a and kappa are those of "markov", also under
-    --renoise paper: m_phi - m_psi stays a positive multiple of the score difference.
-    """
-    x_s, x_t, v_teacher, v_fake, s, t = (torch.as_tensor(value, dtype=torch.float32)
-                                         for value in (x_s, x_t, v_teacher, v_fake, s, t))
-    a = (1 - t) / (1 - s)
-    with torch.no_grad():                                                  # boundary_mean, twice
-        m_fake, m_teacher = ((1 - s) * (x_t - t * v) + (a * s * s / t) * (x_t + (1 - t) * v)
-                             for v in (v_fake, v_teacher))
+    x_s (B, ...) with its graph; x_t = renoise(x_s); velocities at (x_t, t), treated as constants; s, t
+    numbers or (B, 1, ..). g = (m_phi - m_psi) / D points from the teacher's boundary mean to the fake's, so
+    descent moves x_s towards the teacher; D = mean abs(x_s - m_psi) of the sample is DMD's normaliser. (x_s -
+    stop(x_s - g))^2 / 2 has the gradient g; its value g^2 / 2 is half the squared relative gap. """
+    x_s, = fp32(x_s)
+    with torch.no_grad():
+        m_fake, m_teacher = (boundary_mean(x_t, v, s, t) for v in (v_fake, v_teacher))
         D = (x_s - m_teacher).abs().mean(dim=tuple(range(1, x_s.dim())), keepdim=True)
-        g = (m_fake - m_teacher) / D.clamp_min(1e-3)                   # a student on top of its target: no blow-up
+        g = (m_fake - m_teacher) / D.clamp_min(1e-3)  # a student on top of its target: no blow-up
     return 0.5 * (x_s - (x_s - g).detach()).square().mean()
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 5. Hybrid policy gradient (3.2, App. G, H). Steps 1 .. K-1 are Gaussian policies, step K is deterministic.
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def choose_steps(steps, subset_size, generator):
-    """S of 3.2: sorted list of subset_size of the stochastic steps {1 .. K-1}. generator: a torch.Generator."""
+    """S of 3.2: sorted list of subset_size of the stochastic steps {1 .. K-1}. generator: a
+    torch.Generator."""
     return sorted((torch.randperm(steps - 1, generator=generator)[:subset_size] + 1).tolist())
 
 
 def group_noise(shape, selected, group_size, steps, generator):
-    """Eq. 16: a group's noise, (K-1, N, *shape), independent at the steps in `selected`, shared at all others."""
+    """Eq. 16: a group's noise, (K-1, N, *shape), independent at the steps in `selected`, shared at all
+    others."""
     noise = torch.randn(steps - 1, group_size, *shape, generator=generator)
     for k in range(1, steps):
         if k not in selected:
@@ -583,8 +546,8 @@ def group_noise(shape, selected, group_size, steps, generator):
 
 
 def gaussian_log_prob(x_next, mean, std):
-    """log pi of Eq. 13 (written out in App. H) over the number of dimensions (DEPARTURE 7), (B,). x_next, mean
-    (B, ...)."""
+    """log pi of Eq. 13 (written out in App. H) over the number of dimensions (DEPARTURE 7), (B,). x_next,
+    mean (B, ...)."""
     x_next, mean, std = fp32(x_next, mean, std)
     log_density = -0.5 * ((x_next - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)
     return log_density.flatten(1).mean(1)
@@ -614,13 +577,13 @@ def group_advantages(rewards, std="group", floor=1e-4):
 
 
 def subgrpo_loss(log_prob, old_log_prob, advantages, steps, clip):
-    """Loss whose gradient is minus Eq. 17 (per dimension), -> scalar. log_prob, old_log_prob (B, M): a column per
-    step of S; advantages (B,).
+    """Loss whose gradient is minus Eq. 17 (per dimension), -> scalar. log_prob, old_log_prob (B, M): a column
+    per step of S; advantages (B,).
 
-    (K-1)/M makes the sum over S an unbiased stand-in for the sum over all K-1 steps, Eq. 31, of naive GRPO (M =
-    K-1), if what the advantages were divided by does not depend on S; a group's std does (README, departure 11). The
-    clip is PPO's: it acts only once the ratio has left 1, i.e. from the second update of a rollout on.
-    """
+    (K-1)/M makes the sum over S an unbiased stand-in for the sum over all K-1 steps, Eq. 31, of naive GRPO (M
+    = K-1), if what the advantages were divided by does not depend on S; a group's std does (README, departure
+    11). The clip is PPO's: it acts only once the ratio has left 1, i.e. from the second update of a rollout
+    on. """
     ratio, A = torch.exp(log_prob.float() - old_log_prob.float()), advantages[:, None].float()
     surrogate = torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A)
     return -(steps - 1) / log_prob.shape[1] * surrogate.sum(1).mean()
@@ -629,65 +592,78 @@ def subgrpo_loss(log_prob, old_log_prob, advantages, steps, clip):
 def pathwise_loss(reward, scale=1.0, dims=1):
     """Loss whose gradient is minus Eq. 15 over dims, -> scalar. reward (B,) = r(G(x_{t_{K-1}})).
 
-    x_{t_{K-1}} must enter detached: its dependence on theta is already in the policy term (App. G.2), and a graph
-    here would count it twice. scale (B,) and dims bring it into the units of the other terms (DEPARTURE 11).
-    """
+    x_{t_{K-1}} must enter detached: its dependence on theta is already in the policy term (App. G.2), and a
+    graph here would count it twice. scale (B,) and dims bring it into the units of the other terms (DEPARTURE
+    11). """
     return -(reward.float() / scale).mean() / dims
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 6. The two stages: Algorithm 1 (App. I). The comments name its lines.
 #
-# run holds cfg, device, backbone (section 8), roles (theta, phi, psi: velocity, teacher), prompts (at(i): the i-th of
-# an endless stream), text (batch: their cached embeddings; prefetch), times (K+1,), rewards {name: (reward,
-# weight)}, optimizers, ema. From section 9: share(n): the global indices of this process; draw(keys, u, m, ...): u
-# uniforms and m normals a sample; chunks(n, size): slices; level(t, x): t to broadcast against x; note(run, n, ..):
-# means over n samples for the log; phase(run, name): counts cost in a dry run. rollout_in_chunks is section 3's
-# rollout for many samples.
-# -----------------------------------------------------------------------------------------------------------------
+# `run` is what a stage works on (prepare, in section 10, makes it):
+#   cfg, device, backbone (section 8), times (K+1,), optimizers, ema
+#   roles            theta, phi and psi on one network: roles.velocity("generator" | "fake", x, t, cond), roles.teacher
+#   prompts          prompts.at(i) is the i-th prompt of an endless stream
+#   text             text.batch(prompts, device) -> their cached embeddings; text.prefetch reads ahead
+#   rewards          {name: (reward, weight)}
+# Small helpers of section 10: share(n) are the global indices of this process; draw(keys, u, m, ...) gives u
+# uniforms and m normals a sample, which depend on its key alone; chunks(n, size) are slices; level(t, x) is t
+# shaped to broadcast against x; note(run, n, ...) adds means over n samples to the log; phase(run, name)
+# names a part of an iteration.
+# ------------------------------------------------------------------------------------------------------------
 
 def stage1(run):
     """Algorithm 1, lines 1-5: AC-DMD, the cold start.
 
-    A rollout visits all K boundary states and each of them serves one fake update, so batch * fake_updates / K
-    trajectories feed all fake updates of an iteration. (The released code rolls out anew for every update and
-    keeps one state.)
-    """
+    A rollout visits all K boundary states and each of them serves one fake update, so batch * fake_updates /
+    K trajectories feed all fake updates of an iteration. (The released code rolls out anew for every update
+    and keeps one state.) """
     cfg, K = run.cfg, run.cfg.steps
-    size = cfg.batch // K                                                   # trajectories per block
-    period = size * cfg.fake_updates + cfg.batch                            # prompts per iteration: line 2's, line 4's
+    trajectories = cfg.batch // K * cfg.fake_updates
+    period = trajectories + cfg.batch                        # prompts per iteration: first line 2's, then line 4's
     for it in iterations(run):
         # Line 2: roll out G_theta from noise. Lines 3 and 4 re-noise to x_t what they need.
-        ids = share(size * cfg.fake_updates)
+        ids = share(trajectories)
         prompts = [run.prompts.at(it * period + i) for i in ids]
-        own = [*ids, *(period - cfg.batch + i for i in share(cfg.batch))]   # an iteration's prompts that are ours
+        own = [*ids, *(trajectories + i for i in share(cfg.batch))]
         run.text.prefetch([run.prompts.at(i * period + j) for i in (it, it + 1) for j in own])
         with phase(run, "rollout"):
             keys = [key(cfg.seed, 1, it, "rollout", i) for i in ids]
             _, normal = draw(keys, 0, K, run.backbone.latent_shape, run.device)
             states, predictions = rollout_in_chunks(run, normal[0], normal[1:], prompts)
-        # Line 3: update phi on Eq. 12. Trajectory i is in block i // size, of fake_updates blocks. An update takes its
-        # state after step k if that block is update + k (mod fake_updates): every k in equal parts and, if there are
-        # at least K updates, no two states of one trajectory in one update.
+        # Line 3: update phi on Eq. 12.
         with phase(run, "fake"):
             for update in range(cfg.fake_updates):
-                pick = [(row, k) for row, i in enumerate(ids) for k in range(1, K + 1)
-                        if (update + k - i // size) % cfg.fake_updates == 0]
-                rows, k = [row for row, _ in pick], torch.tensor([k for _, k in pick], dtype=torch.long)
+                rows, k = states_of_update(cfg, update, ids)
                 x_s, s = boundary_states(run, states[:, rows], predictions[:, rows], k)
                 update_fake(run, it, update, x_s, s, k, [prompts[row] for row in rows], [ids[row] for row in rows],
                             cfg.batch)
         # Line 4: update theta on Eq. 9.
         with phase(run, "generator"):
-            update_generator(run, it, (it + 1) * period - cfg.batch)
+            update_generator(run, it, it * period + trajectories)
+
+
+def states_of_update(cfg, update, ids):
+    """Which boundary states feed this fake update: rows of `ids` (the trajectories here), and the step k of
+    each.
+
+    Trajectory i is in block i // (batch / K), of fake_updates blocks. Its state after step k goes to update
+    (block - k) mod fake_updates. With 10 updates and K = 4, update 0 takes the states after step 1 of block
+    1, after step 2 of block 2, after step 3 of block 3 and after step 4 of block 4: every k in equal parts,
+    and no two states of one trajectory, as long as there are at least K updates. """
+    size = cfg.batch // cfg.steps
+    pick = [(row, k) for row, i in enumerate(ids) for k in range(1, cfg.steps + 1)
+            if (i // size - k - update) % cfg.fake_updates == 0]
+    return [row for row, _ in pick], torch.tensor([k for _, k in pick], dtype=torch.long)
 
 
 def update_generator(run, it, first):
-    """Line 4: one AdamW step of theta on Eq. 9. Sample i trains step k = 1 + floor(i K / batch), on prompt first + i.
+    """Line 4: one AdamW step of theta on Eq. 9. Sample i trains step k = 1 + floor(i K / batch), on prompt
+    first + i.
 
-    So k ~ U{1..K} in exactly equal parts, and to within one sample on every process: with k = 1 + i mod K and every
-    world-th sample on a process, the same few processes would always have the longest walks.
-    """
+    So k ~ U{1..K} in exactly equal parts, and to within one sample on every process: with k = 1 + i mod K and
+    every world-th sample on a process, the same few processes would always have the longest walks. """
     cfg, K, ids = run.cfg, run.cfg.steps, share(run.cfg.batch)
     for rows in chunks(len(ids), cfg.micro_batch):
         mine = ids[rows]
@@ -697,10 +673,9 @@ def update_generator(run, it, first):
         uniform, normal = draw(keys, 1, K + 1, run.backbone.latent_shape, run.device)
         cond = run.text.batch([run.prompts.at(first + i) for i in mine], run.device)
         x = walk(run, normal, k, cond)
-        t, s = level(run.times[k - 1], x), level(run.times[k], x)
-        s = torch.zeros_like(s) if cfg.renoise == "dmd2" else s      # its x-prediction is a step to level 0
-        v = run.roles.velocity("generator", x, t, cond)              # the one forward of the rollout with gradient
-        x_s = cps_step(x, v, t, s, normal[k, range(len(mine))], cfg.eta)
+        t, t_next = level(run.times[k - 1], x), level(run.times[k], x)
+        v = run.roles.velocity("generator", x, t, cond)  # the one forward of the rollout with gradient
+        x_s, s = boundary_state(x, v, t, t_next, normal[k, range(len(mine))], cfg.eta)
         loss = matching_loss(run, x_s, s, cond, level(uniform[0], x), normal[K])
         (loss * len(mine) / cfg.batch).backward()
         note(run, len(mine), dm=loss)
@@ -710,8 +685,8 @@ def update_generator(run, it, first):
 
 @torch.no_grad()
 def walk(run, normal, k, cond):
-    """x_{t_{k-1}} of each sample, k (B,) its own step: it takes its first k - 1 steps, then waits. normal (K+1, B,
-    ...): x_{t_0}, then the noise of step j at index j."""
+    """x_{t_{k-1}} of each sample, k (B,) its own step: it takes its first k - 1 steps, then waits. normal
+    (K+1, B, ...): x_{t_0}, then the noise of step j at index j."""
     x = normal[0].clone()
     for j in range(1, int(k.max())):
         live = (k > j).nonzero()[:, 0].to(x.device)
@@ -724,9 +699,10 @@ def walk(run, normal, k, cond):
 
 @torch.no_grad()
 def rollout_in_chunks(run, x, noise, prompts):
-    """rollout, in chunks: x (L, ...), noise (K-1, L, ...) -> states (K+1, L, ...), x-predictions (K, L, ...)."""
+    """Section 3's rollout, some samples at a time: x (L, ...), noise (K-1, L, ...) -> states (K+1, L, ...)
+    and x-predictions (K, L, ...)."""
     parts = [(x.new_zeros(run.cfg.steps + 1, 0, *x.shape[1:]), x.new_zeros(run.cfg.steps, 0, *x.shape[1:]))]
-    for rows in chunks(len(x), 4 * run.cfg.micro_batch):           # without activations: a fifth of the memory
+    for rows in chunks(len(x), 4 * run.cfg.micro_batch):  # without activations: a fifth of the memory
         cond = run.text.batch(prompts[rows], run.device)
         velocity = lambda x, t: run.roles.velocity("generator", x, t, cond)
         states, predictions = rollout(velocity, x[rows], noise[:, rows], run.times.to(run.device), run.cfg.eta)
@@ -735,18 +711,19 @@ def rollout_in_chunks(run, x, noise, prompts):
     return torch.cat(states, 1), torch.cat(predictions, 1)
 
 
-def boundary_states(run, states, predictions, k):
-    """x_s and s: what is matched to the teacher after step k (B,), and its level: x_{t_k} and t_k (3.1).
+def boundary_state(x, v, t, t_next, noise, eta):
+    """x_s and s: what is matched to the teacher after a step from x (B, ...). Its end x_{t_k}, and t_k (3.1)."""
+    return cps_step(x, v, t, t_next, noise, eta), t_next
 
-    states (K+1, B, ...), predictions (K, B, ...): for --renoise dmd2, which takes them for clean samples (App. K).
-    """
-    if run.cfg.renoise == "dmd2":
-        return predictions[k - 1, range(len(k))], torch.zeros(len(k))
+
+def boundary_states(run, states, predictions, k):
+    """The same of stored rollouts: states (K+1, B, ...), predictions (K, B, ...), k (B,) -> x_s, s (B,)."""
     return states[k, range(len(k))], run.times[k].float()
 
 
 def between(run, low, high, u):
-    """low + u (high - low), u ~ U[0, 1), rounded as the network rounds. u, low (B, 1, ..), high too or a number."""
+    """low + u (high - low), u ~ U[0, 1), rounded as the network rounds. u, low (B, 1, ..), high too or a
+    number."""
     return run.backbone.quantise(low + u * (high - low)).clamp(low, torch.as_tensor(high, device=u.device))
 
 
@@ -756,7 +733,8 @@ def draw_level(run, s, u):
 
 
 def draw_next_level(run, t, u):
-    """t'' of Eq. 11: within delta below t' = t, no boundary level between them (DEPARTURE 4). t, u (B, 1, ..)."""
+    """t'' of Eq. 11: within delta below t' = t, no boundary level between them (DEPARTURE 4). t, u (B, 1,
+    ..)."""
     times = run.times.to(t)
     boundary = torch.where(times < t.view(-1, 1), times, 0.0).amax(1)
     return between(run, torch.maximum(t - run.cfg.delta, level(boundary, t)), t, u)
@@ -767,30 +745,26 @@ def update_fake(run, it, update, x_s, s, k, prompts, ids, total):
 
     ids: trajectories, for the keys of the draws; total: the samples of all processes.
     """
-    cfg, std = run.cfg, run.cfg.renoise                                    # dmd2 re-noises like markov, from s = 0
+    cfg = run.cfg
     for rows in chunks(len(x_s), cfg.micro_batch):
         keys = [key(cfg.seed, cfg.stage, it, "fake", update, i, j) for i, j in zip(ids[rows], k[rows].tolist())]
         uniform, (n, n_1, n_2) = draw(keys, 2, 3, x_s.shape[1:], run.device)
         x, s_x, cond = x_s[rows], level(s[rows], x_s), run.text.batch(prompts[rows], run.device)
         fake = lambda x, t: run.roles.velocity("fake", x, t, cond)
         t = draw_level(run, s_x, level(uniform[0], x))
-        x_t = renoise(x, s_x, t, n, std)
+        x_t = renoise(x, s_x, t, n)
         v = fake(x_t, t)
-        loss, weight = ambient_dsm_loss(v, x, n, s_x, t, std), len(x) / total
+        loss, weight = ambient_dsm_loss(v, x, n, s_x, t), len(x) / total
         note(run, len(x), dsm=loss)
         if cfg.gamma == 0:
             (weight * loss).backward()
             continue
-        if cfg.consistency_times == "local":
-            t_next = draw_next_level(run, t, level(uniform[1], x))
-        else:
-            # App. F: t' = t_k, t'' = t_{k+1}. The 1e-6 is for t_K = 0, since a reverse step divides by t'.
-            x_t, t, t_next = x, s_x.clamp_min(1e-6), level(run.times[(k[rows] + 1).clamp_max(cfg.steps)], x)
-            v = fake(x_t, t)
-        # Eq. 22 is E[d_1 d_2], d = h'' - h. The draws are alike, so its gradient is 2 E[d_1 grad d_2], and d_1 needs
-        # no graph. Of d_2 the part -h goes first, with Eq. 10, then h'': one graph of the network is kept at a time.
+        # Eq. 22 is E[d_1 d_2] with d = h'' - h. The two draws are alike, so its gradient is 2 E[d_1 grad
+        # d_2], and d_1 needs no graph. The two parts of d_2 go back one after the other, -h together with Eq.
+        # 10 and then h'': so one graph of the network is kept at a time.
+        t_next = draw_next_level(run, t, level(uniform[1], x))
         h = x0_from_velocity(x_t, v, t)
-        x_1, x_2 = (reverse_step(x_t, v.detach(), t, t_next, noise, cfg.kernel, cfg.eta) for noise in (n_1, n_2))
+        x_1, x_2 = (reverse_step(x_t, v.detach(), t, t_next, noise) for noise in (n_1, n_2))
         with torch.no_grad():
             d_1 = x0_from_velocity(x_1, fake(x_1, t_next), t_next) - h
         (weight * (loss - 2 * cfg.gamma * (d_1 * h).mean())).backward()
@@ -802,10 +776,11 @@ def update_fake(run, it, update, x_s, s, k, prompts, ids, total):
 
 
 def matching_loss(run, x_s, s, cond, u, noise):
-    """Eq. 9 at one t ~ U[s, 1] (Eq. 8) -> scalar. x_s (B, ...) with its graph; s, u (B, 1, ..), u ~ U[0, 1)."""
+    """Eq. 9 at one t ~ U[s, 1] (Eq. 8) -> scalar. x_s (B, ...) with its graph; s, u (B, 1, ..), u ~ U[0,
+    1)."""
     with torch.no_grad():
         t = draw_level(run, s, u)
-        x_t = renoise(x_s, s, t, noise, run.cfg.renoise)
+        x_t = renoise(x_s, s, t, noise)
         v_teacher = run.roles.teacher(x_t, t, cond, run.text.batch([""], run.device))
         v_fake = run.roles.velocity("fake", x_t, t, cond)
     return dmd_loss(x_s, x_t, v_teacher, v_fake, s, t)
@@ -814,11 +789,10 @@ def matching_loss(run, x_s, s, cond, u, noise):
 def stage2(run):
     """Algorithm 1, lines 6-14: the hybrid policy gradient, and stage 1's distribution matching beside it.
 
-    A group lives on one process. b holds its L = groups * N trajectories: ids, prompts (L); states, predictions of
-    rollout_in_chunks; subsets (L, M), their S; advantages (L,), scales {reward: (L,)}; old (L, M), log pi before the
-    first update.
-    """
-    cfg, K, N = run.cfg, run.cfg.steps, run.cfg.group_size
+    A group lives on one process. `b` holds its L = groups * N trajectories: ids and prompts (L); states and
+    predictions of rollout_in_chunks; subsets (L, M), the S of each; advantages (L,) and scales {reward:
+    (L,)}; old (L, M), log pi before the first update. """
+    cfg, N = run.cfg, run.cfg.group_size
     for it in iterations(run):
         groups = share(cfg.groups)
         b = SimpleNamespace(ids=[g * N + n for g in groups for n in range(N)],
@@ -831,10 +805,10 @@ def stage2(run):
         # Line 10: rewards and group-normalised advantages.
         with phase(run, "reward"):
             judge_groups(run, b)
-        # Line 12: update phi on Eq. 12, with the states of this very rollout, every k in equal parts or nearly so.
+        # Line 12: update phi on Eq. 12, with the states of this very rollout.
         with phase(run, "fake"):
-            for update in range(cfg.fake_updates):
-                k = torch.tensor([K if cfg.dm_steps == "last" else 1 + (i + it + update) % K for i in b.ids])
+            for update in range(cfg.fake_updates if cfg.dm_weight else 0):
+                k = fake_steps(cfg, it, update, b.ids)
                 x_s, s = boundary_states(run, b.states, b.predictions, k)
                 update_fake(run, it, update, x_s, s, k, b.prompts, b.ids, cfg.groups * N)
         # Line 13: update theta on Eq. 18.
@@ -851,32 +825,38 @@ def group_draws(run, it, groups):
     for g in groups:
         generator = torch.Generator().manual_seed(key(cfg.seed, 2, it, "group", g))
         S = choose_steps(cfg.steps, cfg.subset_size, generator)
-        own = range(1, cfg.steps) if cfg.independent_noise else S
-        noise.append(group_noise(shape, own, cfg.group_size, cfg.steps, generator))
-        first = torch.randn(1 if cfg.share_initial else cfg.group_size, *shape, generator=generator)
-        start.append(first.expand(cfg.group_size, *shape))
+        noise.append(group_noise(shape, S, cfg.group_size, cfg.steps, generator))
+        start.append(torch.randn(cfg.group_size, *shape, generator=generator))
         subsets += [S] * cfg.group_size
     return torch.cat(start).to(run.device), torch.cat(noise, 1).to(run.device), torch.tensor(subsets)
 
 
+def fake_steps(cfg, it, update, ids):
+    """The step k after which each trajectory gives phi a state: one a trajectory, every k in equal parts or
+    nearly."""
+    return torch.tensor([1 + (i + it + update) % cfg.steps for i in ids])
+
+
 @torch.no_grad()
 def judge_groups(run, b):
-    """Line 10. b.advantages (L,): weight times A_i, summed over rewards; b.scales[name] (L,): what divides A_i.
+    """Line 10. b.advantages (L,): weight times A_i, summed over rewards; b.scales[name] (L,): what divides
+    A_i.
 
-    All processes see all rewards, for the global std and for one log.
+    All processes see all rewards, so that one log has them all.
     """
     cfg, (rank, _, world) = run.cfg, dist_info()
     values = {name: [] for name in run.rewards}
-    for rows in chunks(len(b.ids), 4 * cfg.micro_batch):                    # all images at once would be gigabytes
+    for rows in chunks(len(b.ids), 4 * cfg.micro_batch):  # all images at once would be gigabytes
         images = run.backbone.decode(b.states[-1][rows])
         for name, (reward, _) in run.rewards.items():
             values[name].append(rate(reward, images, b.prompts[rows]))
     b.advantages, b.scales = torch.zeros(len(b.ids), device=run.device), {}
     for name, (_, weight) in run.rewards.items():
-        rewards = gather_groups(torch.cat(values[name]).view(-1, cfg.group_size))
-        scale = reward_scale(rewards, cfg.advantage_std, cfg.std_floor).expand(rewards.shape)
-        advantages = group_advantages(rewards, cfg.advantage_std, cfg.std_floor)
-        b.scales[name] = scale[rank::world].flatten()                       # the groups of this process, see share
+        own = torch.cat(values[name]).view(-1, cfg.group_size)  # group g lives on process g mod world
+        rewards = torch.stack(everyone(own), 1).flatten(0, 1).to(run.device)
+        scale = reward_scale(rewards, floor=cfg.std_floor).expand(rewards.shape)
+        advantages = group_advantages(rewards, floor=cfg.std_floor)
+        b.scales[name] = scale[rank::world].flatten()
         b.advantages = b.advantages + weight * advantages[rank::world].flatten()
         spread = rewards.std(1)
         note(run, 1, **{f"reward_{name}": rewards.mean(), f"std_{name}": spread.mean(),
@@ -897,12 +877,9 @@ def reinforce(run, it, epoch, b):
         uniform, (noise,) = draw(keys, 2, 1, run.backbone.latent_shape, run.device)
         matched = matched_slots(cfg, uniform[0].tolist())
         for slot in range(M + 1):
-            reward_term = (pathwise and not cfg.no_det) if slot == M else (not cfg.no_policy)
-            if slot == M and reward_term and cfg.pathwise_steps > 1:
-                eval_module().pathwise_through(run, b, part, total)          # beyond the paper
-                reward_term = False
-            use = [i for i, m in enumerate(matched) if m == slot or reward_term]    # who of part needs a forward,
-            here = [j for j, i in enumerate(use) if matched[i] == slot]             # and which of these for DM
+            reward_term = bool(pathwise and cfg.det_weight) if slot == M else bool(cfg.policy_weight)
+            use = [i for i, m in enumerate(matched) if m == slot or reward_term]  # who of part needs a forward,
+            here = [j for j, i in enumerate(use) if matched[i] == slot]  # and which of these for DM
             if use:
                 rows = [part.start + i for i in use]
                 reinforce_slot(run, b, slot, reward_term, rows, here, uniform[1][use], noise[use], epoch == 0, total)
@@ -913,22 +890,22 @@ def reinforce(run, it, epoch, b):
 def matched_slots(cfg, u):
     """Which of its M + 1 forwards each trajectory's DM term uses, -1 for none. u list of U[0, 1).
 
-    Step K with probability 1/K, else one of S; S is uniform, so every k is matched equally often, as in stage 1.
-    """
-    if cfg.no_dmd:
-        return [-1] * len(u)
-    if cfg.dm_steps == "last":
-        return [cfg.subset_size] * len(u)
+    Step K has probability 1/K, and each slot of S an equal part of the rest. S is uniform, so every k is
+    matched equally often, as in stage 1. With K = 4 and M = 2: slot 2 for u < 1/4, slot 0 for u < 5/8, slot 1
+    above. """
     K, M = cfg.steps, cfg.subset_size
+    if cfg.dm_weight == 0:
+        return [-1] * len(u)
     return [M if x * K < 1 else int((x * K - 1) / (K - 1) * M) for x in u]
 
 
 def reinforce_slot(run, b, slot, reward_term, rows, here, u, noise, fresh, total):
-    """Gradient of Eq. 18 through one step of each trajectory in rows; the DM term falls on rows[i], i in here.
+    """Gradient of Eq. 18 through one step of each trajectory in rows; the DM term falls on rows[i], i in
+    here.
 
-    All losses are taken down to the velocity first, and then through the network once: so the share of each term
-    in the gradient is known at no cost, and decoder and reward are freed before the network's backward pass.
-    """
+    All losses are taken down to the velocity first, and then through the network once: so the share of each
+    term in the gradient is known at no cost, and decoder and reward are freed before the network's backward
+    pass. """
     cfg, K, M = run.cfg, run.cfg.steps, run.cfg.subset_size
     k = torch.full((len(rows),), K) if slot == M else b.subsets[rows, slot]
     x, x_next, prompts = b.states[k - 1, rows], b.states[k, rows], [b.prompts[r] for r in rows]
@@ -939,26 +916,23 @@ def reinforce_slot(run, b, slot, reward_term, rows, here, u, noise, fresh, total
     gradient = torch.zeros_like(v)
 
     def push(name, loss, n):
-        """Adds the gradient at v of a loss, a mean over n samples that weighs n / total. "det" must come last: it
-        frees the graph of `mean`, which the others still need, and with it the decoder's activations."""
+        """Adds the gradient at v of a loss, a mean over n samples that weighs n / total. "det" must come
+        last: it frees the graph of `mean`, which the others still need, and with it the decoder's
+        activations."""
         part, = torch.autograd.grad(loss * n / total, v, retain_graph=name != "det")
         note(run, n, **{f"push_{name}": total / n * part.flatten(1).norm(dim=1).sum()})
         gradient.add_(part)
 
     if slot < M and reward_term:                                            # Eq. 17
         log_prob = gaussian_log_prob(x_next, mean, std)
-        if cfg.log_prob == "unscaled":                                      # released: no 1 / (2 std^2)
-            log_prob = -(x_next - mean).square().flatten(1).mean(1)
         if fresh:
-            b.old[rows, slot] = log_prob.detach()                  # the same forward: the ratio is 1, not nearly 1
+            b.old[rows, slot] = log_prob.detach()  # the same forward: the ratio is 1, not nearly 1
         # One column of S at a time: the function's (K-1)/M is (K-1)/1 here, and / M makes it Eq. 17's.
         policy = subgrpo_loss(log_prob[:, None], b.old[rows, slot][:, None], b.advantages[rows], K, cfg.clip) / M
         push("policy", cfg.beta * cfg.policy_weight * policy, len(rows))
         note(run, len(rows), ratio_off=(log_prob.detach() - b.old[rows, slot]).expm1().abs().mean())
     if here:                                                                # Eq. 9
         x_s, s = (x_next + mean - mean.detach())[here], t_next[here]    # the rollout's state and noise
-        if cfg.renoise == "dmd2":
-            x_s, s = x0_from_velocity(x, v, t)[here], torch.zeros_like(s)
         dm = matching_loss(run, x_s, s, {n: c[here] for n, c in cond.items()}, level(u[here], x), noise[here])
         push("dm", cfg.dm_weight * dm, len(here))
         note(run, len(here), dm=dm)
@@ -969,25 +943,27 @@ def reinforce_slot(run, b, slot, reward_term, rows, here, u, noise, fresh, total
 
 
 def pathwise_terms(run, x_0, prompts, scales):
-    """Eq. 15 for each differentiable reward, divided by the std of its own advantage, weighted and added up."""
+    """Eq. 15 for each differentiable reward, divided by the std of its own advantage, weighted and added
+    up."""
     images = run.backbone.decode(x_0)
     return sum(weight * pathwise_loss(rate(reward, images, prompts), scales[name], x_0[0].numel())
                for name, (reward, weight) in run.rewards.items() if reward.differentiable)
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 7. Rewards r(x): reward(images (B, 3, H, W) in [0, 1], prompts) -> (B,)
 #
-# Every reward enters SubGRPO (Eq. 17); one whose .differentiable is true also enters the pathwise term (Eq. 15).
-# The CLIP family is here, the paper's other metrics are in eval.py, your own is `--rewards module:function=1`.
-# -----------------------------------------------------------------------------------------------------------------
+# Every reward enters SubGRPO (Eq. 17); one whose .differentiable is true also enters the pathwise term (Eq.
+# 15). The CLIP family is here; others are found by name, the paper's other metrics in eval.py among them.
+# ------------------------------------------------------------------------------------------------------------
 
 CLIP_MEAN, CLIP_STD = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)
 
 
 def resize(images, height, width, mode="bicubic"):
     """What PIL does, but differentiable: (B, C, H, W) -> (B, C, height, width), in fp32 whatever comes in.
-    Without antialias most pixels of a large image are never seen, and the gradient draws a grid on the others."""
+    Without antialias most pixels of a large image are never seen, and the gradient draws a grid on the
+    others."""
     return F.interpolate(images.float(), (height, width), mode=mode, antialias=True, align_corners=False)
 
 
@@ -997,11 +973,12 @@ def normalise(images, mean=CLIP_MEAN, std=CLIP_STD):
     return (images - mean) / std
 
 
-def square_crop(images, size=224, mode="bicubic"):
-    """CLIP's view: short side to `size`, centre crop, normalise. (B, 3, H, W) -> (B, 3, size, size).
-    Bicubic overshoots to -.03 .. 1.03 where PIL clips at 8 bits, hence the clamp: 2/255 from PIL at most."""
+def square_crop(images, size=224, mode="bicubic", offset=round):
+    """CLIP's view: short side to `size`, centre crop, normalise. (B, 3, H, W) -> (B, 3, size, size). Bicubic
+    overshoots to -.03 .. 1.03 where PIL clips at 8 bits, hence the clamp: 2/255 from PIL at most. offset: how
+    half a pixel is rounded (torchvision rounds, transformers truncates)."""
     height, width = (int(size * side / min(images.shape[-2:])) for side in images.shape[-2:])
-    top, left = round((height - size) / 2), round((width - size) / 2)
+    top, left = offset((height - size) / 2), offset((width - size) / 2)
     return normalise(resize(images, height, width, mode).clamp(0, 1)[..., top:top + size, left:left + size])
 
 
@@ -1014,21 +991,22 @@ def letterbox(images, size=224):
 
 
 def open_clip_host(row, cfg):
-    """HPSv2.1 in open_clip's ViT-H-14: the same 686 tensors, so the load is strict.
-    Hosts return the network and embeddings (B, D) of pixels and of prompts: (net, embed_image, embed_text)."""
+    """HPSv2.1 in open_clip's ViT-H-14: the same 686 tensors, so the load is strict. Hosts return the network
+    and embeddings (B, D) of pixels and of prompts: (net, embed_image, embed_text)."""
     import open_clip
     from hpsv2.utils import hps_version_map
     weights = torch.load(find_weights(row["repo"], hps_version_map["v2.1"], cfg), "cpu", weights_only=True)
-    net = open_clip.create_model("ViT-H-14", pretrained=None)             # the LAION weights would be overwritten
+    net = open_clip.create_model("ViT-H-14", pretrained=None)  # the LAION weights would be overwritten
     net.load_state_dict(weights["state_dict"], strict=True)
     net, tokenise = net.to(cfg.device), open_clip.get_tokenizer("ViT-H-14")
     return net, net.encode_image, lambda prompts: net.encode_text(tokenise(prompts).to(cfg.device))
 
 
 def transformers_host(row, cfg):
-    """CLIPScore and PickScore in transformers, with its tokenizer: open_clip's reads curly quotes otherwise."""
+    """CLIPScore and PickScore in transformers, with its tokenizer: open_clip's reads curly quotes
+    otherwise."""
     from transformers import CLIPModel, CLIPTokenizer
-    net = from_hub(CLIPModel.from_pretrained, row["repo"], cfg, dtype=torch.float32).to(cfg.device)
+    net = load_whole(CLIPModel, row["repo"], cfg, dtype=torch.float32).to(cfg.device)
     tokenizer = from_hub(CLIPTokenizer.from_pretrained, row["repo"], cfg, needs="tokenizer.json")
 
     def embed_text(prompts):
@@ -1038,26 +1016,29 @@ def transformers_host(row, cfg):
     return net, lambda pixels: net.get_image_features(pixel_values=pixels).pooler_output, embed_text
 
 
-# All are better when higher. CLIP's own resize is bicubic; the paper's CLIPScore column is bilinear.
+# All are better when higher. CLIP's own resize is bicubic; the paper's CLIPScore column is bilinear. A text
+# says where the reward is found.
 REWARDS = {
     "hpsv2": dict(host=open_clip_host, repo="xswu/HPSv2", view=letterbox, logit_scale=False),
     "clipscore": dict(host=transformers_host, repo="openai/clip-vit-large-patch14", logit_scale=False,
                       view=functools.partial(square_crop, mode="bilinear")),
     "pickscore": dict(host=transformers_host, repo="yuvalkirstain/PickScore_v1", logit_scale=True,
-                      view=square_crop)}
+                      view=functools.partial(square_crop, offset=int)),
+    "aesthetic": "eval:Aesthetic", "imagereward": "eval:ImageReward", "hpsv3": "eval:HPSv3",
+    "geneval": "eval:GenEvalCredit", "geneval2": "eval:GenEval2", "ocr": "eval:OCR"}
 
 
 class ClipReward:
-    """Cosine of image and prompt, times exp(logit_scale) where the row says so: the scale of the paper's tables.
-    Scoring and back-propagation run this same code: what is climbed is what is reported."""
+    """Cosine of image and prompt, times exp(logit_scale) where the row says so: the scale of the paper's
+    tables. Scoring and back-propagation run this same code: what is climbed is what is reported."""
 
     differentiable = True
 
     def __init__(self, name, row, host):
         self.name, self.row = name, row
         self.net, self.embed_image, self.embed_text = host
-        self.net.eval().requires_grad_(False)                               # gradients pass through, never into it
-        self.known = {}                                                     # prompt -> (D,): a group asks 24 times
+        self.net.eval().requires_grad_(False)  # gradients pass through, never into it
+        self.known = {}  # prompt -> (D,): a group asks 24 times
 
     @torch.no_grad()
     def text(self, prompts):
@@ -1074,61 +1055,93 @@ class ClipReward:
         return cosine * self.net.logit_scale.exp() if self.row["logit_scale"] else cosine
 
 
-def eval_module():
-    """eval.py beside this file, loaded once the flags are checked. It imports rtdmd, and Python knows a script as
-    __main__ only: it would run it again, with a second UsageError that nobody catches. So the script gets its name
-    first."""
-    sys.modules.setdefault("rtdmd", sys.modules[__name__])
-    beside = Path(__file__).resolve().with_name("eval.py")
-    module = importlib.import_module("eval") if beside.exists() else None
-    if not module or Path(module.__file__).resolve() != beside:
-        raise UsageError(f"Training needs {beside}, but Python finds {module.__file__ if module else 'no such file'}: "
-                         "put both files into one folder, first on its path.")
-    return module
+def parse_rewards(text, own=(), flag="--rewards"):
+    """"hpsv2=1,ocr=.5,my_module:score=2" -> [(name, weight), ...]. own: names that the backbone brings.
+
+    No weight means 1, a negative one makes a penalty; 0 would load a network for nothing. Only --watch may be
+    empty. Every name is looked up, so that nothing is loaded in vain.
+    """
+    pairs = {}
+    for item in text.split(",") if text or flag != "--watch" else ():
+        name, equals, weight = (part.strip() for part in item.partition("="))
+        try:
+            value = float(weight if equals else 1)
+        except ValueError:
+            value = math.nan
+        if not name or name in pairs or value == 0 or not math.isfinite(value):
+            raise UsageError(f"{flag} {text!r}: write name=weight,name=weight with no name named twice, "
+                             "and with each weight a finite number other than 0.")
+        if ":" in name:
+            find_named(name, "reward")
+        elif name not in own and name not in REWARDS:
+            known = ", ".join(dict.fromkeys([*own, *REWARDS]))
+            raise UsageError(f"{flag}: no reward is called {name!r}; there are {known}, module:attribute.")
+        pairs[name] = value
+    return list(pairs.items())
 
 
-def load_reward(name, cfg, extra=None):
-    """The reward of that name: the backbone's own (extra), of REWARDS, of eval.py, or module:attribute."""
-    if extra and name in extra:
-        return extra[name]
-    if name in REWARDS:
-        return ClipReward(name, REWARDS[name], readable(name, REWARDS[name]["host"], REWARDS[name], cfg))
-    return eval_module().load_metric(name, cfg, training=True)
-
-
-def readable(name, load, *args):
-    """load(*args), whose file may be empty, cut short or a web page: unpickling raises almost anything."""
+def load_reward(name, cfg, own={}):
+    """The reward of that name: the backbone's own, one of REWARDS, or what module:attribute names: a function
+    or object called as (images, prompts) -> (B,), or a class of such objects, made by its load(cfg) if it has
+    one."""
+    if name in own:
+        return own[name]
+    row = REWARDS.get(name, name)
+    found = find_named(row, "reward") if isinstance(row, str) else None
     try:
-        return load(*args)
+        if not found:
+            return ClipReward(name, row, row["host"](row, cfg))
+        reward = found.load(cfg) if hasattr(found, "load") else found() if isinstance(found, type) else found
     except (UsageError, torch.OutOfMemoryError):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a file that is cut short or a web page, or foreign code
         reason = " ".join(repr(error).split())[:200]
-        raise UsageError(f"the weights of {name} cannot be read ({reason}): download them again.") from error
+        raise UsageError(f"reward {name} cannot be loaded ({reason}): correct its code, or download its weights "
+                         "again.") from error
+    if not hasattr(reward, "name") or not hasattr(reward, "differentiable"):
+        reward, found = functools.partial(reward), reward  # methods and builtins take no attributes
+        reward.name, reward.differentiable = name, getattr(found, "differentiable", False)
+    return reward
+
+
+def depends_on(result, source):
+    """Whether autograd can go back from one tensor to another that is not a leaf."""
+    todo, seen = [result.grad_fn], {None}
+    while todo:
+        if (node := todo.pop()) is source.grad_fn and node is not None:
+            return True
+        if node not in seen:
+            seen.add(node)
+            todo += [parent for parent, _ in node.next_functions]
+    return False
 
 
 def rate(reward, images, prompts):
     """reward(images, prompts), checked: (B,) fp32 on the images' device; nan and inf are left to the caller.
-    Whatever it raises becomes one sentence. A batch that fails is tried image by image, to name the prompt."""
+    Whatever it raises becomes one sentence. A batch that fails is tried image by image, to name the
+    prompt."""
     name = getattr(reward, "name", type(reward).__name__)
     try:
-        values = torch.as_tensor(reward(images, prompts), device=images.device)
-        if values.shape != (len(prompts),):
-            raise ValueError(f"the result has shape {tuple(values.shape)}, must have ({len(prompts)},)")
-        if images.requires_grad and not values.requires_grad and reward.differentiable:
-            raise ValueError("it is said to be .differentiable, but its result has no gradient")
+        own = images.clone()  # with a copy of its own, no reward changes what the next one sees
+        values = torch.as_tensor(reward(own, list(prompts)), device=images.device)
+        if values.shape != (len(prompts),) or values.is_complex():
+            raise ValueError(f"the result is {values.dtype} of shape {tuple(values.shape)}, must be real, of shape "
+                             f"({len(prompts)},)")
+        if images.requires_grad and reward.differentiable and not depends_on(values, images):
+            raise ValueError("it is said to be .differentiable, but its result has no gradient from the pictures")
     except (UsageError, torch.OutOfMemoryError):                            # main knows what to say
         raise
     except (Exception, SystemExit) as error:                                # foreign code raises anything
         for i in range(len(prompts) if len(prompts) > 1 else 0):
             rate(reward, images[i:i + 1], prompts[i:i + 1])
         where = f"prompt {prompts[0]!r}" + (f" and {len(prompts) - 1} more at once" if len(prompts) > 1 else "")
-        raise UsageError(f"reward {name}, {where}: {error!r}; mend it, or leave it out.") from error
+        raise UsageError(f"reward {name}, {where}: {error!r}; correct it, or leave it out.") from error
     return values.float()
 
 
-# -----------------------------------------------------------------------------------------------------------------
-# 8. Backbones: all that the loops know of a model
+# ------------------------------------------------------------------------------------------------------------
+# 8. Backbones: all that the loops know of a model. A class of your own (--model module:Class) is made as
+# Class(cfg), and has what the table names; README has one in full.
 #
 #   nets             {"generator": net, "teacher": net}, frozen. The fake adapter lives on "teacher" too.
 #                    The same object twice where both share weights (SD3)
@@ -1140,68 +1153,53 @@ def rate(reward, images, prompts):
 #   velocity(net, x, t, cond)   v = eps - x0 (B,C,H,W) fp32 at levels t (B,); differentiable
 #   quantise(t)      the level that the network is really told when it is asked for t
 #   decode(x)        latents -> images (B,3,H,W) in [0,1]; differentiable
-#   rewards          {name: reward} of its own, if it has any; text_length, if it has one
-# -----------------------------------------------------------------------------------------------------------------
+#   optional         rewards, {name: reward} of its own (of the class: their names); text_length; settings of the
+#                    class, its defaults in the form of a row of MODELS
+# ------------------------------------------------------------------------------------------------------------
 
-# Hub repositories, GENERATOR,TEACHER where they differ; guidance and learning rates: MODELS. SD3: Stability AI
-# Community licence, gated. FLUX.2: the 4B Apache-2.0, the 9B FLUX Non-Commercial licence, gated.
-BACKBONES = {
-    "sd3m": "stabilityai/stable-diffusion-3-medium-diffusers",
-    "sd35m": "stabilityai/stable-diffusion-3.5-medium",
-    "flux2-4b": "black-forest-labs/FLUX.2-klein-4B,black-forest-labs/FLUX.2-klein-base-4B",
-    "flux2-9b": "black-forest-labs/FLUX.2-klein-9B,black-forest-labs/FLUX.2-klein-base-9B"}
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
-def load_backbone(cfg):
-    """The backbone of --model."""
-    if cfg.model == "tiny":
-        return eval_module().TinyBackbone(cfg)
-    return (SD3Backbone if cfg.model.startswith("sd3") else Flux2Backbone)(cfg)
+class Backbone:
+    """What the families below share: latents (B, 16, H/8, W/8), the shift of the scheduler's file, exact
+    levels."""
 
-
-class SD3Backbone:
-    """SD3 and SD3.5 medium: latents (B, 16, H/8, W/8), 77 CLIP + 256 T5 tokens."""
+    vae_class, channels, pixels, tokens = "AutoencoderKL", 16, 8, 512        # pixels: of the side of a latent
+    # Linears that get an adapter: attention of both streams. SD3: 191; SD3.5: 243, with its second,
+    # image-only attention attn2; FLUX.2: 80 and 112, whose single-stream blocks fuse q, k, v and the MLP into
+    # one linear: there the MLP is adapted too (App. J speaks of attention only).
+    attention = r"(single_)?transformer_blocks\.\d+\.attn2?\..+"
 
     def __init__(self, cfg):
-        self.cfg, self.text, self.text_length = cfg, None, cfg.text_length or 256
-        self.base, self.nets = load_networks(cfg, diffusers.SD3Transformer2DModel, "StableDiffusion3Pipeline")
-        self.vae = build(diffusers.AutoencoderKL, self.base, "vae", cfg)
-        self.dtype, self.lora_targets = self.vae.dtype, attention_linears(self.nets["teacher"])
-        self.latent_shape = (16, cfg.resolution // 8, cfg.resolution // 8)
-        scheduler = None if cfg.random_weights else from_hub(
-            CPSScheduler.from_pretrained, self.base, cfg, "scheduler/scheduler_config.json", subfolder="scheduler")
-        self.shift = scheduler.config.shift if scheduler else 3.0
-        self.text_key = f"{self.base} random {cfg.random_weights} clip 77 t5 {self.text_length} {self.dtype}"
+        self.cfg, self.text, self.text_length = cfg, None, cfg.text_length or self.tokens
+        self.base, self.nets = load_networks(cfg, getattr(diffusers, self.net_class), self.pipeline)
+        self.vae = build(getattr(diffusers, self.vae_class), self.base, "vae", cfg)
+        self.dtype, self.lora_targets = self.vae.dtype, matching_linears(self.nets["teacher"], self.attention)
+        self.latent_shape = (self.channels, cfg.resolution // self.pixels, cfg.resolution // self.pixels)
+        self.scheduler = from_hub(CPSScheduler.load_config, self.base, cfg, "scheduler/scheduler_config.json",
+                                  subfolder="scheduler")
+        self.shift = self.shift_for(cfg.steps)
+        self.text_key = f"{self.base} text {self.text_length} {self.dtype}"
 
     def shift_for(self, steps):
         """The same for every size and number of steps."""
-        return self.shift
+        return self.scheduler["shift"]
 
     @torch.no_grad()
     def encode(self, prompts):
-        """prompts list[str] -> text (B, 77 + 256, 4096), pooled (B, 2048), by the pipeline itself.
-        T5 sees its padding (it gets no mask), so the length is part of the condition: sample with the same."""
-        if self.cfg.random_weights:
-            return eval_module().random_text(prompts, self.dtype, text=(77 + self.text_length, 4096), pooled=(2048,))
+        """prompts list[str] -> cond, by the pipeline itself. The networks see the padding (there is no mask),
+        so the length is part of the condition: sample with the same."""
         if self.text is None:
             self.text = text_pipeline(self).to(self.cfg.device)
-        text, _, pooled, _ = self.text.encode_prompt(prompts, None, None, do_classifier_free_guidance=False,
-                                                     max_sequence_length=self.text_length)
-        return {"text": text.cpu(), "pooled": pooled.cpu()}
+        return {name: rows.cpu() for name, rows in self.read(list(prompts)).items()}      # Z-Image's writes into it
 
     def free_text(self):
-        """Drop the text encoders: 10.4 GiB in bf16."""
+        """Drop the text encoders: 10.4 GiB in bf16 (SD3), 5.8 (FLUX.2-4B)."""
         self.text = None
         torch.cuda.empty_cache()
 
-    def velocity(self, net, x, t, cond):
-        """The timestep 1000 t stays fp32: bf16 would tell the network 752 for 750."""
-        return net(hidden_states=x.to(self.dtype), timestep=1000 * t.float(), encoder_hidden_states=cond["text"],
-                   pooled_projections=cond["pooled"], return_dict=False)[0].float()
-
     def quantise(self, t):
-        """SD3 is told every level exactly."""
+        """The network is told every level exactly."""
         return t
 
     def decode(self, x):
@@ -1209,90 +1207,160 @@ class SD3Backbone:
         return decode_chunks(self.vae, x / self.vae.config.scaling_factor + self.vae.config.shift_factor)
 
 
-class Flux2Backbone:
-    """FLUX.2-klein: latents (B, 128, H/16, W/16), 512 Qwen tokens. The generator starts from the distilled model,
-    teacher and fake score from the base one, where guidance works."""
+class SD3Backbone(Backbone):
+    """SD3 and SD3.5: 77 CLIP + 256 T5 tokens (B, 333, 4096), pooled (B, 2048)."""
 
-    def __init__(self, cfg):
-        self.cfg, self.text, self.text_length = cfg, None, cfg.text_length or 512
-        self.base, self.nets = load_networks(cfg, diffusers.Flux2Transformer2DModel, "Flux2KleinPipeline")
-        self.vae = build(diffusers.AutoencoderKLFlux2, self.base, "vae", cfg)
-        self.dtype, self.lora_targets = self.vae.dtype, attention_linears(self.nets["teacher"])
-        self.latent_shape = (128, cfg.resolution // 16, cfg.resolution // 16)
-        self.shift = self.shift_for(cfg.steps)
-        self.text_key = f"{self.base} random {cfg.random_weights} qwen {self.text_length} {self.dtype}"
+    net_class, pipeline, tokens = "SD3Transformer2DModel", "StableDiffusion3Pipeline", 256
+
+    def read(self, prompts):
+        text, _, pooled, _ = self.text.encode_prompt(prompts, None, None, do_classifier_free_guidance=False,
+                                                     max_sequence_length=self.text_length)
+        return {"text": text, "pooled": pooled}
+
+    def velocity(self, net, x, t, cond):
+        """The timestep 1000 t stays fp32: bf16 would tell the network 752 for 750."""
+        return net(hidden_states=x.to(self.dtype), timestep=1000 * t.float(), encoder_hidden_states=cond["text"],
+                   pooled_projections=cond["pooled"], return_dict=False)[0].float()
+
+
+def flux_velocity(backbone, net, x, t, text, axes, **more):
+    """What FLUX.1 and FLUX.2 share: the network wants tokens (B, h w, C) with positions, (_, row, column,
+    word) or the first three. It takes t in [0, 1], rounded as the pipeline does: an exact t would train
+    levels nobody asks for."""
+    one, row, column, word = (torch.arange(size, device=x.device) for size in (1, *x.shape[2:], text.shape[1]))
+    grid = lambda *sizes: torch.cartesian_prod(*sizes)[:, :axes]
+    v = net(hidden_states=x.flatten(2).mT.to(backbone.dtype), timestep=(1000 * t.float()).to(backbone.dtype) / 1000,
+            encoder_hidden_states=text, img_ids=grid(one, row, column, one), txt_ids=grid(one, one, one, word),
+            return_dict=False, **more)[0]
+    return v.float().mT.unflatten(2, x.shape[2:])
+
+
+def flux_level(backbone, t):
+    """What becomes of t on its way into the network: 1000 t rounded, divided, multiplied: +-.003 in bf16.
+    Draw t, quantise it, then noise with the result: the mathematics uses what the network is told."""
+    return ((1000 * t.float()).to(backbone.dtype) / 1000 * 1000).float() / 1000
+
+
+class Flux1Backbone(Backbone):
+    """FLUX.1-dev: 512 T5 tokens and CLIP's pooled state. Guidance is a number that the network reads: 1 for
+    theta and phi, w for psi (released), so psi needs one forward, not two: see Roles.teacher."""
+
+    net_class, pipeline, quantise = "FluxTransformer2DModel", "FluxPipeline", flux_level
+
+    def shift_for(self, steps):
+        """e^mu, mu linear in the number of tokens: 1.88 at 512 pixels, 3.16 at 1024."""
+        tokens = self.latent_shape[1] * self.latent_shape[2] // 4
+        return math.exp(diffusers.pipelines.flux.pipeline_flux.calculate_shift(tokens))
+
+    def read(self, prompts):
+        text, pooled, _ = self.text.encode_prompt(prompts, max_sequence_length=self.text_length)
+        return {"text": text, "pooled": pooled, "guidance": torch.ones(len(prompts))}
+
+    def velocity(self, net, x, t, cond):
+        """A token is a patch of 2 x 2 latents. (FLUX.1-schnell reads no guidance.)"""
+        guidance = cond["guidance"] if net.config.guidance_embeds else None
+        return F.pixel_shuffle(flux_velocity(self, net, F.pixel_unshuffle(x, 2), t, cond["text"], 3, guidance=guidance,
+                                             pooled_projections=cond["pooled"]), 2)
+
+
+class Flux2Backbone(Backbone):
+    """FLUX.2-klein: 512 Qwen tokens (B, 512, three Qwen widths); latents (B, 128, H/16, W/16). The generator
+    starts from the distilled model, teacher and fake score from the base one, where guidance works."""
+
+    net_class, pipeline, quantise = "Flux2Transformer2DModel", "Flux2KleinPipeline", flux_level
+    vae_class, channels, pixels = "AutoencoderKLFlux2", 128, 16
 
     def shift_for(self, steps):
         """e^mu by the pipeline's rule on tokens and steps: 7.62 for four steps at 512, 9.89 at 1024."""
         pipeline = diffusers.pipelines.flux2.pipeline_flux2_klein
         return math.exp(pipeline.compute_empirical_mu(self.latent_shape[1] * self.latent_shape[2], steps))
 
-    @torch.no_grad()
-    def encode(self, prompts):
-        """prompts list[str] -> text (B, 512, 3 Qwen widths), bit for bit as the whole pipeline does."""
-        if self.cfg.random_weights:
-            width = self.nets["teacher"].config.joint_attention_dim
-            return eval_module().random_text(prompts, self.dtype, text=(self.text_length, width))
-        if self.text is None:
-            self.text = text_pipeline(self)
-            qwen = self.text.text_encoder.model            # without the 152k-wide output layer
-            qwen.layers = qwen.layers[:27]                 # and without those above the last state that is read:
-            qwen.norm = nn.Identity()                      # after layers 9, 18 and 27, and before the norm
-            self.text.text_encoder = qwen.to(self.cfg.device)
-        text, _ = self.text.encode_prompt(prompts, self.cfg.device, max_sequence_length=self.text_length)
-        return {"text": text.cpu()}
-
-    free_text = SD3Backbone.free_text                                 # Qwen: 5.8 GiB for the 4B model in bf16
+    def read(self, prompts):
+        """Qwen without its 152k-wide output layer and without the layers above the last state that is read:
+        bit for bit what the whole pipeline gives."""
+        if hasattr(self.text.text_encoder, "model"):
+            qwen = self.text.text_encoder.model
+            qwen.layers, qwen.norm = qwen.layers[:27], nn.Identity()  # states after layers 9, 18, 27 are read
+            self.text.text_encoder = qwen
+        return {"text": self.text.encode_prompt(prompts, self.cfg.device, max_sequence_length=self.text_length)[0]}
 
     def velocity(self, net, x, t, cond):
-        """The network wants tokens (B, h w, 128), and positions (T, row, column, word) of image and text.
-        It takes t in [0,1], rounded as the pipeline does: an exact t would train levels nobody asks for."""
-        sizes = (1, *x.shape[2:], cond["text"].shape[1])
-        one, row, column, word = (torch.arange(size, device=x.device) for size in sizes)
-        v = net(hidden_states=x.flatten(2).mT.to(self.dtype), timestep=(1000 * t.float()).to(self.dtype) / 1000,
-                encoder_hidden_states=cond["text"], img_ids=torch.cartesian_prod(one, row, column, one),
-                txt_ids=torch.cartesian_prod(one, one, one, word), return_dict=False)[0]
-        return v.float().mT.unflatten(2, x.shape[2:])
-
-    def quantise(self, t):
-        """What becomes of t in `velocity` and the network: 1000 t rounded, divided, multiplied: +-.003.
-        Draw t, quantise it, then noise with the result: the mathematics uses what the network is told."""
-        return ((1000 * t.float()).to(self.dtype) / 1000 * 1000).float() / 1000
+        return flux_velocity(self, net, x, t, cond["text"], 4)
 
     def decode(self, x):
-        """Latents (B,128,h,w) -> images (B,3,16h,16w): 2x2 patches of the VAE's, normalised by its batch norm."""
+        """Latents (B,128,h,w) -> images (B,3,16h,16w): 2x2 patches of the VAE's, normalised by its batch
+        norm."""
         norm = self.vae.bn
         mean, variance = (row.float().view(-1, 1, 1) for row in (norm.running_mean, norm.running_var))
-        z = x * torch.sqrt(variance + norm.eps) + mean
-        return decode_chunks(self.vae, F.pixel_shuffle(z, 2))
+        return decode_chunks(self.vae, F.pixel_shuffle(x * torch.sqrt(variance + norm.eps) + mean, 2))
+
+
+class ZImageBackbone(Backbone):
+    """Z-Image: up to 512 Qwen tokens without their padding. w is the pipeline's guidance_scale + 1, so a
+    student is sampled with guidance_scale 0."""
+
+    net_class, pipeline = "ZImageTransformer2DModel", "ZImagePipeline"
+    attention = r"(layers|noise_refiner|context_refiner)\.\d+\.attention\..+"
+
+    def read(self, prompts):
+        rows, _ = self.text.encode_prompt(prompts, do_classifier_free_guidance=False,
+                                          max_sequence_length=self.text_length)
+        return {"text": torch.stack([F.pad(row, (0, 0, 0, self.text_length - len(row))) for row in rows]),
+                "length": torch.tensor([len(row) for row in rows])}
+
+    def velocity(self, net, x, t, cond):
+        """The network takes lists; its time runs from 0, noise, to 1, image, and it predicts x0 - eps."""
+        words = [row[:n] for row, n in zip(cond["text"], cond["length"].tolist())]
+        v = net(list(x.to(self.dtype).unsqueeze(2).unbind()), 1 - t.float(), words, return_dict=False)[0]
+        return -torch.stack(v).squeeze(2).float()
+
+
+# Class, and hub repositories: GENERATOR,TEACHER where they differ. Guidance and learning rates are in MODELS.
+# Licences: SD3 Stability AI Community, gated; FLUX.1-dev non-commercial, gated; FLUX.2 4B Apache-2.0, 9B
+# non-commercial, gated; Z-Image Apache-2.0 (by copies of its card).
+BACKBONES = {
+    "tiny": ("eval:TinyBackbone", ""),
+    "sd3m": (SD3Backbone, "stabilityai/stable-diffusion-3-medium-diffusers"),
+    "sd35m": (SD3Backbone, "stabilityai/stable-diffusion-3.5-medium"),
+    "sd35l": (SD3Backbone, "stabilityai/stable-diffusion-3.5-large"),
+    "flux1": (Flux1Backbone, "black-forest-labs/FLUX.1-dev"),
+    "flux2-4b": (Flux2Backbone, "black-forest-labs/FLUX.2-klein-4B,black-forest-labs/FLUX.2-klein-base-4B"),
+    "flux2-9b": (Flux2Backbone, "black-forest-labs/FLUX.2-klein-9B,black-forest-labs/FLUX.2-klein-base-9B"),
+    "zimage": (ZImageBackbone, "Tongyi-MAI/Z-Image-Turbo,Tongyi-MAI/Z-Image")}
+
+
+def backbone_class(model):
+    """The class of a row of BACKBONES, or of module:Class."""
+    if model not in BACKBONES and ":" not in model:
+        raise UsageError(f"--model {model} is unknown: take one of {', '.join(BACKBONES)}, or module:Class.")
+    found = BACKBONES.get(model, (model,))[0]
+    return found if isinstance(found, type) else find_named(found, "--model")
 
 
 def load_networks(cfg, net_class, pipeline):
-    """(base, nets) of --pretrained GENERATOR,TEACHER, or one for both, or of the hub. UsageError if one of them
-    is no whole `pipeline`: one that was saved without its T5 works too, with zeros in its place."""
-    hub = BACKBONES[cfg.model]
-    paths = [path.strip() for path in (cfg.pretrained or hub).split(",")]
-    for path in [] if cfg.random_weights else paths:
-        index = from_hub(diffusers.DiffusionPipeline.load_config, path, cfg, "model_index.json")
-        # Text encoders that were saved as null.
-        lacking = [part for part, origin in index.items() if origin == [None, None] and part.startswith("te")]
-        found = " without ".join([str(index.get("_class_name")), *lacking])
-        if found != pipeline:
-            raise UsageError(f"{path} is a {found}: take a whole {pipeline} such as {hub}.")
-        if path == paths[-1] and index.get("is_distilled"):           # its pipeline ignores w without a word
-            raise UsageError(f"{path} is distilled and ignores guidance, so it cannot be the teacher: take "
-                             f"--pretrained GENERATOR,TEACHER such as {hub}.")
+    """(base, nets) of --pretrained GENERATOR,TEACHER, or one for both, or of the hub."""
+    paths = [path.strip() for path in (cfg.pretrained or BACKBONES[cfg.model][1]).split(",")]
+    for path in paths:
+        check_pipeline(path, pipeline, cfg, is_teacher=path == paths[-1])
     nets = {path: build(net_class, path, "transformer", cfg) for path in dict.fromkeys(paths)}
     return paths[0], {"generator": nets[paths[0]], "teacher": nets[paths[-1]]}
 
 
+def check_pipeline(path, pipeline, cfg, is_teacher):
+    """UsageError unless a repository is a whole `pipeline`. One that was saved without its T5 would work,
+    with zeros in its place; a distilled teacher would ignore w."""
+    index = from_hub(diffusers.DiffusionPipeline.load_config, path, cfg, "model_index.json")
+    lacking = [part for part, origin in index.items() if origin == [None, None] and part.startswith("text_e")]
+    found = " without ".join([str(index.get("_class_name")), *lacking])
+    if found != pipeline or is_teacher and index.get("is_distilled"):
+        wrong = "distilled and ignores guidance, so it cannot be the teacher" if found == pipeline else f"a {found}"
+        raise UsageError(f"{path} is {wrong}: take a whole {pipeline} (GENERATOR,TEACHER if they differ) such as "
+                         f"{BACKBONES[cfg.model][1]}.")
+
+
 def build(cls, path, part, cfg):
-    """One frozen network on cfg.device: component `part` of a repository, or of its size with random weights."""
-    dtype = torch.bfloat16 if cfg.dtype == "bf16" else torch.float32
-    if cfg.random_weights:
-        net = eval_module().random_network(cls, path, part, dtype, cfg)
-    else:
-        net = from_hub(cls.from_pretrained, path, cfg, f"{part}/config.json", subfolder=part, dtype=dtype)
+    """One frozen network on cfg.device: component `part` of a repository."""
+    net = load_whole(cls, path, cfg, part, dtype=torch.bfloat16 if cfg.dtype == "bf16" else torch.float32)
     largest = 16 * net.config.get("pos_embed_max_size", 256)
     if cfg.resolution % 16 or not 0 < cfg.resolution <= largest:
         raise UsageError(f"--resolution {cfg.resolution} is not possible: take a multiple of 16 up to {largest}.")
@@ -1302,10 +1370,15 @@ def build(cls, path, part, cfg):
 
 
 def text_pipeline(backbone):
-    """The pipeline of the repository with nothing but its text encoders, whose encode_prompt is used as it is."""
+    """The pipeline of the repository with nothing but its text encoders, whose encode_prompt is used as it
+    is."""
     diffusers.utils.logging.set_verbosity_error()         # or each caption beyond 77 tokens prints a warning
-    return from_hub(diffusers.DiffusionPipeline.from_pretrained, backbone.base, backbone.cfg,
-                    "text_encoder/config.json", transformer=None, vae=None, dtype=backbone.dtype)
+    base, cfg = backbone.base, backbone.cfg
+    index = from_hub(diffusers.DiffusionPipeline.load_config, base, cfg, "model_index.json")
+    encoders = {part: load_whole(getattr(transformers, origin[1]), base, cfg, part, dtype=backbone.dtype)
+                for part, origin in index.items() if part.startswith("text_encoder") and origin != [None, None]}
+    return from_hub(diffusers.DiffusionPipeline.from_pretrained, base, cfg, "model_index.json", transformer=None,
+                    vae=None, **encoders)
 
 
 def find_weights(repo, filename, cfg):
@@ -1327,26 +1400,37 @@ def find_weights(repo, filename, cfg):
 
 
 def from_hub(load, repo, cfg, needs="config.json", **options):
-    """load(repo), load being a from_pretrained, from where find_weights finds the file `needs`. It is looked for
-    first: transformers makes a tokenizer without its vocabulary in silence, and asks a hub that cannot be reached
-    for every file in turn, 20 s each."""
+    """load(repo), load being a from_pretrained, from where find_weights finds the file `needs`. It is looked
+    for first: transformers makes a tokenizer without its vocabulary in silence, and asks a hub that cannot be
+    reached for every file in turn, 20 s each."""
     found = find_weights(repo, needs, cfg)
     if cfg.weights_dir and found.is_relative_to(Path(cfg.weights_dir).expanduser()):
         repo = str(found.parents[needs.count("/")])        # the folder in which `needs` was found
     try:
         return load(repo, **options)
-    except (OSError, ValueError, SafetensorError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:150]
         raise UsageError(f"{repo} is incomplete or damaged ({reason}): get the whole of it again.") from error
 
 
-def attention_linears(net):
-    """Full names of the attention linears of both streams: 191 in SD3, 243 in SD3.5 (with its second, image-only
-    attention attn2), 80 and 112 in FLUX.2, whose single-stream blocks fuse q, k, v and the MLP into one linear: there
-    the MLP is adapted too (App. J speaks of attention only).
-    Full, because PEFT reads others as suffixes: `attn.to_q` misses attn2, `to_out` hits lists as well."""
-    pattern = re.compile(r"(single_)?transformer_blocks\.\d+\.attn2?\..+")
-    return [name for name, part in net.named_modules() if isinstance(part, nn.Linear) and pattern.fullmatch(name)]
+def load_whole(cls, repo, cfg, part="", **options):
+    """cls.from_pretrained of a repository, or of its component `part`. UsageError if the files lack a tensor:
+    it would be filled with random numbers, and only a log would say so."""
+    options |= dict(subfolder=part) if part else {}
+    net, info = from_hub(cls.from_pretrained, repo, cfg, f"{part}/config.json".lstrip("/"), output_loading_info=True,
+                         **options)
+    if lacking := sorted(info["missing_keys"]):
+        raise UsageError(f"{repo} {part} lacks {len(lacking)} tensors of {cls.__name__}, such as {lacking[0]}: "
+                         "get the whole of it again.")
+    return net
+
+
+def matching_linears(net, pattern):
+    """Full names of the linears whose name matches. Full, because PEFT reads others as suffixes: `attn.to_q`
+    misses attn2, `to_out` hits lists as well."""
+    return [name for name, part in net.named_modules() if isinstance(part, nn.Linear) and re.fullmatch(pattern, name)]
 
 
 def decode_chunks(vae, z, pixels=2**20):
@@ -1357,30 +1441,201 @@ def decode_chunks(vae, z, pixels=2**20):
     return (images / 2 + 0.5).clamp(0, 1)
 
 
-def save_lora(folder, state_dict, rank, alpha, targets, info):
-    """Write an adapter for `pipe.load_lora_weights(folder)`, which then computes exactly what was trained.
-    state_dict {"transformer_blocks.0.attn.to_q.lora_A.weight": (r, in), ...}; targets full module names; info any
-    JSON (how to sample). The loader knows alpha from this metadata alone: without, the update would be r / alpha
-    times too strong. A field unknown to its PEFT stops it: hence only three, and our facts under another key."""
-    names = sorted(targets)
-    adapter = {"transformer.r": rank, "transformer.lora_alpha": alpha, "transformer.target_modules": names}
-    facts = info | {"rank": rank, "alpha": alpha, "targets": names}
-    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(adapter), "rtdmd": json.dumps(facts)}
-    tensors = {f"transformer.{name}": row.detach().cpu().contiguous() for name, row in state_dict.items()}
-    write_atomic(Path(folder) / LORA_FILE, safetensors_bytes(tensors, metadata=metadata))
+# ------------------------------------------------------------------------------------------------------------
+# 9. Prompts and their text embeddings
+# ------------------------------------------------------------------------------------------------------------
+
+KNOWN_PROMPTS = {        # name: (data set on the hub, its files)
+    "pickapic": ("yuvalkirstain/pickapic_v1_no_images", "data/train-*.parquet"),       # 584k rows, 168 MB
+    "drawbench": ("sayakpaul/drawbench", "*.csv"),                                     # 200 rows
+    "partiprompts": ("nateraw/parti-prompts", "PartiPrompts.tsv"),                     # 1,632 rows
+    "hpdv2": None}                                                                     # 3,200 through hpsv2
+PROMPT_COLUMNS = ("prompt", "prompts", "caption", "text")      # in any case; the first that a table has
+LONGEST_PROMPT = 20_000          # characters; the encoders read some 2,000, more is a broken file
 
 
-# -----------------------------------------------------------------------------------------------------------------
-# 9. Plumbing: processes, keyed randomness, LoRA roles, optimiser step, checkpoints, signals
-# -----------------------------------------------------------------------------------------------------------------
+def read_prompts(source, seed=None):
+    """--prompts as list[str]: a .txt, .jsonl (GenEval's too), .csv, .tsv or .parquet file, a known name, or
+    module:attribute, a list of texts or a function that returns one. Stripped, without blank lines and
+    duplicates; in an order by `seed` and each text alone (a new line moves no other), or without seed in the
+    file's. UsageError names the line that is wrong."""
+    texts, known = [], ", ".join([*KNOWN_PROMPTS, "module:attribute"])
+    done = int(source.lower().endswith((".csv", ".tsv")))                   # lines read: a table has a header
+    try:
+        for i, row in enumerate(rows := prompt_rows(source), 1):
+            texts.append(prompt_of(row))
+            done = getattr(rows, "line_num", i)
+    except OSError as error:
+        raise UsageError(f"--prompts {source} cannot be read ({error.strerror or error}): give a file, or one of "
+                         f"{known}.") from error
+    except (ValueError, RuntimeError, csv.Error) as error:                  # pyarrow's are subclasses of the first two
+        reason = " ".join(str(getattr(error, "msg", error)).split())[:150]
+        raise UsageError(f"--prompts {source}, line {done + 1}: {reason}; correct it, or give {known}.") from error
+    prompts = list(dict.fromkeys(filter(None, texts)))
+    if not prompts:
+        raise UsageError(f"--prompts {source} holds no prompt: give a file with one prompt a line.")
+    blank = texts.count("")
+    log(f"prompts: {len(prompts):,} from {source}, less {blank} blank lines and {len(texts) - len(prompts) - blank} "
+        "duplicates")
+    return prompts if seed is None else sorted(prompts, key=lambda text: key("prompt order", seed, text))
+
+
+def prompt_of(row):
+    """The stripped prompt of a row: a text, or a dict with one of PROMPT_COLUMNS. Raises ValueError."""
+    if isinstance(row, dict):
+        if None in row:                                    # csv's name for cells beyond the header's columns
+            raise ValueError("more cells than the header has columns; write a text with a comma or tab in quotes")
+        row = {str(name).strip().lower(): text for name, text in row.items()}
+        if not (found := [row[name] or "" for name in PROMPT_COLUMNS if name in row]):
+            raise ValueError(f"no column or key called {', '.join(PROMPT_COLUMNS)}")
+        row = found[0]
+    if not isinstance(row, str) or "\0" in row or len(row) > LONGEST_PROMPT:
+        raise ValueError(f"a prompt is text without NUL, up to {LONGEST_PROMPT:,} characters: {row!r:.30}")
+    row.encode()            # JSON can hold half a surrogate pair: an error here, and not in the tokenizer
+    seen = any(unicodedata.category(letter)[0] not in "CZ" for letter in row)  # not only blanks of zero width
+    return row.strip() if seen else ""
+
+
+def prompt_rows(source):
+    """The rows of a known set, of module:attribute or of a file by its ending: strings, or dicts by column
+    names."""
+    kind = Path(source).suffix.lower()
+    if source == "hpdv2":
+        import hpsv2
+        return sum(hpsv2.benchmark_prompts("all").values(), [])
+    if source in KNOWN_PROMPTS:
+        repository, pattern = KNOWN_PROMPTS[source]
+        folder = huggingface_hub.snapshot_download(repository, repo_type="dataset", allow_patterns=pattern)
+        return (row for file in sorted(Path(folder).glob(pattern)) for row in prompt_rows(str(file)))
+    if ":" in source and not Path(source).exists():
+        found = find_named(source, "--prompts")
+        return found() if callable(found) else found
+    if Path(source).exists() and not Path(source).is_file():  # a pipe or a device would be read for ever
+        raise OSError("it is no file")
+    if kind == ".parquet":
+        from pyarrow.parquet import ParquetFile
+        file = ParquetFile(source)
+        return file.read([name for name in file.schema_arrow.names if name.lower() in PROMPT_COLUMNS]).to_pylist()
+    lines = (line.decode("utf-8-sig") for line in Path(source).read_bytes().splitlines(keepends=True))
+    if kind in (".csv", ".tsv"):
+        # strict: or a quote that is never closed swallows the rows after it, in silence.
+        return csv.DictReader(lines, delimiter="," if kind == ".csv" else "\t", strict=True)
+    if kind not in (".txt", ".jsonl"):
+        raise ValueError(f"it ends in {kind or 'nothing'}, in none of .txt, .jsonl, .csv, .tsv, .parquet")
+    return lines if kind == ".txt" else (json.loads(line) if line.strip() else "" for line in lines)
+
+
+class PromptStream(list):
+    """The prompts of a run. at(i) is the i-th of an endless stream: the whole set over and over, each time in
+    another order. With 100 prompts, at(250) is number 50 of the third order."""
+
+    def __init__(self, cfg):
+        super().__init__(read_prompts(cfg.prompts, cfg.seed)[:cfg.max_prompts])
+        self.seed = cfg.seed
+
+    def at(self, position):
+        """The prompt at a position of the stream."""
+        epoch, i = divmod(position, len(self))
+        return self[epoch_order(self.seed, epoch, len(self))[i]]
+
+
+@functools.lru_cache(maxsize=4)
+def epoch_order(seed, epoch, n):
+    """A permutation of range(n)."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(key("order", seed, epoch))).tolist()
+
+
+class TextCache:
+    """Text embeddings on disk, so that the encoders need not live beside the network while it trains.
+    FOLDER/<hash of text_key>/<hash of prompt>.safetensors is encode([prompt]) of any backbone without batch
+    axis. One thread reads ahead of the network; the 512 rows that were used last stay in memory (1.4 GB for
+    SD3)."""
+
+    def __init__(self, backbone, folder):
+        self.backbone, reader = backbone, concurrent.futures.ThreadPoolExecutor(1)
+        self.folder = Path(folder) / hashlib.sha256(backbone.text_key.encode()).hexdigest()[:16]
+        self.row = functools.lru_cache(512)(lambda prompt: reader.submit(self.read, prompt))
+
+    def path(self, prompt):
+        """The file of one prompt."""
+        return self.folder / f"{hashlib.sha256(prompt.encode()).hexdigest()}.safetensors"
+
+    def shapes(self, prompt):
+        """Shapes in the prompt's file, of which the header alone is read; None if the file is not whole."""
+        try:
+            with safe_open(self.path(prompt), "pt") as file:
+                return str({name: file.get_slice(name).get_shape() for name in file.keys()})
+        except (OSError, SafetensorError):
+            return None
+
+    def prepare(self, prompts, batch=16):
+        """Encode what is missing of `prompts` and "" (the null condition), split over ranks; then free_text.
+        A file with other shapes than most is missing too. All ranks list what is missing before any of them
+        writes."""
+        rank, _, world = dist_info()
+        found = {prompt: self.shapes(prompt) for prompt in dict.fromkeys(["", *prompts])}
+        usual = collections.Counter(filter(None, found.values())).most_common(1)
+        missing = [prompt for prompt, shapes in found.items() if not usual or shapes != usual[0][0]]
+        barrier()
+        if missing:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(self.folder).free / 1e9
+            need = sum(row.nbytes for row in self.backbone.encode([""]).values()) * len(missing) / 1e9
+            log(f"text embeddings: {len(missing):,} prompts, {need:.2f} GB in {self.folder} (free: {free:.0f})")
+            if 1.1 * need > free:
+                raise UsageError(f"{need:.1f} GB of text embeddings, {free:.1f} GB free: --cache needs more room.")
+        parts = [missing[i:i + batch] for i in range(rank * batch, len(missing), world * batch)]
+        for part in progress(parts, len(parts), "text embeddings") if parts else ():
+            cond = self.backbone.encode(part)
+            for i, prompt in enumerate(part):
+                write_atomic(self.path(prompt), safetensors_bytes({name: rows[i] for name, rows in cond.items()}))
+        self.backbone.free_text()
+        self.row.cache_clear()                             # a file that could not be read is whole now
+        barrier()
+
+    def read(self, prompt):
+        """One row from its file. Cloned: load_file gives views of the open file, and 65,530 are allowed."""
+        try:
+            return {name: x.clone() for name, x in load_file(self.path(prompt)).items()}
+        except (OSError, SafetensorError) as error:
+            raise UsageError(f"{self.path(prompt)} cannot be read: start again, and it is made anew (several "
+                             "nodes need one --cache that all of them see).") from error
+
+    def prefetch(self, prompts):
+        """Has the thread read `prompts` in this order, and returns at once. A loop that asks here for this
+        iteration and the next one finds in `batch` what was read while the network worked."""
+        for prompt in dict.fromkeys(prompts):
+            self.row(prompt)
+
+    def batch(self, prompts, device):
+        """cond of `prompts`, batch first, on `device`."""
+        rows = [future.result() for future in [self.row(prompt) for prompt in prompts]]
+        cond = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        pin = torch.device(device).type == "cuda"         # a copy from pinned memory does not stop the host
+        return {name: (x.pin_memory() if pin else x).to(device, non_blocking=True) for name, x in cond.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 10. Plumbing: processes, keyed randomness, LoRA roles, optimiser step, checkpoints, log and panel, signals
+# ------------------------------------------------------------------------------------------------------------
 
 def dist_info():
     """(rank, local rank, world size). A plain `python rtdmd.py` is world 1 of the same code."""
-    return tuple(int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    try:
+        names = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1)
+        rank, local, world = (int(os.environ.get(name, default)) for name, default in names.items())
+    except ValueError:
+        rank = local = world = -1
+    meeting = world == 1 or "MASTER_ADDR" in os.environ and os.environ.get("MASTER_PORT", "").isdigit()
+    if not (meeting and 0 <= rank < world and local >= 0):
+        raise UsageError("RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR or MASTER_PORT is not as torchrun sets it: start "
+                         "with torchrun, or unset them.")
+    return rank, local, world
 
 
 def start_processes(device):
-    """Joins the processes that torchrun started: NCCL on GPUs, gloo on CPUs. Returns this process's device."""
+    """Joins the processes that torchrun started: NCCL on GPUs, gloo on CPUs. Returns this process's
+    device."""
     rank, local, world = dist_info()
     device = f"cuda:{local}" if device == "cuda" else device
     if device.startswith("cuda"):
@@ -1395,27 +1650,21 @@ def start_processes(device):
 
 
 def everyone(value):
-    """The values of all processes, by rank, on each of them, so that all take the same decision."""
-    values = [value]
-    if dist.is_initialized():
-        values = [None] * dist.get_world_size()
-        dist.all_gather_object(values, value)
+    """The values of all processes, by rank, on each of them, so that all take the same decision. Tensors travel
+    through the host."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value.cpu() if torch.is_tensor(value) else value)
     return values
 
 
-barrier = functools.partial(everyone, None)                                 # nobody goes on before all are here
+barrier = functools.partial(everyone, None)  # nobody goes on before all are here
 
 
 def share(total):
     """Global indices of this process: every world-th. What is computed for one never depends on its owner."""
     return list(range(dist_info()[0], total, dist_info()[2]))
-
-
-def gather_groups(rewards):
-    """(G / world, N) of each process -> (G, N) on all, in the order of the global group index."""
-    if not dist.is_initialized():
-        return rewards
-    return torch.stack(everyone(rewards.cpu()), 1).flatten(0, 1).to(rewards.device)
 
 
 def log(text):
@@ -1425,7 +1674,8 @@ def log(text):
 
 
 def progress(iterable, total, label, start=0):
-    """Progress bar with the time left, on rank 0. A file instead of a terminal gets a line every ten seconds."""
+    """Progress bar with the time left, on rank 0. A file instead of a terminal gets a line every ten
+    seconds."""
     return tqdm(iterable, total=total, desc=label, initial=start, dynamic_ncols=True, disable=dist_info()[0] != 0,
                 mininterval=0.5 if sys.stderr.isatty() else 10)
 
@@ -1433,9 +1683,8 @@ def progress(iterable, total, label, start=0):
 def key(*parts):
     """A 63-bit seed from anything printable.
 
-    Every draw names its purpose, so there is no random state to save: the same numbers come out after a restart,
-    with any number of processes and with any micro-batch.
-    """
+    Every draw names its purpose, so there is no random state to save: the same numbers come out after a
+    restart, with any number of processes and with any micro-batch. """
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
 
 
@@ -1492,12 +1741,12 @@ class Roles:
         config = LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, init_lora_weights="gaussian",
                             target_modules=backbone.lora_targets)
         for role in ("generator", "fake"):
-            torch.manual_seed(key(cfg.seed, "lora", role))                  # the same A on every process; B is 0
+            torch.manual_seed(key(cfg.seed, "lora", role))  # the same A on every process; B is 0
             self.nets[role].add_adapter(config, adapter_name=role)
         self.layers = []
         for net in dict.fromkeys(self.nets.values()):
-            net.to(next(net.parameters()).device)                           # PEFT has them on the CPU for `meta`
-            for name, p in net.named_parameters():                          # PEFT: the last adapter alone, in bf16
+            net.to(next(net.parameters()).device)  # PEFT has them on the CPU for `meta`
+            for name, p in net.named_parameters():  # PEFT: the last adapter alone, in bf16
                 p.requires_grad_(".lora_" in name)
                 p.data = p.data.float() if ".lora_" in name else p.data
             self.layers += [m for m in net.modules() if isinstance(m, BaseTunerLayer)]
@@ -1506,8 +1755,8 @@ class Roles:
             if cfg.compile:
                 torch._dynamo.config.recompile_limit = 32                   # roles x (no) gradient x shapes
                 net.compile()
-        # x A^T in the dtype of x: just what the deployed pipeline computes. PEFT would copy x to fp32, once for each
-        # of q, k and v; autocast would compute every norm of the base in fp32, and keep it.
+        # x A^T in the dtype of x: just what the deployed pipeline computes. PEFT would copy x to fp32, once
+        # for each of q, k and v; autocast would compute every norm of the base in fp32, and keep it.
         for layer in self.layers:
             layer.cast_input_dtype_enabled = False
             for matrix in [*layer.lora_A.values(), *layer.lora_B.values()]:
@@ -1520,8 +1769,8 @@ class Roles:
         return list(self.named[role].values())
 
     def switch(self, role):
-        """Sets flags only. peft's set_adapter would also freeze the other adapter: called between a forward and
-        its backward pass, it makes the gradient vanish without an error."""
+        """Sets flags only. peft's set_adapter would also freeze the other adapter: called between a forward
+        and its backward pass, it makes the gradient vanish without an error."""
         for layer in self.layers:
             layer._disable_adapters, layer._active_adapter = role == "teacher", [role]
         self.active = role
@@ -1537,12 +1786,17 @@ class Roles:
         return torch.utils.checkpoint.checkpoint(as_role, *args, use_reentrant=False)
 
     def velocity(self, role, x, t, cond):
-        """v_theta, v_phi or v_psi without guidance. x (B, ...) fp32, t (B,) or (B, 1, ..) -> (B, ...) fp32."""
+        """v_theta, v_phi or v_psi without guidance. x (B, ...) fp32, t (B,) or (B, 1, ..) -> (B, ...)
+        fp32."""
         self.switch(role)
         return self.backbone.velocity(self.nets[role], x, t.flatten(), cond).float()
 
     def teacher(self, x, t, cond, null):
-        """v_psi with classifier-free guidance, v_u + w (v_c - v_u), in one batch. null: cond of "", batch 1."""
+        """v_psi with classifier-free guidance, v_u + w (v_c - v_u), in one batch. null: cond of "", batch
+        1."""
+        if "guidance" in cond:                                              # FLUX.1 reads w as an input
+            guidance = torch.full_like(cond["guidance"], self.guidance)
+            return self.velocity("teacher", x, t, cond | dict(guidance=guidance))
         if self.guidance == 1:
             return self.velocity("teacher", x, t, cond)
         both = {n: torch.cat([null[n].expand_as(c), c]) for n, c in cond.items()}
@@ -1551,14 +1805,15 @@ class Roles:
 
 
 def optimizer_step(run, role):
-    """Sums the gradient over processes, clips it, steps. Returns whether it did: it skips one that is not finite.
-    The sum carries one process's nan to all of them, so that they skip together without asking each other."""
+    """Sums the gradient over processes, clips it, steps. Returns whether it did: it skips one that is not
+    finite. The sum carries one process's nan to all of them, so that they skip together without asking each
+    other."""
     params, optimizer = run.roles.parameters(role), run.optimizers[role]
     flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in params])
     if dist.is_initialized():
         dist.all_reduce(flat)
     norm = flat.norm()
-    good = run.device == "meta" or bool(norm.isfinite())                    # the only wait for the GPU
+    good = bool(norm.isfinite())                                            # the only wait for the GPU
     if good:
         flat *= (run.cfg.grad_clip / (norm + 1e-6)).clamp(max=1)
         for p, g in zip(params, flat.split([p.numel() for p in params])):
@@ -1578,7 +1833,8 @@ def optimizer_step(run, role):
 
 
 def update_ema(run):
-    """Average of the generator's adapter, in fp32. Its decay warms up, so that the start is forgotten early."""
+    """Average of the generator's adapter, in fp32. Its decay warms up, so that the start is forgotten
+    early."""
     run.ema_updates += 1
     decay = min(run.cfg.ema, (1 + run.ema_updates) / (10 + run.ema_updates))
     torch._foreach_lerp_(run.ema, [p.detach() for p in run.roles.parameters("generator")], 1 - decay)
@@ -1586,13 +1842,14 @@ def update_ema(run):
 
 # Settings that do not change what is computed (beyond the order of a sum): a run may be resumed with others.
 FREE_SETTINGS = set("out init iterations device cache weights_dir checkpointing no_vae_checkpointing compile "
-                    "dry_run micro_batch max_bad_steps save_every keep sample_every watch force_resume".split())
-CHECKPOINT_FILES = (LORA_FILE, "state/state.safetensors", "state/run.json")    # and a manifest of their digests
+                    "micro_batch max_bad_steps save_every keep sample_every watch force_resume".split())
+STATE_FILE, FACTS_FILE = "state/state.safetensors", "state/run.json"
 COUNTERS = ("iteration", "ema_updates", "bad", "skipped")
 
 
 def training_state(run):
-    """All tensors that a run goes on from, by their names in a checkpoint: to be saved, or to be copied into."""
+    """All tensors that a run goes on from, by their names in a checkpoint: to be saved, or to be copied
+    into."""
     state = {f"ema.{n}": p for n, p in zip(run.roles.named["generator"], run.ema)}
     for role, optimizer in run.optimizers.items():
         for i, (name, p) in enumerate(run.roles.named[role].items()):
@@ -1601,67 +1858,85 @@ def training_state(run):
     return state
 
 
+def save_lora(folder, state_dict, rank, alpha, targets, info):
+    """Write an adapter for `pipe.load_lora_weights(folder)`, which then computes exactly what was trained.
+    state_dict {"transformer_blocks.0.attn.to_q.lora_A.weight": (r, in), ...}; targets full module names; info
+    any JSON (how to sample). The loader knows alpha from this metadata alone: without, the update would be r
+    / alpha times too strong. A field unknown to its PEFT stops it: hence only three, and our facts under
+    another key."""
+    names = sorted(targets)
+    adapter = {"transformer.r": rank, "transformer.lora_alpha": alpha, "transformer.target_modules": names}
+    facts = info | {"rank": rank, "alpha": alpha, "targets": names}
+    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(adapter), "rtdmd": json.dumps(facts)}
+    tensors = {f"transformer.{name}": row.detach().cpu().contiguous() for name, row in state_dict.items()}
+    write_atomic(Path(folder) / LORA_FILE, safetensors_bytes(tensors, metadata=metadata))
+
+
 def save_checkpoint(run):
     """OUT/stageN/checkpoint-000100: the averaged generator for diffusers, and state/ with all that resuming
     needs. Rank 0 writes, since all processes hold the same numbers.
 
-    Built beside under another name, flushed, renamed: a kill at any moment leaves whole checkpoints only. There
-    is no random state in it because there is none (see key).
-    """
+    Built beside under another name, flushed, renamed: a kill at any moment leaves whole checkpoints only.
+    There is no random state in it because there is none (see key). """
     cfg, backbone = run.cfg, run.backbone
     if dist_info()[0] == 0:
         target = run.folder / f"checkpoint-{run.done:06d}"
         beside = run.folder / f".{target.name}.partial"
-        sampling = {n: getattr(cfg, n) for n in ("model", "stage", "recipe", "steps", "eta", "resolution")}
+        sampling = {n: getattr(cfg, n) for n in ("model", "stage", "steps", "eta", "resolution")}
         sampling.update(iteration=run.done, base=backbone.base, shift=backbone.shift, guidance=1.0,
                         sigmas=run.times[:-1].tolist(), text_length=getattr(backbone, "text_length", 0))
         average = dict(zip(run.roles.named["generator"], run.ema))
         save_lora(beside, average, cfg.lora_rank, cfg.lora_alpha, backbone.lora_targets, sampling)
-        write_atomic(beside / "state/state.safetensors", safetensors_bytes(training_state(run)))
+        write_atomic(beside / STATE_FILE, safetensors_bytes(training_state(run)))
         counters = zip(COUNTERS, (run.done, run.ema_updates, run.bad, run.skipped))
         facts = dict(counters, prompts=run.prompt_hash, config=vars(cfg))
-        write_atomic(beside / "state/run.json", json.dumps(facts, indent=1))
-        write_atomic(beside / "state/manifest.json", json.dumps(digests(beside), indent=1))
+        write_atomic(beside / FACTS_FILE, json.dumps(dict(facts, sha256=digest(beside, facts)), indent=1))
         shutil.rmtree(target, ignore_errors=True)
         os.replace(beside, target)
         drop_old_checkpoints(run)
     barrier()
 
 
+def digest(folder, facts):
+    """SHA-256 of all that a checkpoint holds."""
+    found = hashlib.sha256(json.dumps(facts).encode())
+    for name in (LORA_FILE, STATE_FILE):
+        found.update((Path(folder) / name).read_bytes())
+    return found.hexdigest()
+
+
 def drop_old_checkpoints(run):
-    """Keeps the cfg.keep newest up to where the run is. A newer one is damaged: find_checkpoint has passed over it."""
+    """Keeps the cfg.keep newest up to where the run is. A newer one is damaged: find_checkpoint has passed
+    over it."""
     for old in [p for p in list_checkpoints(run.folder) if iteration_of(p) <= run.done][run.cfg.keep:]:
-        shutil.rmtree(old, ignore_errors=True)                              # NFS refuses while somebody reads it
+        shutil.rmtree(old, ignore_errors=True)  # NFS refuses while somebody reads it
 
 
 def iteration_of(folder):
-    """The iteration in a checkpoint's name; None if it is no checkpoint of a run, such as a copy checkpoint-best."""
+    """The iteration in a checkpoint's name; None if it is no checkpoint of a run, such as a copy
+    checkpoint-best."""
     found = re.fullmatch(r"checkpoint-(\d{6,})", Path(folder).name)
     return int(found[1]) if found else None
 
 
 def list_checkpoints(folder):
-    """Checkpoint folders below, newest first. OSError if the folder is there and may not be read (glob would say that
-    it is empty)."""
+    """Checkpoint folders below, newest first. OSError if the folder is there and may not be read (glob would
+    say that it is empty)."""
     names = os.listdir(folder) if Path(folder).is_dir() else []
     return sorted((Path(folder) / n for n in names if iteration_of(n) is not None), key=iteration_of, reverse=True)
 
 
-def digests(folder):
-    """SHA-256 of each file of a checkpoint."""
-    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in CHECKPOINT_FILES}
-
-
 def find_checkpoint(path):
-    """The newest whole checkpoint at or below a path, None if there is no checkpoint at all. A damaged one is named
-    and passed over. UsageError if all are damaged: to begin again from nothing would overwrite what may be all that
-    is left of a run. A file that is there but cannot be read (no permission, a passing fault of the disk) is no damage
-    either: its OSError ends the program."""
+    """The newest whole checkpoint at or below a path, None if there is no checkpoint at all. A damaged one is
+    named and passed over. UsageError if all are damaged: to begin again from nothing would overwrite what may
+    be all that is left of a run. A file that is there but cannot be read (no permission, a passing fault of
+    the disk) is no damage either: its OSError ends the program."""
     path = Path(path)
     candidates = [path] if path.name.startswith("checkpoint-") and path.exists() else list_checkpoints(path)
     for folder in candidates:
-        with contextlib.suppress(FileNotFoundError, ValueError, RecursionError):
-            if json.loads((folder / "state/manifest.json").read_text()) == digests(folder):
+        with contextlib.suppress(FileNotFoundError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            facts = json.loads((folder / FACTS_FILE).read_text())
+            if facts.pop("sha256") == digest(folder, facts):
                 return folder
         log(f"Checkpoint {folder} is damaged and is passed over.")
     if candidates:
@@ -1671,22 +1946,21 @@ def find_checkpoint(path):
 
 
 def find_start(run):
-    """The checkpoint to go on from: the run's own newest, else for stage 2 stage 1's. Sets the counters. Refuses
-    one that was made with other settings, if they change the result: before a weight is loaded."""
+    """The checkpoint to go on from: the run's own newest, else for stage 2 stage 1's. Sets the counters.
+    Refuses one that was made with other settings, if they change the result: before a weight is loaded."""
     cfg, init = run.cfg, Path(run.cfg.init or Path(run.cfg.out) / "stage1")
     own = find_checkpoint(run.folder)
     start = own or (find_checkpoint(init) if cfg.stage == 2 else None)
     if not start and cfg.stage == 2:
         raise UsageError(f"No stage-1 checkpoint at {init}: run --stage 1 with the same --out, or give --init.")
     if start:
-        saved = json.loads((start / "state/run.json").read_text())
+        saved = json.loads((start / FACTS_FILE).read_text())
         if missing := {"config", "prompts", *COUNTERS} - set(saved):
             raise UsageError(f"{start} is not of this version of rtdmd.py (no {', '.join(sorted(missing))}): take "
                              "another --out or --init.")
         then, now = dict(saved["config"], prompts=saved["prompts"]), dict(vars(cfg), prompts=run.prompt_hash)
         # To resume, all that changes the result must agree; to begin stage 2, what makes the network.
-        same_network = {"model", "pretrained", "tiny_steps", "lora_rank", "lora_alpha"}
-        matter = now.keys() - FREE_SETTINGS if own else same_network
+        matter = now.keys() - FREE_SETTINGS if own else {"model", "pretrained", "lora_rank", "lora_alpha"}
         changed = [f"{n} {then.get(n)!r} -> {v!r}" for n, v in now.items() if n in matter and then.get(n) != v]
         if changed and not cfg.force_resume:
             raise UsageError(f"{start} was made with other settings ({'; '.join(changed)}): take those, or "
@@ -1697,9 +1971,10 @@ def find_start(run):
 
 
 def load_start(run, start):
-    """Copies a checkpoint's tensors: all to resume; averaged generator and raw fake score to begin stage 2."""
+    """Copies a checkpoint's tensors: all to resume; averaged generator and raw fake score to begin stage
+    2."""
     wanted = lambda tensors: {n: p for n, p in tensors.items() if run.done or n.startswith(("ema.", "fake."))}
-    copy_tensors(wanted(load_file(start / "state/state.safetensors")), wanted(training_state(run)), start)
+    copy_tensors(wanted(load_file(start / STATE_FILE)), wanted(training_state(run)), start)
     if not run.done:
         torch._foreach_copy_([p.data for p in run.roles.parameters("generator")], run.ema)
     left = run.cfg.iterations - run.done
@@ -1719,39 +1994,34 @@ def prepare(cfg):
     """All that a stage needs, in one namespace. What can be refused is refused before a weight is loaded."""
     run = SimpleNamespace(cfg=cfg, folder=Path(cfg.out) / f"stage{cfg.stage}", done=0, ema_updates=0, skipped=0,
                           bad=dict(generator=0, fake=0), terms={}, stop=False, board=None)
-    ev = eval_module()
-    own = ev.TINY_REWARDS if cfg.model == "tiny" else ()
-    rewards, watched = ev.parse_rewards(cfg.rewards, own), ev.parse_rewards(cfg.watch, own, "--watch")
-    run.prompts = ev.PromptStream(cfg)
+    own = getattr(backbone_class(cfg.model), "rewards", ())
+    rewards, watched = parse_rewards(cfg.rewards, own), parse_rewards(cfg.watch, own, "--watch")
+    run.prompts = PromptStream(cfg)
     run.prompt_hash = f"{len(run.prompts)} prompts, {key(run.prompts):016x}"
-    start = None if cfg.dry_run else find_start(run)
+    start = find_start(run)
     run.device = start_processes(cfg.device)
     if len(set(everyone(key(vars(cfg), run.prompt_hash, start and start.name)))) > 1:
         raise UsageError("The processes differ in flags, prompts or the newest checkpoint: start all of them with "
                          "one command, and give an --out that all nodes see.")
     cfg.device = run.device
-    run.backbone = load_backbone(cfg)
+    run.backbone = backbone_class(cfg.model)(cfg)
     run.roles = Roles(run.backbone, cfg)
     run.times = timestep_schedule(cfg.steps, run.backbone.shift)
-    run.text = ev.TextCache(run.backbone, Path(cfg.cache) / "text")
+    run.text = TextCache(run.backbone, Path(cfg.cache) / "text")
     run.text.prepare(run.prompts)
-    load = ev.random_reward if cfg.random_weights else load_reward
-    find = lambda name: load(name, cfg, getattr(run.backbone, "rewards", {}))
+    find = lambda name: load_reward(name, cfg, getattr(run.backbone, "rewards", {}))
     run.rewards = {n: (reward, weight) for n, weight in rewards if cfg.stage == 2 and (reward := find(n))}
     run.watched = {n: reward for n, _ in watched if (reward := find(n))}
     run.optimizers = {}
     for role, lr, decay in (("generator", cfg.lr, cfg.weight_decay), ("fake", cfg.lr_fake, 0.0)):
         params = run.roles.parameters(role)
         run.optimizers[role] = torch.optim.AdamW(params, lr, betas=(0.9, 0.999), weight_decay=decay)
-        for p in params:                                                    # from the start: checkpoints have them
+        for p in params:  # from the start: checkpoints have them
             run.optimizers[role].state[p] = dict(step=torch.tensor(0.0), exp_avg=torch.zeros_like(p),
                                                  exp_avg_sq=torch.zeros_like(p))
     run.ema = [p.detach().clone() for p in run.roles.parameters("generator")]
     if start:
         load_start(run, start)
-    if dist_info()[0] == 0 and not cfg.dry_run:
-        ev.open_log(run)
-        drop_old_checkpoints(run)                                           # a kill may have left one too many
     return run
 
 
@@ -1770,24 +2040,21 @@ def gather(run):
 
 
 def iterations(run):
-    """Yields the iterations that are left; after each a line in the log, a look at signals, if due a panel and a
-    checkpoint. The panel: pictures of fixed prompts and noise, and numbers that move when a reward is hacked."""
-    cfg = run.cfg
-    last = cfg.dry_run or cfg.iterations
-    due, bar = False, progress(range(run.done, last), last, f"stage {cfg.stage}", start=run.done)
+    """Yields the iterations that are left; after each a line in the log, a look at signals, if due a panel
+    and a checkpoint. A run that diverges must not push its last good checkpoint out: none is saved while
+    updates are not finite."""
+    cfg, last, due = run.cfg, run.cfg.iterations, False
+    bar = progress(range(run.done, last), last, f"stage {cfg.stage}", start=run.done)
     for it in bar:
         run.terms, start = {}, time.perf_counter()
         yield it
         run.done = it + 1
-        if cfg.dry_run:
-            continue
         row = dict(iteration=run.done, **gather(run), skipped=run.skipped)
         if run.done % cfg.sample_every == 0 or run.done == last:
-            row.update(eval_module().panel(run))
+            row.update(panel(run))
         row["seconds"] = time.perf_counter() - start
-        bar.set_postfix_str(eval_module().record(run, row), refresh=False)
-        stop = any(everyone(run.stop))                                      # all of them, or one waits for ever
-        # A run that diverges must not push its last good checkpoint out: none is saved while updates are not finite.
+        bar.set_postfix_str(record(run, row), refresh=False)
+        stop = any(everyone(run.stop))  # all of them, or one waits for ever
         due, streak = due or run.done % cfg.save_every == 0 or run.done == last or stop, max(run.bad.values())
         if due and not streak:
             save_checkpoint(run)
@@ -1801,26 +2068,133 @@ def iterations(run):
                              "before with a lower --lr.", code=1)
 
 
+def phase(run, name):
+    """A named part of an iteration. (eval.py --dry_run puts its cost meter here.)"""
+    return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def claim(cfg):
+    """Makes and locks the run folder: two runs in one would destroy each other's checkpoints. Sweeps up what
+    a killed run left half-written."""
+    folder = Path(cfg.out) / f"stage{cfg.stage}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"Another run is writing to {folder}: wait for it, or take another --out.") from None
+        for rest in [*folder.rglob(".*.partial")]:
+            shutil.rmtree(rest) if rest.is_dir() else rest.unlink(missing_ok=True)
+        yield
+
+
+def provenance():
+    """Versions of the packages; commit of the source, marked if it has changed since (none outside a
+    repository)."""
+    versions, git = {}, None
+    for name in ("torch", "diffusers", "transformers", "peft", "open_clip_torch", "hpsv2"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    with contextlib.suppress(FileNotFoundError):                             # there may be no git
+        ask = "git describe --always --abbrev=40 --dirty --exclude *".split()
+        git = subprocess.run(ask, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    return dict(versions=versions, git=git)
+
+
+def open_log(run):
+    """The run folder begins with what made it: settings, versions, and the source. metrics.jsonl loses the
+    lines that a resumed run will write again."""
+    facts = dict(config=vars(run.cfg), processes=dist_info()[2], prompts=run.prompt_hash, **provenance(),
+                 device=torch.cuda.get_device_name() if "cuda" in run.device else run.device)
+    write_atomic(run.folder / "run.json", json.dumps(facts, indent=1))
+    for module in {sys.modules[type(x).__module__] for x in (run.roles, run.backbone)}:
+        write_atomic(run.folder / Path(module.__file__).name, Path(module.__file__).read_bytes())
+    path = run.folder / "metrics.jsonl"
+    lines = re.findall(r'({"iteration": (\d+), .*}\n)', path.read_text(errors="replace") if path.exists() else "")
+    write_atomic(path, "".join(line for line, iteration in lines if int(iteration) <= run.done))
+    with contextlib.suppress(ImportError):  # the same numbers as curves, if it is installed
+        from torch.utils.tensorboard import SummaryWriter
+        run.board = SummaryWriter(run.folder / "tensorboard", purge_step=run.done + 1)
+
+
+def record(run, row):
+    """Appends a JSON object to metrics.jsonl; returns the few numbers that tell a healthy run from
+    another."""
+    row = {n: float(f"{v:.6g}") if isinstance(v, float) else v for n, v in row.items() if math.isfinite(v)}
+    if dist_info()[0] == 0:
+        with open(run.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+        for name, value in row.items() if run.board else ():
+            run.board.add_scalar(name, value, row["iteration"])
+    show = [n for n in row if n in ("dm", "dsm", "grad_generator") or n.startswith(("reward_", "watch_"))]
+    return " ".join(f"{n} {row[n]:.3g}" for n in show)
+
+
+@torch.no_grad()
+def panel(run):
+    """OUT/stageN/samples/000100.png: fixed prompts and noise through the averaged generator. Returns the
+    watched rewards, and numbers that move when a reward is hacked: saturation (max - min over channels),
+    contrast (std of grey), edges (mean difference of neighbours)."""
+    prompts = sorted(run.prompts, key=lambda prompt: key("panel", prompt))[:16]
+    _, normal = draw([key("panel", p) for p in prompts], 0, run.cfg.steps, run.backbone.latent_shape, run.device)
+    params = [p.data for p in run.roles.parameters("generator")]
+    raw = [p.clone() for p in params]
+    torch._foreach_copy_(params, run.ema)
+    states, _ = rollout_in_chunks(run, normal[0], normal[1:], prompts)
+    torch._foreach_copy_(params, raw)
+    parts = chunks(len(prompts), run.cfg.micro_batch)
+    images = torch.cat([run.backbone.decode(states[-1][rows]).float() for rows in parts])
+    watched = {f"watch_{n}": rate(r, images, prompts).mean().item() for n, r in run.watched.items()}
+    if dist_info()[0] == 0:
+        save_grid(run.folder / "samples" / f"{run.done:06d}.png", images, columns=8)
+    grey = images.mean(1)
+    edges = grey.diff(dim=1).abs().mean() + grey.diff(dim=2).abs().mean()
+    return dict(watched, saturation=(images.amax(1) - images.amin(1)).mean().item(), edges=edges.item(),
+                contrast=grey.flatten(1).std(1).mean().item())
+
+
+def save_grid(path, images, columns, names=()):
+    """Writes images (B, 3, H, W) in [0, 1] as one PNG, small ones enlarged to 64 pixels; names stand left of
+    its rows."""
+    zoom = max(1, 64 // images.shape[-1])
+    images = F.pad(images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3), (1, 1, 1, 1), value=1.0)
+    blank = images.new_ones(-len(images) % columns, *images.shape[1:])
+    B, _, H, W = (images := torch.cat([images, blank])).shape
+    rows = images.view(B // columns, columns, 3, H, W).permute(0, 3, 1, 4, 2)
+    canvas = (rows.reshape(B // columns * H, columns * W, 3).cpu().numpy() * 255).round().astype("uint8")
+    font = ImageFont.load_default(13)
+    margin = max((int(font.getlength(name)) + 12 for name in names), default=0)
+    image = Image.new("RGB", (margin + canvas.shape[1], canvas.shape[0]), "white")
+    image.paste(Image.fromarray(canvas), (margin, 0))
+    for i, name in enumerate(names):
+        ImageDraw.Draw(image).text((margin - 6, (i + 0.5) * H), name, "black", font, anchor="rm")
+    write_png(path, image)
+
+
+def write_png(path, image):
+    """A PIL image as a file that is whole or not there."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    write_atomic(path, buffer.getvalue())
+
+
 def watch_signals(run):
-    """SIGTERM and SIGINT end the run after this iteration, with a checkpoint and exit 0; a second SIGINT at once.
-    A second SIGTERM does not: a cluster sends it to every process, and torchrun sends it on to its own."""
+    """SIGTERM and SIGINT end the run after this iteration, with a checkpoint and exit 0; a second SIGINT at
+    once. A second SIGTERM does not: a cluster sends it to every process, and torchrun sends it on to its
+    own."""
     def handler(number, _):
         run.stop = True
-        if dist_info()[0] == 0:                                             # print may be what was interrupted
+        if dist_info()[0] == 0:  # print may be what was interrupted
             os.write(2, b"\nStopping after this iteration; Ctrl-C again stops at once.\n")
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, handler)
 
 
-def phase(run, name):
-    """A named part of an iteration. In a dry run eval.py's meter counts what happens inside."""
-    return eval_module().CostMeter(run, name) if run.cfg.dry_run else contextlib.nullcontext()
-
-
-# -----------------------------------------------------------------------------------------------------------------
-# 10. Command line
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# 11. Command line
+# ------------------------------------------------------------------------------------------------------------
 
 # Titles in --help, each at the first of its fields.
 HELP_TITLES = dict(stage="what to run", pretrained="network", steps="sampler (App. C)", gamma="AC-DMD (3.1)",
@@ -1836,8 +2210,9 @@ class FlagParser(argparse.ArgumentParser):
 
 def parse_flags(argv, fields=None, titles=HELP_TITLES, usage="rtdmd.py --stage 1|2 --model NAME [flags]",
                 about=__doc__, shown={}):
-    """The flags that were given, by name; an unknown one is an error. The dataclass fields are the only list of
-    them. shown: {field: default in --help} where it is not the field's. (eval.py's flags come from here too.)"""
+    """The flags that were given, by name; an unknown one is an error. The dataclass fields are the only list
+    of them. shown: {field: default in --help} where it is not the field's. (eval.py's flags come from here
+    too.)"""
     parser = group = FlagParser(
         description=about.split("\n")[0], usage=usage, allow_abbrev=False, argument_default=argparse.SUPPRESS,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=25, width=115))
@@ -1845,7 +2220,7 @@ def parse_flags(argv, fields=None, titles=HELP_TITLES, usage="rtdmd.py --stage 1
         group = parser.add_argument_group(titles[field.name]) if field.name in titles else group
         kind = dict(type=type(field.default), metavar="")
         kind = dict(action="store_true") if field.default is False else kind
-        kind = dict(nargs=2, metavar=("A", "B")) if field.default == () else kind            # eval.py --compare
+        kind = dict(nargs=2, metavar=("A", "B")) if field.default == () else kind  # eval.py --compare
         choices = " | ".join(str(choice) for choice in field.metadata["choices"] or () if choice)
         default = shown.get(field.name, field.default)
         text = field.metadata["help"] + (f" ({choices})" if choices else "")
@@ -1856,7 +2231,7 @@ def parse_flags(argv, fields=None, titles=HELP_TITLES, usage="rtdmd.py --stage 1
 
 @contextlib.contextmanager
 def one_sentence(program):
-    """What a user can mend ends the program with one sentence instead of a traceback."""
+    """What a user can correct ends the program with one sentence instead of a traceback."""
     def end(text, code):
         print(f"{program}: {text}", file=sys.stderr)
         sys.exit(code)
@@ -1864,8 +2239,8 @@ def one_sentence(program):
         yield
     except UsageError as error:
         end(error, error.code)
-    except OSError as error:                                                # a disk is full, a folder vanished
-        end(f"{error}: mend that, or choose another folder, and give the same command again.", 2)
+    except OSError as error:  # a disk is full, a folder vanished
+        end(f"{error}: correct that, or choose another folder, and give the same command again.", 2)
     finally:                                                                # after the sentence: it may wait
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -1873,13 +2248,13 @@ def one_sentence(program):
 
 def train(cfg):
     """One stage, in a folder that no other run may write to meanwhile."""
-    with eval_module().claim(cfg) if dist_info()[0] == 0 and not cfg.dry_run else contextlib.nullcontext():
+    with claim(cfg) if dist_info()[0] == 0 else contextlib.nullcontext():
         run = prepare(cfg)
-        if not cfg.dry_run:                                                 # there is nothing to save
-            watch_signals(run)
+        if dist_info()[0] == 0:
+            open_log(run)
+            drop_old_checkpoints(run)  # a kill may have left one too many
+        watch_signals(run)
         (stage1 if cfg.stage == 1 else stage2)(run)
-        if cfg.dry_run:
-            eval_module().report_costs(run)
 
 
 def main(argv=None):

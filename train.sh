@@ -52,7 +52,7 @@ timed() {
     echo "$label: $(((SECONDS - start) / 60)) min $(((SECONDS - start) % 60)) s"
 }
 # What stage 2 would refuse, with so many processes, is refused before stage 1 has trained for hours.
-[ "$model $#" = "tiny 0" ] || WORLD_SIZE=$((processes * ${NNODES:-1})) MASTER_ADDR=none python -c 'import sys, rtdmd
+[ "$model $#" = "tiny 0" ] || WORLD_SIZE=$((processes * ${NNODES:-1})) MASTER_ADDR=none MASTER_PORT=1 python -c 'import sys, rtdmd
 try:
     rtdmd.resolve(rtdmd.parse_flags(sys.argv[1:]))
 except rtdmd.UsageError as error:
@@ -60,8 +60,9 @@ except rtdmd.UsageError as error:
 for stage in 1 2; do
     timed "stage $stage" "${run[@]}" rtdmd.py --stage $stage --model "$model" --out "$out" "$@"
     # A signal to the program alone ends it with 0, like its last iteration: do not go on from half of a stage.
-    python -c 'import json, pathlib, sys
-for newest in sorted(pathlib.Path(sys.argv[1]).glob("checkpoint-*/state/run.json"))[-1:]:
+    python -c 'import json, pathlib, re, sys
+whole = [path for path in pathlib.Path(sys.argv[1]).glob("checkpoint-*/state/run.json") if re.fullmatch(r"checkpoint-\d{6,}", path.parts[-3])]
+for newest in sorted(whole, key=lambda path: int(path.parts[-3][11:]))[-1:]:
     saved = json.loads(newest.read_text())
     if saved["iteration"] < saved["config"]["iterations"]:
         sys.exit(f"train.sh: {sys.argv[1]} was stopped: the same command goes on with it.")' "$out/stage$stage"
