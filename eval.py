@@ -2461,7 +2461,7 @@ class TinyBackbone:
     settings = {
         "prompts": "eval:tiny_captions", "resolution": TINY_SIDE, "guidance": 1.5, "micro_batch": 48,
         "rewards": "attributes=1", "watch": "heldout", "sample_every": 10, "lora_rank": 32, "lora_alpha": 16,
-        "ema": 0.97, "std_floor": 0.05,
+        "ema": 0.97, "std_floor": 0.05, "consistency_share": 1.0,
         1: dict(iterations=150, lr=1e-3, lr_fake=1e-3, fake_updates=3, batch=48),
         2: dict(iterations=50, lr=1e-3, lr_fake=1e-3, fake_updates=4, groups=4, group_size=12, det_weight=10.0)}
 

@@ -68,6 +68,7 @@ import concurrent.futures
 import contextlib
 import csv
 import dataclasses
+import datetime
 import fcntl
 import functools
 import hashlib
@@ -83,6 +84,7 @@ import subprocess
 import sys
 import time
 import unicodedata
+import uuid
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -153,6 +155,8 @@ class Config:
     eta: float = opt(0.9, "CPS randomness: 0 Euler ODE, 1 consistency sampler (paper 4.1, App. K)")
     # ---- AC-DMD (3.1)
     gamma: float = opt(0.01, "weight of the consistency term in Eq. 12 (paper 4.1); 0 is A-DMD")
+    consistency_share: float = opt(0.25, "q: the consistency term is evaluated on a share q of the samples, over "
+                                   "q: the same mean for a third less work (ours); 1: all of them")
     delta: float = opt(0.1, "largest t' - t'' of the consistency term, in noise level (ours; released: 0.2)")
     batch: int = opt(72, "boundary states per update, over all processes (released: 9 x 8 GPUs)")
     fake_updates: int = opt(0, "fake updates per generator update; 0: the stage's own (released: 10, then 1)")
@@ -179,7 +183,7 @@ class Config:
     max_bad_steps: int = opt(5, "stop after so many non-finite updates in a row")
     # ---- Records
     save_every: int = opt(50, "iterations between checkpoints")
-    keep: int = opt(2, "checkpoints kept")
+    keep: int = opt(2, "checkpoints that a run can go on from; of older ones the export is kept")
     sample_every: int = opt(25, "iterations between fixed-seed panels")
     watch: str = opt("", "rewards that are only looked at, on the panel (reward hacking shows there first)")
     force_resume: bool = opt(False, "resume although settings that change the result have changed")
@@ -242,26 +246,28 @@ def find_named(name, what):
                          f"among the packages: correct the name or the code, or put {module}.py there.") from error
 
 
-# A whole number is at least 1, another number at least 0, and neither has an upper bound, but for these.
+# A whole number is at least 1 and at most 10^9, another number at least 0 and at most 10^6, but for these.
 LEAST = dict(seed=0, text_length=0, steps=2, group_size=2, resolution=8)
-MOST = dict(eta=1, ema=1, delta=1)
+MOST = dict(eta=1, ema=1, delta=1, consistency_share=1, lora_rank=4096, steps=1000, batch=10**6, groups=10**5,
+            group_size=10**4, fake_updates=10**4, inner_epochs=10**4, resolution=10**5, text_length=10**4)
 
 
 def check(cfg):
     """Values out of range and contradictions, before anything is loaded. Raises UsageError."""
     for field in dataclasses.fields(cfg):
         name, value, choices = field.name, getattr(cfg, field.name), field.metadata["choices"]
-        least = LEAST.get(name, dict(int=1, float=0).get(field.type, value))     # field.type is text
+        least = LEAST.get(name, dict(int=1, float=0).get(field.type, value))    # field.type is text
+        most = MOST.get(name, dict(int=10**9, float=10**6).get(field.type, value))
         if choices and value not in choices:
             raise UsageError(f"--{name} {value!r}: take one of {', '.join(repr(c) for c in choices if c)}.")
-        if field.type in ("int", "float") and not least <= value < math.inf:
+        if field.type in ("int", "float") and not least <= value <= most:
             finite = "finite and " if field.type == "float" else ""
-            raise UsageError(f"--{name} must be {finite}at least {least}, not {value}.")
-        if value > MOST.get(name, value):
-            raise UsageError(f"--{name} must be at most {MOST[name]}, not {value}.")
+            bound = f"at most {most}" if most < value < math.inf else f"{finite}at least {least}"
+            raise UsageError(f"--{name} must be {bound}, not {value}.")
     stage2, gpus, (_, local, world) = cfg.stage == 2, torch.cuda.device_count(), dist_info()
     for wrong, sentence in (
-            (0 in (cfg.clip, cfg.grad_clip, cfg.delta), "--clip, --grad_clip and --delta must be above 0."),
+            (0 in (cfg.clip, cfg.grad_clip, cfg.delta, cfg.consistency_share),
+             "--clip, --grad_clip, --delta and --consistency_share must be above 0."),
             (not stage2 and cfg.batch % cfg.steps,
              f"--batch {cfg.batch} must be a multiple of --steps {cfg.steps}: every k gets an equal share."),
             (stage2 and cfg.subset_size >= cfg.steps,
@@ -613,6 +619,27 @@ def pathwise_loss(reward, scale=1.0, dims=1):
 # names a part of an iteration.
 # ------------------------------------------------------------------------------------------------------------
 
+def in_smaller_parts(function):
+    """function(run, ...), done again with half the micro-batch wherever GPU memory runs out. Each function that wears
+    this changes nothing before its last line, so the numbers are those of a run that had the memory."""
+    @functools.wraps(function)
+    def wrapped(run, *arguments):
+        terms = dict(run.terms)
+        try:
+            return function(run, *arguments)
+        except torch.OutOfMemoryError:
+            if run.cfg.micro_batch == 1:
+                raise
+        run.terms, run.cfg.micro_batch = terms, run.cfg.micro_batch // 2     # outside of except: it holds the graph
+        for optimizer in run.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        print(f"Process {dist_info()[0]} is out of GPU memory in {function.__name__}: it goes on with --micro_batch "
+              f"{run.cfg.micro_batch}, which changes nothing else.", file=sys.stderr)
+        return wrapped(run, *arguments)
+    return wrapped
+
+
 def stage1(run):
     """Algorithm 1, lines 1-5: AC-DMD, the cold start.
 
@@ -658,6 +685,7 @@ def states_of_update(cfg, update, ids):
     return [row for row, _ in pick], torch.tensor([k for _, k in pick], dtype=torch.long)
 
 
+@in_smaller_parts
 def update_generator(run, it, first):
     """Line 4: one AdamW step of theta on Eq. 9. Sample i trains step k = 1 + floor(i K / batch), on prompt
     first + i.
@@ -691,16 +719,20 @@ def walk(run, normal, k, cond):
     for j in range(1, int(k.max())):
         live = (k > j).nonzero()[:, 0].to(x.device)
         t, t_next = run.times[j - 1].float(), run.times[j].float()
-        some = {n: c[live] for n, c in cond.items()}
-        v = run.roles.velocity("generator", x[live], t.expand(len(live)).to(x.device), some)
+        v = run.roles.velocity("generator", x[live], t.expand(len(live)).to(x.device), rows_of(cond, live))
         x[live] = cps_step(x[live], v, t, t_next, normal[j][live], run.cfg.eta)
     return x
 
 
+def boundary_state(x, v, t, t_next, noise, eta):
+    """x_s and s: what is matched to the teacher after a step from x (B, ...). Its end x_{t_k}, and t_k (3.1)."""
+    return cps_step(x, v, t, t_next, noise, eta), t_next
+
+
+@in_smaller_parts
 @torch.no_grad()
 def rollout_in_chunks(run, x, noise, prompts):
-    """Section 3's rollout, some samples at a time: x (L, ...), noise (K-1, L, ...) -> states (K+1, L, ...)
-    and x-predictions (K, L, ...)."""
+    """rollout, some samples at a time: x (L, ...), noise (K-1, L, ...) -> (K+1, L, ...), (K, L, ...)."""
     parts = [(x.new_zeros(run.cfg.steps + 1, 0, *x.shape[1:]), x.new_zeros(run.cfg.steps, 0, *x.shape[1:]))]
     for rows in chunks(len(x), 4 * run.cfg.micro_batch):  # without activations: a fifth of the memory
         cond = run.text.batch(prompts[rows], run.device)
@@ -709,11 +741,6 @@ def rollout_in_chunks(run, x, noise, prompts):
         parts.append((torch.stack(states), torch.stack(predictions)))
     states, predictions = zip(*parts)
     return torch.cat(states, 1), torch.cat(predictions, 1)
-
-
-def boundary_state(x, v, t, t_next, noise, eta):
-    """x_s and s: what is matched to the teacher after a step from x (B, ...). Its end x_{t_k}, and t_k (3.1)."""
-    return cps_step(x, v, t, t_next, noise, eta), t_next
 
 
 def boundary_states(run, states, predictions, k):
@@ -740,38 +767,42 @@ def draw_next_level(run, t, u):
     return between(run, torch.maximum(t - run.cfg.delta, level(boundary, t)), t, u)
 
 
+@in_smaller_parts
 def update_fake(run, it, update, x_s, s, k, prompts, ids, total):
     """Lines 3 and 12: one AdamW step of phi on Eq. 12. x_s (B, ...) at levels s (B,), from step k (B,).
 
-    ids: trajectories, for the keys of the draws; total: the samples of all processes.
+    ids: trajectories, for the keys of the draws; total: the samples of all processes. The consistency term is an
+    expectation like any other: a share q of the samples, divided by q, estimates it too.
     """
-    cfg = run.cfg
+    cfg, q = run.cfg, run.cfg.consistency_share
     for rows in chunks(len(x_s), cfg.micro_batch):
         keys = [key(cfg.seed, cfg.stage, it, "fake", update, i, j) for i, j in zip(ids[rows], k[rows].tolist())]
         uniform, (n, n_1, n_2) = draw(keys, 2, 3, x_s.shape[1:], run.device)
         x, s_x, cond = x_s[rows], level(s[rows], x_s), run.text.batch(prompts[rows], run.device)
-        fake = lambda x, t: run.roles.velocity("fake", x, t, cond)
         t = draw_level(run, s_x, level(uniform[0], x))
         x_t = renoise(x, s_x, t, n)
-        v = fake(x_t, t)
+        v = run.roles.velocity("fake", x_t, t, cond)
         loss, weight = ambient_dsm_loss(v, x, n, s_x, t), len(x) / total
         note(run, len(x), dsm=loss)
-        if cfg.gamma == 0:
+        some = [i for i, one in enumerate(keys) if key(one, "share") < q * 2**63] if cfg.gamma else []
+        if not some:
             (weight * loss).backward()
             continue
-        # Eq. 22 is E[d_1 d_2] with d = h'' - h. The two draws are alike, so its gradient is 2 E[d_1 grad
-        # d_2], and d_1 needs no graph. The two parts of d_2 go back one after the other, -h together with Eq.
-        # 10 and then h'': so one graph of the network is kept at a time.
-        t_next = draw_next_level(run, t, level(uniform[1], x))
+        # Eq. 22 is E[d_1 d_2] with d = h'' - h. The two draws are alike, so its gradient is 2 E[d_1 grad d_2], and
+        # d_1 needs no graph. The two parts of d_2 go back one after the other, -h together with Eq. 10 and then
+        # h'': so one graph of the network is kept at a time.
+        x_t, t, v, u, cond = x_t[some], t[some], v[some], level(uniform[1], x)[some], rows_of(cond, some)
+        t_next, gamma = draw_next_level(run, t, u), cfg.gamma * len(some) / (q * len(x))
+        fake = lambda x: run.roles.velocity("fake", x, t_next, cond)
         h = x0_from_velocity(x_t, v, t)
-        x_1, x_2 = (reverse_step(x_t, v.detach(), t, t_next, noise) for noise in (n_1, n_2))
+        x_1, x_2 = (reverse_step(x_t, v.detach(), t, t_next, noise[some]) for noise in (n_1, n_2))
         with torch.no_grad():
-            d_1 = x0_from_velocity(x_1, fake(x_1, t_next), t_next) - h
-        (weight * (loss - 2 * cfg.gamma * (d_1 * h).mean())).backward()
-        d_2 = x0_from_velocity(x_2, fake(x_2, t_next), t_next) - h.detach()
+            d_1 = x0_from_velocity(x_1, fake(x_1), t_next) - h
+        (weight * (loss - 2 * gamma * (d_1 * h).mean())).backward()
+        d_2 = x0_from_velocity(x_2, fake(x_2), t_next) - h.detach()
         consistency = (d_1 * d_2).mean()
-        (weight * 2 * cfg.gamma * consistency).backward()
-        note(run, len(x), consistency=consistency)
+        (weight * 2 * gamma * consistency).backward()
+        note(run, len(some), consistency=consistency)
     optimizer_step(run, "fake")
 
 
@@ -837,6 +868,7 @@ def fake_steps(cfg, it, update, ids):
     return torch.tensor([1 + (i + it + update) % cfg.steps for i in ids])
 
 
+@in_smaller_parts
 @torch.no_grad()
 def judge_groups(run, b):
     """Line 10. b.advantages (L,): weight times A_i, summed over rewards; b.scales[name] (L,): what divides
@@ -863,6 +895,7 @@ def judge_groups(run, b):
                         f"flat_{name}": (spread <= cfg.std_floor).float().mean()})
 
 
+@in_smaller_parts
 def reinforce(run, it, epoch, b):
     """Line 13: one AdamW step of theta on Eq. 18, the gradient of Eq. 7 (the KL to Eq. 6).
 
@@ -933,7 +966,7 @@ def reinforce_slot(run, b, slot, reward_term, rows, here, u, noise, fresh, total
         note(run, len(rows), ratio_off=(log_prob.detach() - b.old[rows, slot]).expm1().abs().mean())
     if here:                                                                # Eq. 9
         x_s, s = (x_next + mean - mean.detach())[here], t_next[here]    # the rollout's state and noise
-        dm = matching_loss(run, x_s, s, {n: c[here] for n, c in cond.items()}, level(u[here], x), noise[here])
+        dm = matching_loss(run, x_s, s, rows_of(cond, here), level(u[here], x), noise[here])
         push("dm", cfg.dm_weight * dm, len(here))
         note(run, len(here), dm=dm)
     if slot == M and reward_term:                                           # Eq. 15; mean is x_0 here
@@ -1596,10 +1629,14 @@ class TextCache:
     def read(self, prompt):
         """One row from its file. Cloned: load_file gives views of the open file, and 65,530 are allowed."""
         try:
-            return {name: x.clone() for name, x in load_file(self.path(prompt)).items()}
-        except (OSError, SafetensorError) as error:
-            raise UsageError(f"{self.path(prompt)} cannot be read: start again, and it is made anew (several "
-                             "nodes need one --cache that all of them see).") from error
+            row = {name: x.clone() for name, x in load_file(self.path(prompt)).items()}
+            if all(x.isfinite().all() for x in row.values()):
+                return row
+            self.path(prompt).unlink()                     # no encoder makes nan
+        except (OSError, SafetensorError):
+            pass
+        raise UsageError(f"{self.path(prompt)} cannot be read, or holds no embedding: start again, and it is "
+                         "made anew (several nodes need one --cache that all of them see).")
 
     def prefetch(self, prompts):
         """Has the thread read `prompts` in this order, and returns at once. A loop that asks here for this
@@ -1644,8 +1681,10 @@ def start_processes(device):
         # torchrun keeps one store over restarts, where a restarted gloo would find the addresses of the dead.
         life = f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
         store = dist.PrefixStore(life, next(dist.rendezvous("env://"))[0])
-        backend = "nccl" if device.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+        # One node may download 20 GB, or encode its prompts, for longer than another: ten minutes, the default of
+        # NCCL, would end the run. A process that dies is noticed by torchrun, which ends the others at once.
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", store=store, rank=rank,
+                                world_size=world, timeout=datetime.timedelta(days=1))
     return device
 
 
@@ -1704,6 +1743,11 @@ def chunks(total, size):
     return [slice(i, min(i + size, total)) for i in range(0, total, size)]
 
 
+def rows_of(cond, rows):
+    """Some rows of each tensor of cond."""
+    return {name: values[rows] for name, values in cond.items()}
+
+
 def level(values, like):
     """Noise levels (B,) as (B, 1, ..., 1), to broadcast against like (B, ...)."""
     return values.to(like.device, torch.float32).view(-1, *[1] * (like.dim() - 1))
@@ -1712,7 +1756,7 @@ def level(values, like):
 def write_atomic(path, data):
     """Writes bytes or text beside the target, flushes, renames: a reader sees all of it or the old file."""
     path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    beside = path.with_name(f".{path.name[:200]}.{uuid.uuid4().hex[:8]}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(beside, "wb") as file:
@@ -1906,10 +1950,13 @@ def digest(folder, facts):
 
 
 def drop_old_checkpoints(run):
-    """Keeps the cfg.keep newest up to where the run is. A newer one is damaged: find_checkpoint has passed
-    over it."""
-    for old in [p for p in list_checkpoints(run.folder) if iteration_of(p) <= run.done][run.cfg.keep:]:
-        shutil.rmtree(old, ignore_errors=True)  # NFS refuses while somebody reads it
+    """Keeps all that resuming needs of the cfg.keep newest checkpoints up to where the run is, and every export: one
+    may turn out to be the best. A newer one is damaged: find_checkpoint has passed over it."""
+    whole = [path for path in list_checkpoints(run.folder) if (path / "state").exists()]
+    for old in [path for path in whole if iteration_of(path) <= run.done][run.cfg.keep:]:
+        with contextlib.suppress(OSError):                                  # NFS refuses while somebody reads it
+            os.replace(old / "state", old / ".state.partial")               # a kill leaves no half of a state
+        shutil.rmtree(old / ".state.partial", ignore_errors=True)
 
 
 def iteration_of(folder):
@@ -1933,15 +1980,15 @@ def find_checkpoint(path):
     the disk) is no damage either: its OSError ends the program."""
     path = Path(path)
     candidates = [path] if path.name.startswith("checkpoint-") and path.exists() else list_checkpoints(path)
-    for folder in candidates:
+    for folder in (path for path in candidates if (path / "state").exists()):        # of others the export is left
         with contextlib.suppress(FileNotFoundError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             facts = json.loads((folder / FACTS_FILE).read_text())
             if facts.pop("sha256") == digest(folder, facts):
                 return folder
         log(f"Checkpoint {folder} is damaged and is passed over.")
     if candidates:
-        raise UsageError(f"All checkpoints at {path} are damaged, and none was touched: restore one, or move them "
-                         "away to start from the beginning.")
+        raise UsageError(f"All checkpoints at {path} are damaged or have no state/, and none was touched: restore "
+                         "one, or move them away to start from the beginning.")
     return None
 
 
@@ -2079,11 +2126,16 @@ def claim(cfg):
     a killed run left half-written."""
     folder = Path(cfg.out) / f"stage{cfg.stage}"
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
+    with open(folder / ".lock", "a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UsageError(f"Another run is writing to {folder}: wait for it, or take another --out.") from None
+            owner = (folder / ".lock").read_text() or "unknown"
+            raise UsageError(f"Another run (process {owner}) is writing to {folder}: wait for it or end it, or take "
+                             "another --out.") from None
+        lock.truncate(0)
+        lock.write(f"{os.getpid()} on {os.uname().nodename}")
+        lock.flush()
         for rest in [*folder.rglob(".*.partial")]:
             shutil.rmtree(rest) if rest.is_dir() else rest.unlink(missing_ok=True)
         yield
@@ -2107,9 +2159,18 @@ def open_log(run):
     lines that a resumed run will write again."""
     facts = dict(config=vars(run.cfg), processes=dist_info()[2], prompts=run.prompt_hash, **provenance(),
                  device=torch.cuda.get_device_name() if "cuda" in run.device else run.device)
-    write_atomic(run.folder / "run.json", json.dumps(facts, indent=1))
-    for module in {sys.modules[type(x).__module__] for x in (run.roles, run.backbone)}:
-        write_atomic(run.folder / Path(module.__file__).name, Path(module.__file__).read_bytes())
+    made_by = {"run.json": json.dumps(facts, indent=1).encode()}
+    parts = [run.roles, run.backbone, *(getattr(reward, "func", reward) for reward, _ in run.rewards.values())]
+    for module in {sys.modules.get(part.__module__) for part in parts}:
+        source = Path(getattr(module, "__file__", None) or "/")
+        if source.parent in (Path.cwd(), Path(__file__).resolve().parent):   # ours and the user's, no package's
+            made_by[source.name] = source.read_bytes()
+    for name, content in made_by.items():
+        path = run.folder / name
+        if run.done and path.exists() and path.read_bytes() != content:
+            log(f"{name} is not what iterations 1 to {run.done} were made with, which is kept beside it.")
+            os.replace(path, path.with_name(f"{path.stem}-until-{run.done:06d}{path.suffix}"))
+        write_atomic(path, content)
     path = run.folder / "metrics.jsonl"
     lines = re.findall(r'({"iteration": (\d+), .*}\n)', path.read_text(errors="replace") if path.exists() else "")
     write_atomic(path, "".join(line for line, iteration in lines if int(iteration) <= run.done))
@@ -2133,10 +2194,10 @@ def record(run, row):
 
 @torch.no_grad()
 def panel(run):
-    """OUT/stageN/samples/000100.png: fixed prompts and noise through the averaged generator. Returns the
-    watched rewards, and numbers that move when a reward is hacked: saturation (max - min over channels),
-    contrast (std of grey), edges (mean difference of neighbours)."""
-    prompts = sorted(run.prompts, key=lambda prompt: key("panel", prompt))[:16]
+    """Fixed prompts and noise through the averaged generator: 16 pictures in OUT/stageN/samples/000100.png,
+    and of 64 the watched rewards, and numbers that move when a reward is hacked: saturation (max - min over
+    channels), contrast (std of grey), edges (mean difference of neighbours)."""
+    prompts = sorted(run.prompts, key=lambda prompt: key("panel", prompt))[:64]
     _, normal = draw([key("panel", p) for p in prompts], 0, run.cfg.steps, run.backbone.latent_shape, run.device)
     params = [p.data for p in run.roles.parameters("generator")]
     raw = [p.clone() for p in params]
@@ -2145,9 +2206,10 @@ def panel(run):
     torch._foreach_copy_(params, raw)
     parts = chunks(len(prompts), run.cfg.micro_batch)
     images = torch.cat([run.backbone.decode(states[-1][rows]).float() for rows in parts])
-    watched = {f"watch_{n}": rate(r, images, prompts).mean().item() for n, r in run.watched.items()}
+    score = lambda reward: torch.cat([rate(reward, images[rows], prompts[rows]) for rows in parts]).mean().item()
+    watched = {f"watch_{name}": score(reward) for name, reward in run.watched.items()}
     if dist_info()[0] == 0:
-        save_grid(run.folder / "samples" / f"{run.done:06d}.png", images, columns=8)
+        save_grid(run.folder / "samples" / f"{run.done:06d}.png", images[:16], columns=8)
     grey = images.mean(1)
     edges = grey.diff(dim=1).abs().mean() + grey.diff(dim=2).abs().mean()
     return dict(watched, saturation=(images.amax(1) - images.amin(1)).mean().item(), edges=edges.item(),
@@ -2239,6 +2301,10 @@ def one_sentence(program):
         yield
     except UsageError as error:
         end(error, error.code)
+    except KeyboardInterrupt:
+        end("interrupted: the same command goes on from the last checkpoint, or starts again.", 130)
+    except MemoryError:
+        end("out of memory: lower --micro_batch or --batch.", 1)
     except OSError as error:  # a disk is full, a folder vanished
         end(f"{error}: correct that, or choose another folder, and give the same command again.", 2)
     finally:                                                                # after the sentence: it may wait

@@ -24,8 +24,8 @@ if [ "${1:-}" = ablations ]; then
     exec python eval.py --ablations "$@"
 fi
 model=${1:-tiny} processes=${2:-1}
-if [[ $model == -* || ! $processes =~ ^[1-9][0-9]*$ ]]; then
-    echo "train.sh: give a model, the number of processes, then flags, as in: bash train.sh sd3m 8 --steps 4" >&2
+if [[ $model == -* || ! $processes =~ ^[1-9][0-9]*$ || ! ${NNODES:-1} =~ ^[1-9][0-9]*$ ]]; then
+    echo "train.sh: give a model, the number of processes, then flags, as in: bash train.sh sd3m 8 --steps 4; NNODES is a number of nodes" >&2
     exit 2
 fi
 shift $(($# < 2 ? $# : 2))
@@ -45,27 +45,35 @@ fi
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}    # seconds that a signalled stage has to save
 trap 'exit 143' TERM                                                            # a signal to this script: no next stage
 trap 'exit 130' INT
+# torchrun ends with some fifty lines of its own when a process fails: the program's sentence is repeated behind them.
+said=$(mktemp)
+trap 'rm -f "$said"' EXIT
 timed() {
     local start=$SECONDS label=$1
     shift
-    "$@"
+    if [ "$1" = python ]; then
+        "$@"
+    else
+        "$@" 2> >(tee "$said" >&2) || { code=$?; sleep 1; grep -aE '^(rtdmd|eval): ' "$said" | tail -n 1 >&2; exit "$code"; }
+    fi
     echo "$label: $(((SECONDS - start) / 60)) min $(((SECONDS - start) % 60)) s"
 }
 # What stage 2 would refuse, with so many processes, is refused before stage 1 has trained for hours.
-[ "$model $#" = "tiny 0" ] || WORLD_SIZE=$((processes * ${NNODES:-1})) MASTER_ADDR=none MASTER_PORT=1 python -c 'import sys, rtdmd
+[ "$model $# $processes ${NNODES:-1}" = "tiny 0 1 1" ] || WORLD_SIZE=$((processes * ${NNODES:-1})) MASTER_ADDR=none MASTER_PORT=1 python -c 'import sys, rtdmd
 try:
     rtdmd.resolve(rtdmd.parse_flags(sys.argv[1:]))
 except rtdmd.UsageError as error:
-    sys.exit(f"rtdmd: stage 2: {error}")' --stage 2 --model "$model" "$@"
+    print(f"rtdmd: stage 2: {error}", file=sys.stderr)
+    sys.exit(2)' --stage 2 --model "$model" "$@"
 for stage in 1 2; do
     timed "stage $stage" "${run[@]}" rtdmd.py --stage $stage --model "$model" --out "$out" "$@"
     # A signal to the program alone ends it with 0, like its last iteration: do not go on from half of a stage.
     python -c 'import json, pathlib, re, sys
-whole = [path for path in pathlib.Path(sys.argv[1]).glob("checkpoint-*/state/run.json") if re.fullmatch(r"checkpoint-\d{6,}", path.parts[-3])]
-for newest in sorted(whole, key=lambda path: int(path.parts[-3][11:]))[-1:]:
-    saved = json.loads(newest.read_text())
-    if saved["iteration"] < saved["config"]["iterations"]:
-        sys.exit(f"train.sh: {sys.argv[1]} was stopped: the same command goes on with it.")' "$out/stage$stage"
+stage = pathlib.Path(sys.argv[1])
+numbers = [re.fullmatch(r"checkpoint-(\d{6,})", path.name) for path in stage.iterdir()]
+reached = max([int(number[1]) for number in numbers if number], default=0)
+if reached < json.loads((stage / "run.json").read_text())["config"]["iterations"]:
+    sys.exit(f"train.sh: {stage} was stopped: the same command goes on with it.")' "$out/stage$stage"
 done
 timed "evaluation" "${run[@]}" eval.py --model "$model" --run_folder "$out"
 echo "Everything is in $out: report.json, grid.png, curves.png, stage1/, stage2/."
