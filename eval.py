@@ -1480,11 +1480,12 @@ def made_networks(cfg):
         return net
 
     def encode(backbone, prompts):
-        """Normal embeddings on the CPU, the same for the same prompt."""
+        """Normal embeddings on the CPU, the same for the same prompt; what has no shape is a number."""
         normal = lambda shape, *what: torch.randn(shape, generator=torch.Generator().manual_seed(rtdmd.key(*what)))
         shapes = FULL_SIZE[backbone.cfg.model]["text"](backbone.text_length)
         rows = lambda name: torch.stack([normal(shapes[name], "random text", name, prompt) for prompt in prompts])
-        return {name: rows(name).to(backbone.dtype) for name in shapes}
+        return {name: rows(name).to(backbone.dtype) if isinstance(shape, tuple) else
+                torch.tensor([shape] * len(prompts)) for name, shape in shapes.items()}
 
     return {(rtdmd, "load_whole"): load_whole, (rtdmd.Backbone, "encode"): encode,
             (rtdmd, "load_reward"): random_reward, (rtdmd, "read_prompts"): lambda source, seed: [*map(str, range(8))],
@@ -1660,8 +1661,13 @@ def start_counting(run):
                 first = args[0] if args else kwargs["hidden_states"]
                 run.forwards[name] = run.forwards.get(name, 0) + len(first)
 
+        def leave(module, args, result):
+            for tensor in tree_leaves(result):                           # a module's hook misses Z-Image's list
+                if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+                    tensor.register_hook(lambda _: setattr(run, "part", part))
+
         module.register_forward_pre_hook(enter, with_kwargs=True)
-        module.register_full_backward_pre_hook(lambda *_: setattr(run, "part", part))
+        module.register_forward_hook(leave)
 
     for part, nets in networks(run).items():
         if part == "network":
@@ -1697,10 +1703,11 @@ FULL_SIZE = {"sd3m": dict(transformer=SD3_NET, vae=SD3_VAE, text=sd3_text),
              "sd35m": dict(transformer=SD35_NET, vae=SD3_VAE, text=sd3_text),
              "sd35l": dict(transformer=SD35L_NET, vae=SD3_VAE, text=sd3_text),
              "flux1": dict(transformer=dict(guidance_embeds=True), vae=FLUX_VAE,
-                           text=lambda length: dict(text=(length, 4096), pooled=(768,), guidance=())),
+                           text=lambda length: dict(text=(length, 4096), pooled=(768,), guidance=1.0)),
              "flux2-4b": dict(transformer=K4_NET, vae={}, text=lambda length: dict(text=(length, 7680))),
              "flux2-9b": dict(transformer=K9_NET, vae={}, text=lambda length: dict(text=(length, 12288))),
-             "zimage": dict(transformer={}, vae=FLUX_VAE, text=lambda length: dict(text=(length, 2560), length=()))}
+             "zimage": dict(transformer={}, vae=FLUX_VAE,
+                            text=lambda length: dict(text=(length, 2560), length=length))}     # the longest
 
 
 CLIP_SIZES = {"hpsv2": "ViT-H-14", "clipscore": "ViT-L-14", "pickscore": "ViT-H-14"}

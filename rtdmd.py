@@ -1197,7 +1197,8 @@ class Backbone:
     """What the families below share: latents (B, 16, H/8, W/8), the shift of the scheduler's file, exact
     levels."""
 
-    vae_class, channels, pixels, tokens = "AutoencoderKL", 16, 8, 512        # pixels: of the side of a latent
+    # pixels: of the side of a latent; unguided: the pipeline's guidance_scale that samples a student
+    vae_class, channels, pixels, tokens, unguided = "AutoencoderKL", 16, 8, 512, 1.0
     # Linears that get an adapter: attention of both streams. SD3: 191; SD3.5: 243, with its second,
     # image-only attention attn2; FLUX.2: 80 and 112, whose single-stream blocks fuse q, k, v and the MLP into
     # one linear: there the MLP is adapted too (App. J speaks of attention only).
@@ -1280,8 +1281,15 @@ class Flux1Backbone(Backbone):
 
     net_class, pipeline, quantise = "FluxTransformer2DModel", "FluxPipeline", flux_level
 
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        if not self.nets["teacher"].config.guidance_embeds:
+            raise UsageError(f"--pretrained {cfg.pretrained}: FLUX.1-schnell ignores guidance, so it is no teacher.")
+
     def shift_for(self, steps):
-        """e^mu, mu linear in the number of tokens: 1.88 at 512 pixels, 3.16 at 1024."""
+        """e^mu, mu linear in the number of tokens: 1.88 at 512 pixels, 3.16 at 1024. FLUX.1-schnell's is 1."""
+        if not self.scheduler.get("use_dynamic_shifting", True):
+            return self.scheduler["shift"]
         tokens = self.latent_shape[1] * self.latent_shape[2] // 4
         return math.exp(diffusers.pipelines.flux.pipeline_flux.calculate_shift(tokens))
 
@@ -1333,7 +1341,7 @@ class ZImageBackbone(Backbone):
     student is sampled with guidance_scale 0."""
 
     net_class, pipeline = "ZImageTransformer2DModel", "ZImagePipeline"
-    attention = r"(layers|noise_refiner|context_refiner)\.\d+\.attention\..+"
+    attention, unguided = r"(layers|noise_refiner|context_refiner)\.\d+\.attention\..+", 0.0
 
     def read(self, prompts):
         rows, _ = self.text.encode_prompt(prompts, do_classifier_free_guidance=False,
@@ -1343,7 +1351,8 @@ class ZImageBackbone(Backbone):
 
     def velocity(self, net, x, t, cond):
         """The network takes lists; its time runs from 0, noise, to 1, image, and it predicts x0 - eps."""
-        words = [row[:n] for row, n in zip(cond["text"], cond["length"].tolist())]
+        lengths = [self.text_length] * len(x) if x.is_meta else cond["length"].tolist()   # meta: the longest
+        words = [row[:n] for row, n in zip(cond["text"], lengths)]
         v = net(list(x.to(self.dtype).unsqueeze(2).unbind()), 1 - t.float(), words, return_dict=False)[0]
         return -torch.stack(v).squeeze(2).float()
 
@@ -1927,8 +1936,8 @@ def save_checkpoint(run):
         target = run.folder / f"checkpoint-{run.done:06d}"
         beside = run.folder / f".{target.name}.partial"
         sampling = {n: getattr(cfg, n) for n in ("model", "stage", "steps", "eta", "resolution")}
-        sampling.update(iteration=run.done, base=backbone.base, shift=backbone.shift, guidance=1.0,
-                        sigmas=run.times[:-1].tolist(), text_length=getattr(backbone, "text_length", 0))
+        sampling.update(iteration=run.done, base=backbone.base, shift=backbone.shift, sigmas=run.times[:-1].tolist(),
+                        guidance=getattr(backbone, "unguided", 1.0), text_length=getattr(backbone, "text_length", 0))
         average = dict(zip(run.roles.named["generator"], run.ema))
         save_lora(beside, average, cfg.lora_rank, cfg.lora_alpha, backbone.lora_targets, sampling)
         write_atomic(beside / STATE_FILE, safetensors_bytes(training_state(run)))

@@ -60,15 +60,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import (AutoencoderKL, AutoencoderKLFlux2, DiffusionPipeline, FlowMatchEulerDiscreteScheduler,
-                       Flux2KleinPipeline, Flux2Transformer2DModel, SD3Transformer2DModel,
-                       StableDiffusion3Pipeline)
+                       Flux2KleinPipeline, Flux2Transformer2DModel, FluxPipeline, FluxTransformer2DModel,
+                       SD3Transformer2DModel, StableDiffusion3Pipeline, ZImagePipeline, ZImageTransformer2DModel)
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image, ImageDraw, ImageFont
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 from tqdm import tqdm
-from transformers import (CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, Qwen2TokenizerFast,
-                          Qwen3Config, Qwen3ForCausalLM, T5Config, T5EncoderModel, T5TokenizerFast)
+from transformers import (CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer,
+                          Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM, Qwen3Model, T5Config, T5EncoderModel,
+                          T5TokenizerFast)
 
 import eval as ev
 import rtdmd
@@ -146,7 +147,7 @@ def test_the_file_stays_readable():
     lines, tree = source.splitlines(), ast.parse(source)
     functions = {n.name: n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)}
     longest = max(n.end_lineno - n.lineno + 1 for n in functions.values())
-    assert len(lines) <= 2345 and longest <= 60 and max(map(len, lines)) <= 119
+    assert len(lines) <= 2355 and longest <= 60 and max(map(len, lines)) <= 119
     assert functions["pathwise_terms"].end_lineno - functions["rollout_in_chunks"].lineno + 1 <= 250
 
 
@@ -1915,13 +1916,15 @@ def test_rate_names_reward_and_prompt():
 # 8. Backbones
 # -----------------------------------------------------------------------------------------------------------------
 
-# ---- Small pipelines, channels as in the real ones: 64 px -> SD3 16 x 8 x 8, FLUX.2 128 x 4 x 4
+# ---- Small pipelines, channels as in the real ones: 64 px -> 16 x 8 x 8, FLUX.2 128 x 4 x 4
 
 PROMPTS = ["a red cat", "two blue birds above a très long " + "wooden " * 40 + "fence"]      # CLIP cuts it
 
 BYTES = sorted(ByteLevel.alphabet())           # 256 symbols: any text tokenises without a merge
 VAE = dict(in_channels=3, out_channels=3, block_out_channels=[4] * 4, layers_per_block=1, norm_num_groups=1,
            sample_size=64)
+KL_VAE = dict(VAE, down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+              latent_channels=16, use_quant_conv=False, use_post_quant_conv=False)
 
 
 def clip_tokenizer():
@@ -1948,24 +1951,28 @@ def qwen_tokenizer():
     return tokenizer
 
 
+def small_clip(tokenizer):
+    return CLIPTextConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, projection_dim=16,
+        vocab_size=len(tokenizer), max_position_embeddings=77, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+
+
+def small_t5(tokenizer):
+    return T5EncoderModel(T5Config(
+        d_model=32, d_ff=32, d_kv=8, num_heads=2, num_layers=1, dropout_rate=0.0, vocab_size=len(tokenizer),
+        feed_forward_proj="gated-gelu", pad_token_id=0, eos_token_id=1))
+
+
 def small_sd3(dual):
     torch.manual_seed(0)
     tokenizer, t5 = clip_tokenizer(), t5_tokenizer()
-    clip = lambda: CLIPTextModelWithProjection(CLIPTextConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, projection_dim=16,
-        vocab_size=len(tokenizer), max_position_embeddings=77, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+    clip = lambda: CLIPTextModelWithProjection(small_clip(tokenizer))
     net = SD3Transformer2DModel(
         sample_size=8, patch_size=2, in_channels=16, out_channels=16, num_layers=2, attention_head_dim=8,
         num_attention_heads=2, joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=32,
         pos_embed_max_size=16, **dict(dual_attention_layers=(0,), qk_norm="rms_norm") if dual else {})
-    vae = AutoencoderKL(
-        **VAE, down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
-        latent_channels=16, use_quant_conv=False, use_post_quant_conv=False, scaling_factor=1.5305,
-        shift_factor=0.0609)
-    encoder = T5EncoderModel(T5Config(
-        d_model=32, d_ff=32, d_kv=8, num_heads=2, num_layers=1, dropout_rate=0.0, vocab_size=len(t5),
-        feed_forward_proj="gated-gelu", pad_token_id=0, eos_token_id=1))
+    vae, encoder = AutoencoderKL(**KL_VAE, scaling_factor=1.5305, shift_factor=0.0609), small_t5(t5)
     return StableDiffusion3Pipeline(
         transformer=net, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae, text_encoder=clip(),
         tokenizer=tokenizer, text_encoder_2=clip(), tokenizer_2=clip_tokenizer(), text_encoder_3=encoder,
@@ -1991,22 +1998,56 @@ def small_klein(distilled):
                               transformer=net, is_distilled=distilled)
 
 
+def small_flux1(guidance):
+    """FLUX.1-dev, or -schnell, whose network reads no guidance."""
+    torch.manual_seed(0)
+    tokenizer, t5 = clip_tokenizer(), t5_tokenizer()
+    net = FluxTransformer2DModel(
+        in_channels=64, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, pooled_projection_dim=16, axes_dims_rope=(4, 6, 6), guidance_embeds=guidance)
+    return FluxPipeline(
+        transformer=net, scheduler=FlowMatchEulerDiscreteScheduler(
+            shift=3.0 if guidance else 1.0, use_dynamic_shifting=guidance),
+        vae=AutoencoderKL(**KL_VAE, scaling_factor=.3611, shift_factor=.1159),
+        text_encoder=CLIPTextModel(small_clip(tokenizer)), tokenizer=tokenizer, text_encoder_2=small_t5(t5),
+        tokenizer_2=t5)
+
+
+def small_zimage(base):
+    torch.manual_seed(0)
+    tokenizer = qwen_tokenizer()
+    encoder = Qwen3Model(Qwen3Config(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=8, vocab_size=len(tokenizer), max_position_embeddings=1024))
+    vae = AutoencoderKL(**KL_VAE, scaling_factor=.3611, shift_factor=.1159)
+    torch.manual_seed(int(base))                # as in FLUX.2
+    net = ZImageTransformer2DModel(in_channels=16, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2,
+                                   cap_feat_dim=16, axes_dims=[4, 6, 6], axes_lens=[1024, 64, 64])
+    for parameter in (net.x_pad_token, net.cap_pad_token):
+        parameter.data.normal_()                # made by torch.empty: whatever was in memory
+    return ZImagePipeline(scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae, text_encoder=encoder,
+                          tokenizer=tokenizer, transformer=net)
+
+
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
-    """Saved pipelines by name; "flux2-4b" is the GENERATOR,TEACHER pair."""
+    """Saved pipelines by name; "flux2-4b" and "zimage" are GENERATOR,TEACHER pairs."""
     root = tmp_path_factory.mktemp("pipelines")
-    for name, pipe in {"sd3m": small_sd3(False), "sd35m": small_sd3(True), "distilled": small_klein(True),
-                       "base": small_klein(False)}.items():
+    pipes = {"sd3m": small_sd3(False), "sd35m": small_sd3(True), "flux1": small_flux1(True),
+             "schnell": small_flux1(False), "distilled": small_klein(True), "base": small_klein(False),
+             "turbo": small_zimage(False), "zimage-base": small_zimage(True)}
+    for name, pipe in pipes.items():
         pipe.save_pretrained(root / name)
-    return {"sd3m": str(root / "sd3m"), "sd35m": str(root / "sd35m"), "distilled": str(root / "distilled"),
-            "base": str(root / "base"), "flux2-4b": f"{root / 'distilled'},{root / 'base'}"}
+    pairs = {"flux2-4b": "distilled,base", "zimage": "turbo,zimage-base"}
+    return {name: str(root / name) for name in pipes} | {
+        name: ",".join(str(root / one) for one in pair.split(",")) for name, pair in pairs.items()}
 
 
-FAMILIES = ["sd3m", "sd35m", "flux2-4b"]
+FAMILIES = ["sd3m", "sd35m", "flux1", "flux2-4b", "zimage"]
 
 
 def backbone_of(folders, name, **options):
-    cls = rtdmd.Flux2Backbone if name.startswith("flux2") else rtdmd.SD3Backbone
+    cls = rtdmd.backbone_class(name)
     return cls(rtdmd.Config(model=name, pretrained=folders[name], resolution=64, device="cpu", **options))
 
 
@@ -2024,18 +2065,31 @@ def timesteps(backbone):
     return rtdmd.timestep_schedule(4, backbone.shift)
 
 
-def pipeline_noise(x, generator):
-    """Noise of three steps as the stock pipeline draws it, (3, *x.shape): FLUX.2's in tokens (B, h w, 128)."""
-    if x.shape[1] != 128:
-        return torch.stack([torch.randn(x.shape, generator=generator) for _ in range(3)])
-    B, channels, height, width = x.shape
-    tokens = [torch.randn(B, height * width, channels, generator=generator) for _ in range(3)]
-    return torch.stack([noise.transpose(1, 2).unflatten(2, (height, width)) for noise in tokens])
+def packed(x, name):
+    """Latents as FLUX's pipelines step them, in tokens (B, h w, C)."""
+    if name == "flux1":
+        return FluxPipeline._pack_latents(x, *x.shape)
+    return Flux2KleinPipeline._pack_latents(x) if name.startswith("flux2") else x
+
+
+def unpacked(tokens, name):
+    if name == "flux1":
+        return FluxPipeline._unpack_latents(tokens, 64, 64, 8)
+    return tokens.transpose(1, 2).unflatten(2, (4, 4)) if name.startswith("flux2") else tokens
+
+
+def pipeline_noise(x, generator, name):
+    """Noise of three steps as the stock pipeline draws it, (3, *x.shape)."""
+    shape = packed(x, name).shape
+    return torch.stack([unpacked(torch.randn(shape, generator=generator), name) for _ in range(3)])
 
 
 def image_of(pipe, x, **options):
-    return pipe(prompt=PROMPTS, height=64, width=64, latents=x.clone(), output_type="pt",
-                **{"num_inference_steps": 4, "guidance_scale": 1.0} | options).images
+    """Unguided, if not said otherwise. FLUX.1 wants tokens; Z-Image's w is 1 more, and it overwrites the prompts."""
+    x = packed(x, "flux1") if isinstance(pipe, FluxPipeline) else x
+    plain = 0.0 if isinstance(pipe, ZImagePipeline) else 1.0
+    return pipe(prompt=list(PROMPTS), height=64, width=64, latents=x.clone(), output_type="pt",
+                **{"num_inference_steps": 4, "guidance_scale": plain} | options).images
 
 
 # ---- Sampling: CPSScheduler in the stock pipelines
@@ -2051,7 +2105,7 @@ def test_our_rollout_equals_the_stock_pipeline_with_our_scheduler(folders, name,
     theirs, cond = image_of(pipe, x), backbone.encode(PROMPTS)
     velocity = lambda x, t: backbone.velocity(backbone.nets["generator"], x, t, cond)
     with torch.no_grad():
-        states, _ = rtdmd.rollout(velocity, x, pipeline_noise(x, rng(9)), timesteps(backbone), eta)
+        states, _ = rtdmd.rollout(velocity, x, pipeline_noise(x, rng(9), name), timesteps(backbone), eta)
         ours = backbone.decode(states[-1])
     torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
     assert theirs.std() > 1e-3 and (theirs[0] - theirs[1]).abs().max() > 1e-3
@@ -2077,23 +2131,26 @@ def test_eta_0_is_stock_euler_and_eta_1_is_stochastic_sampling(folders, name):
 
 
 def test_the_scheduler_gives_the_papers_grid_by_default(folders):
-    """App. J: eta .9 and the shifted grids of SD3 and of FLUX.2 at 512 and 1024 pixels."""
+    """App. J: eta .9 and the shifted grids of SD3, and of FLUX.1 and FLUX.2 at 512 and 1024 pixels."""
     sd3 = rtdmd.CPSScheduler.from_config(stock(folders["sd3m"]).scheduler.config)
     sd3.set_timesteps(4)
     assert sd3.eta == 0.9 and sd3.sigmas.tolist() == pytest.approx([1, .9, .75, .5, 0])
-    klein = rtdmd.CPSScheduler.from_config(stock(folders["base"]).scheduler.config)
-    for mu, grid in ((2.030690, [1, .958085, .883982, .717497, 0]),
-                     (2.291180, [1, .967384, .908144, .767200, 0])):
-        klein.set_timesteps(4, mu=mu)
-        assert klein.sigmas.tolist() == pytest.approx(grid, abs=1e-6)
+    for name, mu, grid in (("flux1", .63, [1, .849235, .652489, .384945, 0]),
+                           ("flux1", 1.15, [1, .904531, .759511, .512844, 0]),
+                           ("base", 2.030690, [1, .958085, .883982, .717497, 0]),
+                           ("base", 2.291180, [1, .967384, .908144, .767200, 0])):
+        flux = rtdmd.CPSScheduler.from_config(stock(folders[name]).scheduler.config)
+        flux.set_timesteps(4, mu=mu)
+        assert flux.sigmas.tolist() == pytest.approx(grid, abs=1e-6)
 
 
 @pytest.mark.parametrize("name, resolution, grid", [
     ("sd3m", 512, [1, .9, .75, .5, 0]), ("sd35m", 1024, [1, .9, .75, .5, 0]),
+    ("flux1", 512, [1, .849235, .652489, .384945, 0]), ("flux1", 1024, [1, .904531, .759511, .512844, 0]),
     ("flux2-4b", 512, [1, .958085, .883982, .717497, 0]),
-    ("flux2-4b", 1024, [1, .967384, .908144, .767200, 0])])
+    ("flux2-4b", 1024, [1, .967384, .908144, .767200, 0]), ("zimage", 1024, [1, .9, .75, .5, 0])])
 def test_the_grid_by_resolution(folders, name, resolution, grid):
-    """A backbone's own shift gives the same grids; only FLUX.2's depends on the resolution."""
+    """A backbone's own shift gives the same grids; only FLUX's depends on the resolution."""
     backbone = backbone_of(folders, name)
     side = resolution // (16 if name.startswith("flux2") else 8)
     backbone.latent_shape = (backbone.latent_shape[0], side, side)
@@ -2117,42 +2174,132 @@ def test_the_scheduler_keeps_eta_and_repeats_with_a_generator(folders, tmp_path)
 
 # ---- Velocity
 
-@pytest.mark.parametrize("name, folder", [("sd3m", "sd3m"), ("sd35m", "sd35m"), ("flux2-4b", "base")])
-def test_teacher_guidance_equals_the_stock_pipeline(folders, name, folder):
-    """The guided psi, u + w (c - u), is step by step what the stock pipeline takes, and not the plain one."""
-    backbone, pipe, w = backbone_of(folders, name), stock(folders[folder]), rtdmd.MODELS[name]["guidance"]
+@pytest.mark.parametrize("name, rows", [("sd3m", 4), ("sd35m", 4), ("flux1", 2), ("flux2-4b", 4), ("zimage", 4)])
+def test_teacher_guidance_equals_the_stock_pipeline(folders, name, rows):
+    """The guided psi is step by step what the stock pipeline takes, and not the plain one: u + w (c - u) in one batch.
+    FLUX.1 reads w, so two samples are two rows. Z-Image's pipeline says w - 1."""
+    backbone, w = backbone_of(folders, name), rtdmd.MODELS[name]["guidance"]
+    pipe = stock(folders[name].split(",")[-1])
     seen, step = [], pipe.scheduler.step
     pipe.scheduler.step = lambda v, t, x, **options: seen.append((v, t, x)) or step(v, t, x, **options)
-    image_of(pipe, latents(backbone), guidance_scale=w)
+    image_of(pipe, latents(backbone), guidance_scale=w - 1 if name == "zimage" else w)
     cond, null = backbone.encode(PROMPTS), backbone.encode([""])
     roles = rtdmd.Roles(backbone, rtdmd.Config(model=name, device="cpu", lora_rank=4, guidance=w))
     assert len(seen) == 4
+    forwards = []
+    roles.nets["teacher"].register_forward_pre_hook(
+        lambda net, args, kwargs: forwards.append(len(args[0] if args else kwargs["hidden_states"])), with_kwargs=True)
     for v, t, x in seen:
-        if x.dim() == 3:                                          # FLUX.2's tokens (B, h w, 128)
-            v, x = (tokens.transpose(1, 2).unflatten(2, (4, 4)) for tokens in (v, x))
-        t = (t / 1000).expand(2)
+        v, x, t = unpacked(v, name), unpacked(x, name), (t / 1000).expand(2)
         with torch.no_grad():
             torch.testing.assert_close(roles.teacher(x, t, cond, null), v, atol=1e-5, rtol=1e-5)
             assert (roles.velocity("teacher", x, t, cond) - v).abs().max() > 1e-4
+    assert forwards == [rows, 2] * 4
 
 
-def test_flux2_is_told_what_quantise_says(folders):
-    """FLUX.2 hears levels in bf16: quantise names those that it hears, and leaves them alone."""
-    backbone = backbone_of(folders, "flux2-4b", dtype="bf16")
-    told = []
+@pytest.mark.parametrize("name", ["flux1", "flux2-4b"])
+def test_the_order_of_fluxs_tokens(folders, name):
+    """Tokens, and positions of image and text, as the pipeline makes them; there and back changes nothing."""
+    backbone, told = backbone_of(folders, name), {}
+    x, cond = torch.randn(2, *backbone.latent_shape), backbone.encode(PROMPTS)
+    net = lambda **inputs: told.update(inputs) or (inputs["hidden_states"],)
+    net.config = SimpleNamespace(guidance_embeds=True)
+    assert torch.equal(backbone.velocity(net, x, torch.tensor([.9, .5]), cond), x)
+    assert torch.equal(told["hidden_states"], packed(x, name))
+    assert torch.equal(told["encoder_hidden_states"], cond["text"])
+    if name == "flux1":
+        image = FluxPipeline._prepare_latent_image_ids(2, 4, 4, "cpu", torch.float32)
+        words = stock(folders["flux1"], vae=None).encode_prompt("")[2]
+        assert torch.equal(told["guidance"], torch.ones(2)) and told["pooled_projections"].shape == (2, 16)
+    else:
+        image, = Flux2KleinPipeline._prepare_latent_ids(x[:1])
+        words, = Flux2KleinPipeline._prepare_text_ids(cond["text"][:1])
+    assert torch.equal(told["img_ids"].float(), image.float())
+    assert torch.equal(told["txt_ids"].float(), words.float())
+
+
+def test_zimage_runs_the_other_way(folders):
+    """Its time is 1 - t, exact in bf16 too; its velocity points to the image; it reads words without padding."""
+    backbone, told = backbone_of(folders, "zimage", dtype="bf16"), []
+    x, t, cond = latents(backbone), torch.tensor([.8125, .3]), backbone.encode(PROMPTS)
+    net = lambda x, t, words, **options: told.append((x, t, words)) or (x,)
+    assert torch.equal(backbone.velocity(net, x, t, cond), -x.bfloat16().float())
+    (images, times, words), = told
+    assert torch.equal(times, 1 - t) and all(image.shape == (16, 1, 8, 8) for image in images)
+    for ours, one in zip(words, PROMPTS):
+        theirs, = backbone.text.encode_prompt([one], do_classifier_free_guidance=False)[0]
+        assert torch.equal(ours, theirs)
+    real, heard = backbone.nets["teacher"], []
+    real.t_embedder.register_forward_pre_hook(lambda module, inputs: heard.append(inputs[0]))
+    v = backbone.velocity(real, x, t, cond)
+    assert heard[0].tolist() == pytest.approx([187.5, 700], abs=1e-3) and v.dtype == torch.float32
+
+
+@pytest.mark.parametrize("graded", [False, True])
+def test_zimages_prompts_of_any_length_share_a_batch(folders, graded):
+    """Rows of a batch do not see one another's length: the same as one by one, the gradient too."""
+    backbone = backbone_of(folders, "zimage")
+    net, x, t = backbone.nets["teacher"], latents(backbone, 4), torch.tensor([.9, .75, .5, .2])
+    cond = backbone.encode([PROMPTS[1], "", PROMPTS[0], PROMPTS[1][:100]])
+    assert len(set(cond["length"].tolist())) == 4
+    x.requires_grad_(graded)
+    v = backbone.velocity(net, x, t, cond)
+    alone = torch.cat([backbone.velocity(net, x[i:i + 1], t[i:i + 1], {n: c[i:i + 1] for n, c in cond.items()})
+                       for i in range(4)])
+    if graded:
+        v, alone = (torch.autograd.grad(one.square().sum(), x)[0] for one in (v, alone))
+    torch.testing.assert_close(v, alone, atol=1e-5, rtol=1e-5)
+    assert v.flatten(1).std(1).min() > 1e-3
+
+
+@pytest.mark.parametrize("name, grids", [
+    ("flux1", {(1, .849235, .652489, .384945): [1000, 848, 652, 384],
+               (1, .904531, .759511, .512844): [1000, 904, 760, 512]}),
+    ("flux2-4b", {(1, .958085, .883982, .717497): [1000, 960, 884, 716],
+                  (1, .967384, .908144, .767200): [1000, 968, 908, 768]})])
+def test_flux_is_told_what_quantise_says(folders, name, grids):
+    """FLUX hears levels in bf16: quantise names those that it hears, and leaves them alone. So does the pipeline."""
+    backbone, told = backbone_of(folders, name, dtype="bf16"), []
     hook = lambda module, inputs: told.append(inputs[0].float())
-    backbone.nets["teacher"].time_guidance_embed.time_proj.register_forward_pre_hook(hook)
-    cond = backbone.encode(PROMPTS[:1])
-    for t in ([1, .958085, .883982, .717497], [1, .967384, .908144, .767200]):
+    embeds = {"flux1": "time_text_embed", "flux2-4b": "time_guidance_embed"}[name]
+    listen = lambda net: getattr(net, embeds).time_proj.register_forward_pre_hook(hook)
+    listen(backbone.nets["teacher"])
+    cond = backbone.encode(PROMPTS[:1] * 4)
+    for t, heard in grids.items():
         t = torch.tensor(t)
-        many = {name: rows.expand(4, -1, -1) for name, rows in cond.items()}
-        backbone.velocity(backbone.nets["teacher"], latents(backbone, 4), t, many)
-        assert torch.equal(told[-1], (1000 * backbone.quantise(t)).round())
-    assert told[0].tolist() == [1000, 960, 884, 716] and told[1].tolist() == [1000, 968, 908, 768]
+        backbone.velocity(backbone.nets["teacher"], latents(backbone, 4), t, cond)
+        first = told[0]                                           # FLUX.1's guidance, 1, comes through here as well
+        assert first.tolist() == heard and torch.equal(first, (1000 * backbone.quantise(t)).round())
+        told.clear()
     t = backbone.quantise(torch.rand(100_000))
     assert torch.equal(backbone.quantise(t), t) and t.max() <= 1      # such a level is told as it is
-    exact = backbone_of(folders, "sd3m", dtype="bf16")
+    pipe = stock(backbone.base, torch_dtype=torch.bfloat16)
+    listen(pipe.transformer)
+    image_of(pipe, latents(backbone).bfloat16())
+    theirs = [row[0].item() for row in told[::2 if name == "flux1" else 1]]
+    assert theirs == (1000 * backbone.quantise(timesteps(backbone)[:-1])).round().tolist()
+    exact = backbone_of(folders, "zimage" if name == "flux1" else "sd3m", dtype="bf16")
     assert torch.equal(exact.quantise(t), t)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_recomputes_under_its_own_role(folders, name):
+    """--checkpointing: the gradients without it, though another role ran before the backward pass."""
+    found = []
+    for checkpointing in (False, True):
+        backbone = backbone_of(folders, name)
+        roles = rtdmd.Roles(backbone, rtdmd.Config(model=name, device="cpu", lora_rank=4, checkpointing=checkpointing))
+        for i, p in enumerate(roles.parameters("generator") + roles.parameters("fake")):
+            nn.init.normal_(p, std=.1, generator=rng(i))
+        x, t, cond = latents(backbone), torch.tensor([.75, .5]), backbone.encode(PROMPTS)
+        v = roles.velocity("generator", x, t, cond)
+        roles.velocity("fake", x, t, cond)
+        v.square().mean().backward()
+        assert all(p.grad is None for p in roles.parameters("fake"))
+        found.append([p.grad for p in roles.parameters("generator") if p.grad is not None])
+    assert len(found[0]) == len(found[1]) > 20
+    assert sum(bool(gradient.any()) for gradient in found[0]) > len(found[0]) - 3        # SD3's last text query
+    torch.testing.assert_close(found[0], found[1], atol=1e-7, rtol=1e-4)
 
 
 def test_sd3_is_told_the_exact_timestep_even_in_bf16(folders):
@@ -2172,15 +2319,24 @@ def test_encoding_is_the_pipelines_bit_for_bit(folders, name, length):
     """At the pipeline's own text length and at a chosen one; free_text then drops the encoders."""
     backbone, pipe = backbone_of(folders, name, text_length=length), stock(folders[name].split(",")[0])
     prompts, options = PROMPTS + [""], {"max_sequence_length": length} if length else {}
-    ours = backbone.encode(prompts)
+    ours, size = backbone.encode(prompts), length or 512
+    assert prompts == PROMPTS + [""]                                  # Z-Image's pipeline writes into what it gets
     with torch.no_grad():
-        if name.startswith("flux2"):
+        if name == "flux1":
+            text, pooled, _ = pipe.encode_prompt(prompts, **options)
+            theirs = {"text": text, "pooled": pooled, "guidance": torch.ones(3)}
+        elif name.startswith("flux2"):
             theirs = {"text": pipe.encode_prompt(prompts, **options)[0]}
+        elif name == "zimage":
+            rows, _ = pipe.encode_prompt(list(prompts), do_classifier_free_guidance=False, **options)
+            theirs = {"text": torch.stack([F.pad(row, (0, 0, 0, size - len(row))) for row in rows]),
+                      "length": torch.tensor([len(row) for row in rows])}
         else:
             rows = pipe.encode_prompt(prompts, None, None, do_classifier_free_guidance=False, **options)
+            size = 77 + (length or 256)
             theirs = {"text": rows[0], "pooled": rows[2]}
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert ours["text"].shape[1] == ((length or 512) if name.startswith("flux2") else 77 + (length or 256))
+    assert ours["text"].shape[1] == size
     backbone.free_text()
     assert backbone.text is None
 
@@ -2268,11 +2424,12 @@ def test_a_repository_that_cannot_be_used(folders, tmp_path):
     assert "StableDiffusion3Pipeline without text_encoder_3" in attempt(broken)
 
 
-@pytest.mark.parametrize("name", ["sd3m", "base"])
-def test_every_network_that_is_read_is_whole(folders, tmp_path, name):
+@pytest.mark.parametrize("model, name", [("sd3m", "sd3m"), ("flux1", "flux1"), ("flux2-4b", "base"),
+                                         ("zimage", "turbo")])
+def test_every_network_that_is_read_is_whole(folders, tmp_path, model, name):
     """One tensor missing in any component: transformers would make it up, another one at every load."""
     from safetensors.torch import save_file
-    model, folder = ("sd3m", folders["sd3m"]) if name == "sd3m" else ("flux2-4b", folders["base"])
+    folder = folders[name]
     for weights in Path(folder).glob("*/*.safetensors"):
         broken, tensors = tmp_path / weights.parent.name, rtdmd.load_file(weights)
         shutil.copytree(folder, broken)
@@ -2347,6 +2504,22 @@ def test_the_distilled_flux2_is_no_teacher(folders):
     assert pair["generator"] is not pair["teacher"]
 
 
+def test_schnell_is_no_teacher(folders):
+    """FLUX.1-schnell reads no guidance: a generator that keeps its own grid, and never psi."""
+    for path in (folders["schnell"], f"{folders['flux1']},{folders['schnell']}"):
+        with pytest.raises(rtdmd.UsageError) as error:
+            backbone_of({"flux1": path}, "flux1")
+        assert "ignores guidance" in sentence(error)
+    backbone = backbone_of({"flux1": f"{folders['schnell']},{folders['flux1']}"}, "flux1")
+    pipe = stock(folders["schnell"])
+    x, cond = latents(backbone), backbone.encode(PROMPTS)
+    velocity = lambda x, t: backbone.velocity(backbone.nets["generator"], x, t, cond)
+    with torch.no_grad():
+        states, _ = rtdmd.rollout(velocity, x, [0.0] * 4, timesteps(backbone), 0)
+    torch.testing.assert_close(backbone.decode(states[-1]), image_of(pipe, x), atol=2e-5, rtol=0)
+    assert pipe.scheduler.sigmas.tolist() == [1, .75, .5, .25, 0]
+
+
 def test_a_resolution_that_does_not_fit(folders):
     """No multiple of 16, or beyond the position table: one sentence."""
     for name, resolution in (("sd3m", 100), ("sd3m", 272), ("flux2-4b", 72), ("sd3m", 0)):  # pos_embed: 256
@@ -2409,7 +2582,7 @@ def test_adapters_that_cannot_be_loaded(tmp_path):
         ev.load_lora(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["sd3m", "flux2-4b"])
+@pytest.mark.parametrize("name", ["sd3m", "flux1", "flux2-4b", "zimage"])
 def test_adapters_are_fp32_over_a_bf16_base_and_run_as_deployed(folders, tmp_path, name):
     """DEPARTURE 14: a step of 1e-6 moves both adapters, not only the last that PEFT made; and what is trained is
     what is deployed: the stock bf16 pipeline with the exported adapter gives our velocity bit for bit."""
@@ -2444,7 +2617,8 @@ vivid.differentiable = True
 REAL_FLAGS = ("--iterations 2 --batch 4 --fake_updates 2 --groups 2 --group_size 2 --micro_batch 4 --lora_rank 4 "
               "--lora_alpha 2 --resolution 64 --device cpu --prompts prompts.txt --rewards vivid_judge:vivid "
               "--lr 1e-3 --lr_fake 1e-3 --consistency_share 1")
-REAL_LENGTHS = {"sd3m": 256, "sd35m": 32, "flux2-4b": 512}     # 32 is asked for, the others are the pipelines' own
+REAL_LENGTHS = {"sd3m": 256, "sd35m": 32, "flux1": 512, "flux2-4b": 512, "zimage": 128}    # the pipelines' own, but
+ASKED_FOR = {"sd35m": ["--text_length", "32"], "zimage": ["--text_length", "128"]}
 
 
 def frozen_hashes(backbone):
@@ -2489,10 +2663,9 @@ def trained_on_small(folders, root, name):
 
         patch.setattr(rtdmd, "backbone_class", lambda model: load_and_hash)
         patch.setattr(rtdmd, "prepare", prepare_and_keep)
-        length = ["--text_length", "32"] if name == "sd35m" else []
         for stage in ("1", "2"):
             rtdmd.main(["--stage", stage, "--model", name, "--pretrained", folders[name], "--out", "run",
-                        "--cache", str(root / "cache"), *REAL_FLAGS.split(), *length])
+                        "--cache", str(root / "cache"), *REAL_FLAGS.split(), *ASKED_FOR.get(name, [])])
     for stage, one in seen.items():
         one.folder = root / f"run/stage{stage}"
         one.checkpoint = one.folder / "checkpoint-000002"
@@ -2551,8 +2724,8 @@ def test_a_checkpoint_says_how_to_sample(real_run, stage):
     one, (_, info) = real_run.stages[stage], ev.load_lora(real_run.stages[stage].checkpoint)
     backbone = one.run.backbone
     wanted = dict(model=real_run.name, base=backbone.base, stage=stage, iteration=2, steps=4, eta=0.9,
-                  shift=backbone.shift, guidance=1.0, text_length=REAL_LENGTHS[real_run.name], resolution=64,
-                  rank=4, alpha=2)
+                  shift=backbone.shift, guidance=0.0 if real_run.name == "zimage" else 1.0,      # of the pipeline
+                  text_length=REAL_LENGTHS[real_run.name], resolution=64, rank=4, alpha=2)
     assert {n: info[n] for n in wanted} == wanted
     assert info["sigmas"] == pytest.approx(timesteps(backbone)[:-1].tolist())
 
@@ -2565,12 +2738,12 @@ def test_the_readmes_lines_give_our_picture(real_run):
     pipe.load_lora_weights(one.checkpoint)
     pipe.scheduler = rtdmd.CPSScheduler.from_config(pipe.scheduler.config, eta=info["eta"])
     pipe.scheduler.generator = rng(0)
-    theirs = image_of(pipe, x, num_inference_steps=info["steps"], guidance_scale=info["guidance"],
-                      max_sequence_length=info["text_length"])
+    theirs = image_of(pipe, x, num_inference_steps=info["steps"], max_sequence_length=info["text_length"],
+                      guidance_scale=info["guidance"])
     cond = one.run.text.batch(PROMPTS, "cpu")
     with torch.no_grad(), ema_weights(one.run):
         velocity = lambda x, t: one.run.roles.velocity("generator", x, t, cond)
-        states, _ = rtdmd.rollout(velocity, x, pipeline_noise(x, rng(0)), one.run.times, info["eta"])
+        states, _ = rtdmd.rollout(velocity, x, pipeline_noise(x, rng(0), real_run.name), one.run.times, info["eta"])
         ours = backbone.decode(states[-1])
     torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
 
@@ -5159,13 +5332,16 @@ def test_eval_refuses_in_one_sentence(flags, words, capsys, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("name, parameters, linears, rank_64", [
     ("sd3m", 2_028_328_000, 191, 37_552_128), ("sd35m", 2_243_171_520, 243, 47_775_744),
-    ("flux2-4b", 3_875_544_576, 80, 74_711_040), ("flux2-9b", 9_078_581_248, 112, 127_926_272)])
+    ("sd35l", 8_056_627_520, 303, 94_322_688), ("flux1", 11_901_408_320, 266, 104_595_456),
+    ("flux2-4b", 3_875_544_576, 80, 74_711_040), ("flux2-9b", 9_078_581_248, 112, 127_926_272),
+    ("zimage", 6_154_908_736, 136, 66_846_720)])
 def test_full_size_networks(name, parameters, linears, rank_64):
     """FULL_SIZE holds the real sizes: parameters, attention linears, weights of rank-64 adapters."""
-    cls = Flux2Transformer2DModel if name.startswith("flux2") else SD3Transformer2DModel
+    import diffusers
+    cls = rtdmd.backbone_class(name)
     with torch.device("meta"):
-        net = cls(**ev.FULL_SIZE[name]["transformer"])
-    targets = rtdmd.matching_linears(net, rtdmd.Backbone.attention)
+        net = getattr(diffusers, cls.net_class)(**ev.FULL_SIZE[name]["transformer"])
+    targets = rtdmd.matching_linears(net, cls.attention)
     assert sum(p.numel() for p in net.parameters()) == parameters and len(targets) == linears
     modules = dict(net.named_modules())
     assert sum(64 * (modules[t].in_features + modules[t].out_features) for t in targets) == rank_64
@@ -5174,9 +5350,11 @@ def test_full_size_networks(name, parameters, linears, rank_64):
 def test_full_size_vaes():
     """The VAEs that are made have the real ones' sizes and channels."""
     with torch.device("meta"):
-        sd3, flux2 = AutoencoderKL(**ev.SD3_VAE), AutoencoderKLFlux2()
-    assert [round(sum(p.numel() for p in vae.parameters()) / 1e6, 1) for vae in (sd3, flux2)] == [83.8, 84.0]
-    assert (sd3.config.latent_channels, flux2.config.latent_channels) == (16, 32) and flux2.bn.eps == 1e-4
+        vaes = sd3, flux1, flux2 = AutoencoderKL(**ev.SD3_VAE), AutoencoderKL(**ev.FLUX_VAE), AutoencoderKLFlux2()
+    assert [round(sum(p.numel() for p in vae.parameters()) / 1e6, 1) for vae in vaes] == [83.8, 83.8, 84.0]
+    assert [vae.config.latent_channels for vae in vaes] == [16, 16, 32] and flux2.bn.eps == 1e-4
+    assert (sd3.config.scaling_factor, sd3.config.shift_factor) == (1.5305, .0609)
+    assert (flux1.config.scaling_factor, flux1.config.shift_factor) == (.3611, .1159)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -5185,9 +5363,11 @@ def test_made_networks_need_no_repository(folders, name, monkeypatch):
     tiny = dict(num_layers=2, num_attention_heads=1, caption_projection_dim=64)
     small = {"sd3m": dict(ev.SD3_NET, **tiny),
              "sd35m": dict(ev.SD35_NET, dual_attention_layers=(0,), **tiny),
-             "flux2-4b": dict(ev.K4_NET, num_layers=1, num_single_layers=1, num_attention_heads=1)}
+             "flux1": dict(guidance_embeds=True, num_layers=1, num_single_layers=1, num_attention_heads=1),
+             "flux2-4b": dict(ev.K4_NET, num_layers=1, num_single_layers=1, num_attention_heads=1),
+             "zimage": dict(dim=128, n_layers=1, n_refiner_layers=1, n_heads=1, n_kv_heads=1)}
     vae = dict(ev.FULL_SIZE[name]["vae"], block_out_channels=(32,) * 4)
-    real = backbone_of(folders, name, text_length=16)
+    real, one = backbone_of(folders, name, text_length=16), torch.ones(1)
     monkeypatch.setitem(ev.FULL_SIZE, name, dict(ev.FULL_SIZE[name], transformer=small[name], vae=vae))
     cfg = rtdmd.Config(model=name, device="cpu", dtype="fp32", resolution=64, text_length=16)
     state = torch.get_rng_state()
@@ -5203,6 +5383,9 @@ def test_made_networks_need_no_repository(folders, name, monkeypatch):
     assert all(torch.equal(p, q) for p, q in pair)
     cond, again = a.encode(PROMPTS), a.encode(PROMPTS[::-1])
     assert torch.equal(cond["text"][0], again["text"][1])
+    truth = real.encode(PROMPTS)                                            # guidance, lengths: not random
+    kind = lambda cond: {name: (rows.dtype, rows.dim()) for name, rows in cond.items()}
+    assert kind(cond) == kind(truth) and torch.equal(cond.get("guidance", one), truth.get("guidance", one))
     assert not torch.equal(cond["text"][0], cond["text"][1])
     assert torch.equal(*a.encode(["twice", "twice"])["text"])
     v = a.velocity(a.nets["generator"], latents(a), torch.tensor([.9, .5]), cond)
@@ -5223,7 +5406,7 @@ def test_meta_device_counts_full_size_networks_without_memory(tmp_path, name, mo
         assert all(row.is_meta and row.dtype in (torch.bfloat16, torch.int64) for row in rows)
     assert torch.get_default_dtype() == torch.float32
     cond = backbone.encode(PROMPTS)
-    assert all(rows.device.type == "cpu" and rows.dtype == torch.bfloat16 for rows in cond.values())
+    assert all(rows.device.type == "cpu" for rows in cond.values()) and cond["text"].dtype == torch.bfloat16
     cache = rtdmd.TextCache(backbone, tmp_path)
     cache.prepare(PROMPTS)
     cond = cache.batch(PROMPTS, "meta")
@@ -5238,7 +5421,9 @@ def test_meta_device_counts_full_size_networks_without_memory(tmp_path, name, mo
 
 
 SMALL_NETS = {"sd3m": dict(ev.SD3_NET, num_layers=2, num_attention_heads=2, caption_projection_dim=128),
-              "flux2-4b": dict(ev.K4_NET, num_layers=1, num_single_layers=1, num_attention_heads=2)}
+              "flux1": dict(guidance_embeds=True, num_layers=1, num_single_layers=1, num_attention_heads=2),
+              "flux2-4b": dict(ev.K4_NET, num_layers=1, num_single_layers=1, num_attention_heads=2),
+              "zimage": dict(dim=256, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2)}
 
 
 def dry_run(tmp_path, monkeypatch, name, stage, *flags):
@@ -5287,10 +5472,11 @@ def tflop_by_hand(run, role, gradient):
     return cost["forward"] / 1e12, cost["backward"] / 1e12 if gradient else 0.0
 
 
-@pytest.mark.parametrize("name, stage", [("sd3m", 1), ("sd3m", 2), ("flux2-4b", 1)])
+@pytest.mark.parametrize("name, stage", [("sd3m", 1), ("sd3m", 2), ("flux1", 1), ("flux2-4b", 1), ("zimage", 2)])
 def test_counted_costs_are_those_on_paper(tmp_path, monkeypatch, name, stage):
     """Forwards. Stage 1, F fake updates: F of the rollout, 3 F of the fake score (2 with gradient), (K-1)/2 + 1 of
-    the generator, for Eq. 9 2 of the guided teacher and 1 of the fake score. Stage 2: K, 3, M + 1 and again 3."""
+    the generator, for Eq. 9 2 of the guided teacher (FLUX.1: 1) and 1 of the fake score. Stage 2: K, 3, M + 1 and
+    again 3."""
     flags = "--batch 4 --fake_updates 1" if stage == 1 else "--groups 1 --group_size 4 --rewards hpsv2=1"
     if stage == 2:
         monkeypatch.setitem(ev.CLIP_SIZES, "hpsv2", "ViT-B-32")
@@ -5298,7 +5484,7 @@ def test_counted_costs_are_those_on_paper(tmp_path, monkeypatch, name, stage):
     forwards = {n: f for n, f in costs["forwards"].items() if not n.startswith(("decoder", "hpsv2"))}
     plain, graded = {1: (2.5, 1), 2: (4, 3)}[stage]
     assert forwards == pytest.approx({"generator": plain, "generator with gradient": graded, "fake": 2,
-                                      "fake with gradient": 2, "teacher": 2})
+                                      "fake with gradient": 2, "teacher": 1 if name == "flux1" else 2})
     by_hand = 0.0
     for role, number in forwards.items():
         forward, backward = tflop_by_hand(run, role.split()[0], "gradient" in role)
