@@ -1630,7 +1630,8 @@ class TextCache:
         for part in progress(parts, len(parts), "text embeddings") if parts else ():
             cond = self.backbone.encode(part)
             for i, prompt in enumerate(part):
-                write_atomic(self.path(prompt), safetensors_bytes({name: rows[i] for name, rows in cond.items()}))
+                row = {name: rows[i].clone() for name, rows in cond.items()}  # of its own: no shared memory
+                write_atomic(self.path(prompt), safetensors_bytes(row))
         self.backbone.free_text()
         self.row.cache_clear()                             # a file that could not be read is whole now
         barrier()

@@ -2748,6 +2748,64 @@ def test_the_readmes_lines_give_our_picture(real_run):
     torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
 
 
+README = Path(rtdmd.__file__).with_name("README.md")
+
+
+def readme_block(first_words):
+    """The block of Python in README.md that begins with these words."""
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+    return next(text for text in blocks if text.startswith(first_words))
+
+
+def test_every_flag_of_the_documents_exists():
+    """README and docs name no flag that has gone."""
+    ours = {field.name for options in (rtdmd.Config, ev.Flags) for field in dataclasses.fields(options)}
+    others = set("nproc_per_node help no-deps kills jobs".split())
+    for path in (README, *README.parent.glob("docs/*.md")):
+        found = set(re.findall(r"(?<![\w-])--([a-z][a-z_-]+)", path.read_text()))
+        assert found <= ours | others, (path.name, found - ours - others)
+
+
+def test_the_readmes_own_backbone_and_reward_train(tmp_path, monkeypatch):
+    """Pasted into files beside the prompts: both stages, as the README calls them, and an evaluation of the result."""
+    for name in ("my_models", "my_rewards"):
+        written(tmp_path, f"{name}.py", readme_block(f"# {name}.py"))
+    written(tmp_path, "prompts.txt", "a red fox\na blue whale\n")
+    monkeypatch.chdir(tmp_path)
+    line = "--model my_models:Pixels --prompts prompts.txt --iterations 2 --device cpu".split()
+    for stage in ("1", "2"):
+        rtdmd.main(["--stage", stage, *line])
+    rows = rows_of(tmp_path / "runs/Pixels/stage2")
+    assert len(rows) == 2 and math.isfinite(rows[-1]["reward_my_rewards:blueness"])
+    ev.main(["--model", "my_models:Pixels", "--lora", "runs/Pixels/stage2", "--prompts", "prompts.txt", "--device",
+             "cpu", "--metrics", "my_rewards:blueness"])
+    assert json.loads(Path("runs/eval/report.json").read_text())["scores"]["stage2"]
+
+
+def test_the_readmes_snippet_for_diffusers(real_run, folders, tmp_path, monkeypatch):
+    """As it stands, with our folder and size: the picture has the size that was trained, not the pipeline's own."""
+    from diffusers import StableDiffusion3Pipeline
+    monkeypatch.chdir(tmp_path)
+    if real_run.name != "sd3m":
+        return
+    load = StableDiffusion3Pipeline.from_pretrained
+
+    def twice_as_large(*args, **options):
+        pipe = load(*args, **options)
+        pipe.default_sample_size *= 2
+        return pipe
+
+    monkeypatch.setattr(StableDiffusion3Pipeline, "from_pretrained", twice_as_large)
+    code = readme_block("import torch\nfrom diffusers")
+    for old, new in (("stabilityai/stable-diffusion-3-medium-diffusers", folders["sd3m"]), ('.to("cuda")', ""),
+                     ("runs/sd3m/stage2/checkpoint-001000", str(real_run.stages[2].checkpoint)),
+                     ("torch.bfloat16", "torch.float32"), ("512", "64")):
+        assert old in code
+        code = code.replace(old, new)
+    exec(code, {})
+    assert Image.open("fox.png").size == (64, 64)
+
+
 FATAL = """
 import os, signal, pathlib, torch
 def watch(images, prompts):
