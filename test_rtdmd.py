@@ -2770,6 +2770,8 @@ def test_the_readmes_own_backbone_and_reward_train(tmp_path, monkeypatch):
     """Pasted into files beside the prompts: both stages, as the README calls them, and an evaluation of the result."""
     for name in ("my_models", "my_rewards"):
         written(tmp_path, f"{name}.py", readme_block(f"# {name}.py"))
+        monkeypatch.delitem(sys.modules, name, raising=False)                # another test has one of this name
+    monkeypatch.syspath_prepend(tmp_path)
     written(tmp_path, "prompts.txt", "a red fox\na blue whale\n")
     monkeypatch.chdir(tmp_path)
     line = "--model my_models:Pixels --prompts prompts.txt --iterations 2 --device cpu".split()
