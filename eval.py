@@ -163,12 +163,18 @@ class Aesthetic:
     clip: nn.Module          # CLIPModel of L/14, or a smaller one
     head: nn.Module          # its projected image embedding (B,768) -> (B,1)
 
+    @staticmethod
+    def find_head(cfg):
+        """LAION's own .pth, if it lies in --weights_dir or here, or its copy on the hub."""
+        own = Path(cfg.weights_dir or ".").expanduser() / "sac+logos+ava1-l14-linearMSE.pth"
+        return own if own.is_file() else find_weights("ttj/sac-logos-ava1-l14-linearMSE", "model.safetensors", cfg)
+
     @classmethod
     def load(cls, cfg):
-        """The head: LAION's own .pth, if it lies in --weights_dir or here, or its copy on the hub."""
-        own = Path(cfg.weights_dir or ".").expanduser() / "sac+logos+ava1-l14-linearMSE.pth"
-        state = (torch.load(own, map_location="cpu", weights_only=True) if own.is_file() else
-                 load_file(find_weights("ttj/sac-logos-ava1-l14-linearMSE", "model.safetensors", cfg)))
+        """Both files: CLIP's and the head's."""
+        path = cls.find_head(cfg)
+        state = (load_file(path) if path.suffix == ".safetensors" else
+                 torch.load(path, map_location="cpu", weights_only=True))
         clip = load_net(transformers.CLIPModel, CLIP_L14, cfg, dtype=torch.float32)
         return cls(clip, frozen(score_head(state, "layers."), cfg))
 
@@ -906,6 +912,42 @@ def check_metrics(flags, own=()):
     rtdmd.parse_rewards(",".join(flags.metrics), own, "--metrics")
 
 
+# Of each repository one file is looked for before anything is sampled: this one, or else config.json.
+FIRST_FILE = {"xswu/HPSv2": "HPS_v2.1_compressed.pt", "zai-org/ImageReward": "ImageReward.pt",
+              "google-bert/bert-base-uncased": "tokenizer.json", "MizzenAI/HPSv3": "HPSv3.safetensors",
+              "timm/vit_large_patch14_clip_224.openai": "open_clip_model.safetensors"}
+
+
+def missing_weights(metrics, cfg):
+    """{metric: a sentence} of those whose files are not there or are no weights, without loading any: real ones
+    take gigabytes and minutes. What only loading shows costs that metric alone, in score_rows."""
+    problems = {}
+    for name in (name for name in metrics if name in METRICS):
+        try:
+            for repo in METRICS[name]["repo"].split(", "):
+                look_at(Aesthetic.find_head(cfg) if repo.startswith("ttj/") else
+                        find_weights(repo, FIRST_FILE.get(repo, "config.json"), cfg))
+        except UsageError as error:
+            problems[name] = str(error)
+    return problems
+
+
+def look_at(path):
+    """UsageError where a file, or the weights beside a config.json, are empty, cut short (.safetensors), a web page
+    or what Git LFS leaves in place of a file. Only the beginning is read."""
+    for file in sorted(path.parent.glob("*.safetensors")) if path.name == "config.json" else [path]:
+        try:
+            with open(file, "rb") as opened:
+                head = opened.read(32).strip().lower()
+            if not head or head.startswith((b"<", b"version https://git-lfs")):
+                raise ValueError("it is empty, a web page or a pointer of Git LFS")
+            if file.suffix == ".safetensors":
+                with safe_open(file, "pt"):
+                    pass
+        except (OSError, ValueError, SafetensorError) as error:
+            raise UsageError(f"{file} holds no weights ({error!s:.100}): download it again.") from error
+
+
 def load_metric(name, cfg):
     """The scorer of that name with its real networks. (As a reward, geneval gives partial credit.)"""
     return rtdmd.load_reward("eval:GenEval" if name == "geneval" else name, cfg)
@@ -996,13 +1038,13 @@ def free():
 
 
 def mean_and_error(values, prompts=None):
-    """Mean of the scores that are not NaN, and its standard error over prompts (none given: all differ).
+    """Mean of the finite scores, and its standard error over prompts (none given: all differ).
 
     The pictures of one prompt are not independent: an error over pictures would be too small.
     """
     groups = {}
     for prompt, value in zip(prompts or range(len(values)), values):
-        if not math.isnan(value):
+        if math.isfinite(value):
             groups.setdefault(prompt, []).append(value)
     means = [sum(group) / len(group) for group in groups.values()]
     error = float(np.std(means, ddof=1)) / math.sqrt(len(means)) if len(means) > 1 else math.nan
@@ -1019,7 +1061,7 @@ class Flags:
     """What to sample and what to measure: type, default, unit and source."""
 
     # ---- What to do: one of these
-    run_folder: str = opt("", "run folder: teacher, teacher_cfg, student_init, stage1, stage2 side by side")
+    run_folder: str = opt("", "run folder: teacher, also with guidance, untrained student, both stages side by side")
     lora: str = opt("", "checkpoint, or a stage's folder (its newest): sampled as it was trained")
     teacher: bool = opt(False, "the teacher, Euler steps: --teacher --nfe 50 --cfg 7")
     images: str = opt("", "folder of pictures; metadata.jsonl (file_name, prompt) or names give the prompts")
@@ -1054,6 +1096,11 @@ OWN_DEFAULTS = {"tiny": dict(prompts="eval:tiny_test_captions", metrics=DEFAULT_
                 "real": dict(prompts="drawbench", metrics=DEFAULT_METRICS["real"], per_prompt=1, batch=8)}
 
 
+# Beyond these a number is a slip of the finger, and would end in an overflow or never.
+MOST = dict(nfe=rtdmd.MOST["steps"], per_prompt=10**4, batch=10**6, max_prompts=10**9, seeds=1000, jobs=256)
+MOST_DRY = 10**6
+
+
 def read_flags(argv):
     """The flags that were given, by name. Raises UsageError for an unknown one."""
     shared = [field for field in dataclasses.fields(rtdmd.Config) if field.name in MODEL_FLAGS]
@@ -1077,11 +1124,24 @@ def parse(argv):
     flags = Flags(**{**own, **{n: v for n, v in given.items() if n not in MODEL_FLAGS}})
     flags.metrics, flags.given = [name.strip() for name in flags.metrics.split(",")], set(given)
     flags.out = flags.out or flags.run_folder or ("runs/ablations" if flags.ablations else "runs/eval")
-    low = [n for n in ("nfe", "per_prompt", "batch", "max_prompts", "seeds", "jobs") if n in given and given[n] < 1]
-    if low or "eta" in given and not 0 <= flags.eta <= 1:
-        raise UsageError(f"--{low[0]} must be at least 1." if low else "--eta must lie in [0, 1].")
-    if "cfg" in given and not (flags.teacher and 0 <= flags.cfg < math.inf):
-        raise UsageError("--cfg is the guidance of --teacher, a number of at least 0: students are sampled without.")
+    check_flags(flags, cfg, given)
+    return flags, cfg
+
+
+def check_flags(flags, cfg, given):
+    """Values out of range, commands that exclude each other, and text that is none. Raises UsageError."""
+    for name, most in MOST.items():
+        if name in given and not 1 <= given[name] <= most:
+            raise UsageError(f"--{name} must be at {'least 1' if given[name] < 1 else f'most {most}'}.")
+    if "eta" in given and not 0 <= flags.eta <= 1:
+        raise UsageError("--eta must lie in [0, 1].")
+    if "cfg" in given and not (flags.teacher and 0 <= flags.cfg <= 10**6):
+        raise UsageError("--cfg is the guidance of --teacher, a number from 0 to 1000000: students are sampled "
+                         "without.")
+    try:
+        rtdmd.prompt_of(flags.prompt)
+    except ValueError as error:                              # bytes that are not UTF-8, or a text without end
+        raise UsageError(f"--prompt cannot be read ({error!s:.100}): give a text in UTF-8.") from error
     if flags.ablations and cfg.model != "tiny":
         raise UsageError("--ablations are asked on the tiny world: leave out --model.")
     commands = ("ablations", "lora", "run_folder", "teacher", "images", "compare", "prompt")
@@ -1094,7 +1154,6 @@ def parse(argv):
     if {"geneval", "geneval2"} & set(flags.metrics) and not cfg.prompts.endswith(".jsonl"):
         raise UsageError("--metrics geneval and geneval2 must know what a picture has to show: give --prompts "
                          "FILE.jsonl of their metadata rows, or other --metrics.")
-    return flags, cfg
 
 
 def settings_of(run):
@@ -1103,9 +1162,33 @@ def settings_of(run):
     if run and not found and not any(Path(run).glob("stage[12]/checkpoint-*")):
         raise UsageError(f"--run_folder {run}: there is no run here: give the --out of rtdmd.py, or --lora.")
     try:
-        return {} | json.loads(found[0].read_text())["config"] if found else {}
-    except (ValueError, LookupError, TypeError) as error:
-        raise UsageError(f"{found[0]} is damaged ({error!r}): delete it, and give the run's flags.") from None
+        config = {} | json.loads(found[0].read_text())["config"] if found else {}
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise UsageError(f"{found[0]} is damaged ({error!r:.100}): delete it, and give the run's flags.") from None
+    of_model = {n: n for n in (*MODEL_FLAGS, "guidance", "steps", "eta") if n not in ("device", "prompts")}
+    return checked(config, of_model, found and found[0], "delete it, and give the run's flags")
+
+
+def checked(facts, fields, where, remedy, needed=()):
+    """`facts`, from the file `where`, if its `fields` {name: flag of rtdmd.py} could be given as these flags, since
+    they are used like them. Only those that are `needed` must be there. UsageError names file and field."""
+    for name, flag in fields.items():
+        wrong = unfit(flag, facts[name]) if name in facts else "is missing" if name in needed else ""
+        if wrong:
+            raise UsageError(f"{where}: the field {name!r} {wrong}: {remedy}.")
+    return facts
+
+
+def unfit(flag, value):
+    """What is wrong with a value for a flag of rtdmd.py: its type, or its range. "" if nothing is."""
+    kind = type(getattr(rtdmd.Config, flag))
+    if kind is str:
+        return "" if isinstance(value, str) else "is no text"
+    least = rtdmd.LEAST.get(flag, int(kind is int))
+    most = rtdmd.MOST.get(flag, 10**9 if kind is int else 10**6)
+    fits = type(value) is int or kind is float and type(value) is float
+    whole = "whole " if kind is int else ""
+    return "" if fits and least <= value <= most else f"is no {whole}number from {least} to {most}"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1126,8 +1209,13 @@ def plan(flags, cfg):
 
     A checkpoint is sampled as it was trained unless a flag says otherwise; cfg.resolution becomes its own, too.
     """
+    infos, rows = [], {}
+
     def student(lora=None):
-        info = load_lora(lora)[1] if lora else {}
+        info = adapter_info(lora, flags.given) if lora else {}
+        infos.extend([info] if lora else [])
+        if lora and info["model"] != cfg.model:
+            raise UsageError(f"The adapter is one of {info['model']!r:.60}: add the --model of its training.")
         if "resolution" not in flags.given:
             cfg.resolution = info.get("resolution", cfg.resolution)
         return dict(role="generator", nfe=flags.nfe or info.get("steps", cfg.steps), guidance=1.0, lora=lora,
@@ -1136,28 +1224,82 @@ def plan(flags, cfg):
     def teacher(nfe, guidance):
         return dict(role="teacher", nfe=nfe, eta=0.0, guidance=guidance, lora=None)
 
-    rows = {}
     if flags.run_folder:                                     # 50 steps, with guidance 100 NFE: the paper's 4.2
         rows = {"teacher": teacher(50, 1.0), "teacher_cfg": teacher(50, cfg.guidance), "student_init": student()}
         for folder in (Path(flags.run_folder) / "stage1", Path(flags.run_folder) / "stage2"):
             if rtdmd.list_checkpoints(folder):
                 rows[folder.name] = student(checkpoint_at(folder))
-    if flags.teacher:
-        rows["teacher"] = teacher(flags.nfe or 50, flags.cfg)
+    if flags.teacher and (own := teacher(flags.nfe or 50, flags.cfg)) not in rows.values():
+        rows["teacher_2" if rows else "teacher"] = own
     if flags.lora:
-        rows[Path(flags.lora).name] = student(checkpoint_at(flags.lora))
+        add_row(rows, flags.lora, student(checkpoint_at(flags.lora)))
+    for name in ("rank", "alpha", "resolution", "text_length"):              # there is one network, of one size
+        if name not in flags.given and len({info.get(name) for info in infos}) > 1:
+            raise UsageError(f"The checkpoints differ in {name}: evaluate them one after the other.")
     return rows or {"student_init": student()}
+
+
+def adapter_info(folder, given):
+    """load_lora's info, with all that is needed to sample the adapter and that no flag says."""
+    flag_of = dict(model="", steps="nfe", eta="eta", resolution="resolution")
+    return checked(load_lora(folder)[1], ADAPTER_FIELDS, Path(folder) / rtdmd.LORA_FILE, "take another checkpoint",
+                   needed=[name for name, flag in flag_of.items() if flag not in given])
+
+
+def add_row(rows, path, row):
+    """Adds the row of --lora under the name of its folder, which may be a stage's of another run."""
+    name, above = folder_name(path), folder_name(Path(path) / "..")
+    if name in rows and rows[name]["lora"] and rows[name]["lora"].resolve() == row["lora"].resolve():
+        return                                               # it is a row of --run_folder already
+    taken = {*rows, "teacher", "teacher_2", "teacher_cfg", "student_init"}
+    free = [n for n in (name, f"{name} of {above}"[:60]) if n not in taken]
+    if not free:
+        raise UsageError(f"--lora {path} would be a second row called {name!r}: rename its folder, or evaluate it "
+                         "alone.")
+    rows[free[0]] = row
+
+
+def folder_name(path):
+    """The name of a folder, for a row of the table and for a folder of OUT/images: also of "." and "..", without
+    what cannot be printed, and short enough for every file system."""
+    name = os.path.basename(os.path.abspath(path)) or "root"
+    return "".join(letter if letter.isprintable() else "_" for letter in name)[:60]
+
+
+def label(name, row):
+    """A row of plan in words, such as "teacher, 50 steps, guidance 1.5"."""
+    steps = f"{row['nfe']} step{'s' if row['nfe'] > 1 else ''}"
+    if row["role"] == "teacher":
+        guided = row["guidance"] != 1 or name == "teacher_cfg"
+        return f"teacher, {steps}" + (f", guidance {row['guidance']:g}" if guided else "")
+    words = re.sub("^stage(?=[12]( |$))", "stage ", name) if row["lora"] else "untrained student"
+    return f"{words}, {steps}"
+
+
+# Fields of an adapter's metadata, by the flags of rtdmd.py whose types and ranges they have.
+ADAPTER_FIELDS = dict(rank="lora_rank", alpha="lora_alpha", model="model", steps="steps", eta="eta",
+                      resolution="resolution", text_length="text_length")
 
 
 def load_lora(folder):
     """(state_dict, info) of a saved adapter; info as it was saved, plus "rank", "alpha" and "targets"."""
-    path = Path(folder) / rtdmd.LORA_FILE
+    path, remedy = Path(folder) / rtdmd.LORA_FILE, "take another checkpoint"
     try:
         with safe_open(path, "pt") as file:
             state_dict = {name.removeprefix("transformer."): file.get_tensor(name) for name in file.keys()}
-            return state_dict, json.loads((file.metadata() or {})["rtdmd"])
-    except (OSError, KeyError, ValueError, SafetensorError) as error:
-        raise UsageError(f"{path} is missing or damaged, or tells no rank and alpha: take another.") from error
+            info = {} | json.loads((file.metadata() or {})["rtdmd"])
+    except (OSError, KeyError, ValueError, TypeError, RecursionError, SafetensorError) as error:
+        raise UsageError(f"{path} is missing or damaged, or tells no rank and alpha: {remedy}.") from error
+    checked(info, ADAPTER_FIELDS, path, remedy, needed=("rank", "alpha"))
+    targets = info.get("targets")
+    if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
+        raise UsageError(f"{path}: the field 'targets' is no list of names: {remedy}.")
+    if {tensor.shape[:1] for name, tensor in state_dict.items() if ".lora_A." in name} != {(info["rank"],)}:
+        raise UsageError(f"{path}: the field 'rank' is {info['rank']}, which its tensors do not have: {remedy}.")
+    for name, tensor in state_dict.items():
+        if not (tensor.is_floating_point() and tensor.float().isfinite().all()):
+            raise UsageError(f"{path}: its tensor {name!r} holds values that are no finite numbers: {remedy}.")
+    return state_dict, info
 
 
 class Sampler:
@@ -1166,14 +1308,14 @@ class Sampler:
     def __init__(self, cfg, rows, prompts):
         adapters = {name: load_lora(row["lora"]) for name, row in rows.items() if row["lora"]}
         for _, info in adapters.values():
-            if info["model"] != cfg.model:
-                raise UsageError(f"The adapter is one of {info['model']}: add --model {info['model']}.")
             cfg.lora_rank, cfg.lora_alpha = info["rank"], info["alpha"]
             cfg.text_length = cfg.text_length or info.get("text_length", 0)  # padding is part of the condition
         cfg.device = rtdmd.start_processes(cfg.device)
         self.cfg, self.adapters, self.backbone = cfg, adapters, rtdmd.backbone_class(cfg.model)(cfg)
         self.roles = rtdmd.Roles(self.backbone, cfg)
         self.blank = {n: p.detach().clone() for n, p in self.roles.named["generator"].items()}
+        for name in adapters:
+            self.load_adapter(name)                          # one that does not fit is known before hours of work
         self.text = rtdmd.TextCache(self.backbone, Path(cfg.cache) / "text")
         self.text.prepare(prompts)
 
@@ -1195,18 +1337,25 @@ class Sampler:
         velocity = ((lambda x, t: self.roles.teacher(x, t, cond, null)) if row["role"] == "teacher" else
                     (lambda x, t: self.roles.velocity("generator", x, t, cond)))
         times = rtdmd.timestep_schedule(row["nfe"], self.backbone.shift_for(row["nfe"])).to(device)
-        return self.backbone.decode(rtdmd.rollout(velocity, start, noise, times, row["eta"])[0][-1])
+        x = rtdmd.rollout(velocity, start, noise, times, row["eta"])[0][-1]
+        broken = ~x.isfinite().flatten(1).all(1).view(-1, 1, 1, 1)  # a decoder would clamp inf to white
+        return self.backbone.decode(x).masked_fill(broken, math.nan)
 
     def sample(self, name, row, captions, flags):
-        """This process's share of a row: indices into captions, bytes (n, 3, H, W), seconds per image."""
+        """This process's share of a row: indices into captions, bytes (n, 3, H, W), seconds per image. Pictures that
+        are not finite are left out: as bytes they would look like others."""
         self.load_adapter(name)
-        mine, parts, start = rtdmd.share(len(captions)), [], time.perf_counter()
-        for rows in rtdmd.progress(rtdmd.chunks(len(mine), flags.batch), -(-len(mine) // flags.batch), name):
+        mine, found, parts, start = rtdmd.share(len(captions)), [], [], time.perf_counter()
+        parts_of_mine = rtdmd.chunks(len(mine), flags.batch)
+        for rows in rtdmd.progress(parts_of_mine, len(parts_of_mine), label(name, row)):
             texts = [captions[i] for i in mine[rows]]
             keys = [rtdmd.key("eval", self.cfg.seed, captions[i], i % flags.per_prompt) for i in mine[rows]]
-            parts.append(as_bytes(self.batch(row, texts, keys)).cpu())
+            images = self.batch(row, texts, keys)
+            finite = images.isfinite().flatten(1).all(1).cpu()
+            parts.append(as_bytes(images).cpu()[finite])
+            found += [i for i, good in zip(mine[rows], finite) if good]
         seconds = (time.perf_counter() - start) / max(1, len(mine))
-        return mine, torch.cat(parts) if parts else torch.zeros(0, 3, 1, 1, dtype=torch.uint8), seconds
+        return found, torch.cat(parts) if parts else torch.zeros(0, 3, 1, 1, dtype=torch.uint8), seconds
 
     def free(self):
         """Drops networks before the judges come: a reward model may need the room."""
@@ -1215,24 +1364,24 @@ class Sampler:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 12. Scoring and reports. pictures {row: (indices, images)}: this process's share, all rows of the same captions
+# 12. Scoring and reports. pictures {row: (indices, images)}: this process's share, all rows of the same captions.
+# An index that no process has is a picture that was not finite.
 # ------------------------------------------------------------------------------------------------------------
 
 def gathered(pairs):
-    """Values of all processes' (index, value) in the order of the index, a picture's place in the set."""
-    pairs = itertools.chain(*rtdmd.everyone(list(pairs)))
-    return [value for _, value in sorted(pairs, key=operator.itemgetter(0))]
+    """{index: value} of all processes in the order of the index, a picture's place in the set."""
+    return dict(sorted(itertools.chain(*rtdmd.everyone(list(pairs))), key=operator.itemgetter(0)))
 
 
-def score_rows(pictures, captions, flags, cfg, own=()):
-    """{row: {metric: list over all pictures}}, sentences on failures. One scorer is in memory at a time; one that
-    cannot be loaded is a failure, and costs the others nothing."""
+def score_rows(pictures, captions, flags, cfg, own=(), labels={}):
+    """{row: {metric: list over all captions}}, sentences on failures, by the rows' labels. One scorer is in memory at
+    a time; one that cannot be loaded is a failure, and costs the others nothing."""
     scores, failures = {row: {} for row in pictures}, []
     for name in (name for name in flags.metrics if name not in SET_METRICS):
         scorer = problem = None
         try:
             scorer = own[name] if name in own else load_metric(name, cfg)
-        except UsageError as error:
+        except (UsageError, torch.OutOfMemoryError) as error:
             problem = f"{name}: {error}"
         if problems := [text for text in rtdmd.everyone(problem) if text]:
             failures.append(problems[0])
@@ -1240,10 +1389,11 @@ def score_rows(pictures, captions, flags, cfg, own=()):
         for row, (index, images) in pictures.items():
             texts = [captions[i] for i in index]
             values, failed = run_metric(scorer, images, texts, max(flags.batch, 16), cfg.device)
-            failures += [f"{row}: {sentence}" for sentence in itertools.chain(*rtdmd.everyone(failed))]
+            failures += [f"{labels.get(row, row)}: {text}" for text in itertools.chain(*rtdmd.everyone(failed))]
             lost = [math.nan] * len(index)  # a process without a score does not know all of the names
             for metric in dict.fromkeys(itertools.chain(*rtdmd.everyone(list(values)))):
-                scores[row][metric] = gathered(zip(index, values.get(metric, lost)))
+                found = gathered(zip(index, values.get(metric, lost)))
+                scores[row][metric] = [found.get(i, math.nan) for i in range(len(captions))]
         del scorer
         free()
     return scores, failures
@@ -1257,88 +1407,153 @@ def summarise(scores, captions, tasks):
 
 def number(mean, error):
     """A mean with its standard error."""
-    return f"{mean:.4g}" if math.isnan(error) else f"{mean:.3f}+-{error:.3f}"
+    return f"{mean:.4g}" if math.isnan(error) else f"{mean:.3f}±{error:.3f}"
 
 
-def table(rows):
-    """rows {name: {metric: (mean, error)}} as text, in the order and with the columns of the paper."""
+def table(rows, labels={}):
+    """rows {name: {metric: (mean, error)}} as text, in the order and with the columns of the paper. labels: names in
+    words."""
     columns = {**TINY_COLUMNS, **{name: metric["column"] for name, metric in METRICS.items()}}
     found = {metric for row in rows.values() for metric in row}
     metrics = [*(m for m in columns if m in found), *sorted(found - columns.keys())]
     lines = [["", *(columns.get(m, m) for m in metrics)]]
-    lines += [[name, *(number(*row[m]) if m in row else "" for m in metrics)] for name, row in rows.items()]
+    lines += [[labels.get(name, name), *(number(*row[m]) if m in row else "" for m in metrics)]
+              for name, row in rows.items()]
     widths = [max(map(len, cells)) for cells in zip(*lines)]
     adjusted = ([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])] for name, *cells in lines)
     return "\n".join(map("  ".join, adjusted))
 
 
-def report(flags, results, scores, failures, note="", **facts):
+def try_folder(folder):
+    """Makes the folder and, for a moment, a file in it: what cannot be written is known before hours of work."""
+    if rtdmd.dist_info()[0] == 0:
+        trial = Path(folder) / ".trial"
+        rtdmd.write_atomic(trial, bytes(2**16))
+        trial.unlink(missing_ok=True)
+
+
+def without_nan(value):
+    """The same value for JSON, which has no nan and no inf: null in their place."""
+    if isinstance(value, dict):
+        return {name: without_nan(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def report(flags, results, scores, failures, note="", labels={}, **facts):
     """The table, and OUT/report.json: rows, their errors, every score, and what made them. Rank 0 only."""
     if rtdmd.dist_info()[0] != 0:
         return
     used = [m for m in METRICS if any(m in row for row in results.values())]
     content = dict(rows={n: {m: value for m, (value, _) in row.items()} for n, row in results.items()},
-                   errors={n: {m: None if math.isnan(error) else error for m, (_, error) in row.items()}
-                           for n, row in results.items()},
+                   errors={n: {m: error for m, (_, error) in row.items()} for n, row in results.items()},
                    scores=scores, **rtdmd.provenance(),
                    scorers={m: {k: METRICS[m][k] for k in ("repo", "scale", "licence")} for m in used},
                    per_prompt=flags.per_prompt, failures=failures, **facts)
-    rtdmd.write_atomic(Path(flags.out) / "report.json", json.dumps(content, indent=1, default=str))
-    print("\n".join([table(results), *filter(None, [note]), *(f"not scored: {text}" for text in failures[:10])]))
+    lost = [f"not scored: {text}" for text in failures[:10]]
+    if len(failures) > 10:
+        lost.append(f"not scored: {len(failures) - 10} more, all in {flags.out}/report.json")
+    try:                                                     # neither a full disk nor a closed pipe costs the other
+        print("\n".join([table(results, labels), *filter(None, [note]), *lost]), flush=True)
+    finally:
+        text = json.dumps(without_nan(content), indent=1, default=str, allow_nan=False)
+        rtdmd.write_atomic(Path(flags.out) / "report.json", text)
 
 
-def demand_scores(flags, scores):
-    """After the report: a metric without a single score is an error, for whoever waits on the exit code."""
+def demand_scores(flags, scores, dead=()):
+    """After the report: a row without a finite picture and a metric without a score are errors, for whoever waits on
+    the exit code."""
+    if dead:
+        raise UsageError(f"no picture of {' and '.join(dead)} is finite: take another checkpoint or --dtype fp32; "
+                         f"{flags.out}/report.json has the rest.", code=1)
     found = {m for row in scores.values() for m, values in row.items() if np.isfinite(values).any()}
     if lost := [m for m in flags.metrics if m not in found and m not in SET_METRICS]:
         raise UsageError(f"nothing was scored by {', '.join(lost)}; {flags.out}/report.json has the rest.", code=1)
 
 
+def warn_of_missing(flags, cfg, own):
+    """Says which metrics will be left out, while the command can still be stopped. UsageError if all will."""
+    problems = missing_weights([name for name in flags.metrics if name not in own], cfg)
+    if problems.keys() == set(flags.metrics):
+        raise UsageError(next(iter(problems.values())))
+    for name, problem in problems.items():
+        rtdmd.log(f"--metrics {name} will be left out: {problem}")
+
+
 def evaluate(flags, cfg):
     """--run_folder, --lora, --teacher: samples the rows of a plan, scores them, writes the report and
     grid.png."""
-    check_metrics(flags, TINY_COLUMNS if cfg.model == "tiny" else ())
+    own = TINY_COLUMNS if cfg.model == "tiny" else ()
+    check_metrics(flags, own)
     rows, pictures, seconds = plan(flags, cfg), {}, {}
+    labels = {name: label(name, row) for name, row in rows.items()}
     prompts = rtdmd.read_prompts(cfg.prompts, cfg.seed)[:flags.max_prompts]
     tasks = geneval_tasks(flags.metrics, prompts, cfg)
     captions = [prompt for prompt in prompts for _ in range(flags.per_prompt)]
-    Path(flags.out).mkdir(parents=True, exist_ok=True)  # what cannot be written is known before hours of work
+    warn_of_missing(flags, cfg, own)
+    try_folder(flags.out)
     sampler = Sampler(cfg, rows, prompts)
     for name, row in rows.items():
         *pictures[name], seconds[name] = sampler.sample(name, row, captions, flags)
     if cfg.model != "tiny":
         sampler.free()
-    scores, failures = score_rows(pictures, captions, flags, cfg, getattr(sampler.backbone, "rewards", ()))
-    shown, panels = range(0, len(captions), flags.per_prompt)[:12], []
+    lost = {row: {*range(len(captions))} - gathered(zip(index, index)).keys()
+            for row, (index, _) in pictures.items()}
+    scores, failures = score_rows(pictures, captions, flags, cfg, getattr(sampler.backbone, "rewards", ()), labels)
+    failures = [f"{labels[row]}: the picture of the prompt {captions[i]!r} is not finite"
+                for row in rows for i in sorted(lost[row])] + failures
     results = {name: summarise(scores[name], captions, tasks) for name in rows}
     for name, (index, images) in pictures.items():
         if of_set := [m for m in SET_METRICS if m in flags.metrics]:
-            everything = torch.stack(gathered(zip(index, images))).float() / 255
-            found = tiny_set_metrics(sampler.backbone, everything, captions, flags.per_prompt)
+            found = whole_set_metrics(sampler.backbone, index, images, captions, flags.per_prompt)
             results[name].update({m: found[m] for m in of_set})
         results[name]["seconds_per_image"] = (seconds[name], math.nan)
-        panels += gathered((i, image) for i, image in zip(index, images) if i in shown)
+    panels = grid_rows(pictures, range(0, len(captions), flags.per_prompt)[:12])
     prompt_hash = f"{rtdmd.key(prompts):016x}"               # two reports compare only if it is the same
-    note = (f"{len(prompts)} prompts x {flags.per_prompt} pictures, set {prompt_hash}, seed {cfg.seed}; +- is one "
-            f"standard error. Rows of {flags.out}/grid.png: {', '.join(rows)}.")
-    report(flags, results, scores, failures, note, model=cfg.model, prompts=prompts, prompt_hash=prompt_hash,
-           tasks=tasks, seed=cfg.seed, sampler=rows, resolution=cfg.resolution)
+    note = (f"{len(prompts)} prompts x {flags.per_prompt} pictures, set {prompt_hash}, seed {cfg.seed}; ± is one "
+            f"standard error. Pictures: {flags.out}/grid.png.")
+    report(flags, results, scores, failures, note, labels, model=cfg.model, prompts=prompts,
+           prompt_hash=prompt_hash, tasks=tasks, seed=cfg.seed, sampler=rows, resolution=cfg.resolution)
     if rtdmd.dist_info()[0] == 0:  # after the report: no picture is worth losing it for
-        rtdmd.save_grid(Path(flags.out) / "grid.png", torch.stack(panels).float() / 255, len(shown), list(rows))
+        if len(panels):
+            rtdmd.save_grid(Path(flags.out) / "grid.png", panels, len(panels) // len(rows), [*labels.values()])
         if flags.run_folder:
             draw_run_curves(Path(flags.run_folder), Path(flags.out) / "curves.png")
     if flags.save_images:
         save_pictures(Path(flags.out) / "images", pictures, captions)
-    demand_scores(flags, scores)
+    demand_scores(flags, scores, [labels[row] for row in rows if len(lost[row]) == len(captions)])
+
+
+def whole_set_metrics(backbone, index, images, captions, per_prompt):
+    """tiny_set_metrics over the captions of which every picture is there."""
+    found = gathered(zip(index, images))
+    groups = [range(i, i + per_prompt) for i in range(0, len(captions), per_prompt)]
+    whole = [i for group in groups if all(i in found for i in group) for i in group]
+    if not whole:
+        return dict.fromkeys(SET_METRICS, (math.nan, math.nan))
+    stack = torch.stack([found[i] for i in whole]).float() / 255
+    return tiny_set_metrics(backbone, stack, [captions[i] for i in whole], per_prompt)
+
+
+def grid_rows(pictures, shown):
+    """Of each row the pictures `shown`, as floats: (rows * shown, 3, H, W). One that is missing is white."""
+    found = [gathered((i, image) for i, image in zip(index, images) if i in shown)
+             for index, images in pictures.values()]
+    known = next((image for row in found for image in row.values()), None)
+    if known is None:
+        return torch.zeros(0)
+    blank = torch.full_like(known, 255)
+    return torch.stack([row.get(i, blank) for row in found for i in shown]).float() / 255
 
 
 def save_pictures(folder, pictures, captions):
     """OUT/images/ROW/000000.png and metadata.jsonl, as --images reads them. A process writes its own pictures."""
-    names = [f"{i:06d}.png" for i in range(len(captions))]
-    lines = [json.dumps({"file_name": name, "prompt": text}) + "\n" for name, text in zip(names, captions)]
     for row, (index, images) in pictures.items():
         for i, image in zip(index, images):
-            rtdmd.write_png(folder / row / names[i], Image.fromarray(image.permute(1, 2, 0).numpy()))
+            rtdmd.write_png(folder / row / f"{i:06d}.png", Image.fromarray(image.permute(1, 2, 0).numpy()))
+        lines = [json.dumps({"file_name": f"{i:06d}.png", "prompt": captions[i]}) + "\n"
+                 for i in gathered(zip(index, index))]
         if rtdmd.dist_info()[0] == 0:
             rtdmd.write_atomic(folder / row / "metadata.jsonl", "".join(lines))
 
@@ -1362,10 +1577,14 @@ def read_folder(folder):
             rtdmd.log(f"{folder}: {len(there) - len(files)} files are left out, no pictures by their ending: "
                       f"{', '.join(others[:8])}")
         prompts = [p.stem.replace("_", " ").strip() for p in files]
+    for file, prompt in zip(files, prompts):
+        if re.search("[\ud800-\udfff]", prompt):
+            raise UsageError(f"--images: the prompt of {file.name!r} is no text in UTF-8: rename the file, or give "
+                             "its prompt in metadata.jsonl.")
     missing = [file for file in files if not file.exists()]
     if missing or not files:
         below = ", ".join(sorted(p.name for p in folder.iterdir() if p.is_dir())[:5])
-        raise UsageError(f"{listed} names {missing[0]}, which does not exist: mend it." if missing else
+        raise UsageError(f"{listed} names {missing[0]}, which does not exist: correct it." if missing else
                          f"--images {folder} holds no picture that Pillow reads: give another folder"
                          f"{f', one of {below} in it' if below else ''}.")
     return files, prompts
@@ -1376,8 +1595,9 @@ def score_folder(flags, cfg):
     files, prompts = read_folder(flags.images)
     check_metrics(flags)
     tasks = geneval_tasks(flags.metrics, prompts, cfg)
+    try_folder(flags.out)
     cfg.device = rtdmd.start_processes(cfg.device)
-    flags.per_prompt, name, index = 1, Path(flags.images).name, rtdmd.share(len(files))
+    flags.per_prompt, name, index = 1, folder_name(flags.images), rtdmd.share(len(files))
     scores, failures = score_rows({name: (index, [files[i] for i in index])}, prompts, flags, cfg)
     report(flags, {name: summarise(scores[name], prompts, tasks)}, scores, failures,
            images=[str(file) for file in files], prompts=prompts, tasks=tasks)
@@ -1390,42 +1610,76 @@ def compare(flags, cfg):
     Paired picture by picture: what the prompt does to both cancels, in the standard error too, and what the noise
     does, if both were sampled with one seed.
     """
-    called = f"--compare {' '.join(flags.compare)}"
-    try:
-        a, b = (json.loads(Path(path).read_text()) for path in flags.compare)
-        kinds = dict(scores=dict, prompts=list, per_prompt=int)
-        if not all(isinstance(r[name], kind) for r in (a, b) for name, kind in kinds.items()):
-            raise ValueError("one of them is damaged")
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UsageError(f"{called}: {error}; give two report.json of eval.py.") from None
+    called, (a, b) = f"--compare {' '.join(flags.compare)}", (read_report(path) for path in flags.compare)
     if a["prompts"] != b["prompts"] or a["per_prompt"] != b["per_prompt"]:
         raise UsageError(f"{called}: the reports are of different prompts, so their scores cannot be paired: "
                          "sample both with the same --prompts, --max_prompts and --per_prompt.")
-    captions, tasks = [p for p in a["prompts"] for _ in range(a["per_prompt"])], a.get("tasks", {})
+    tasks = a["tasks"] if set(a["prompts"]) <= a["tasks"].keys() else {}
     pairs = [(row, row) for row in a["scores"] if row in b["scores"]] or [*zip(a["scores"], b["scores"])][:1]
-    results = {}
-    for left, right in pairs:
-        mine, theirs = a["scores"][left], b["scores"][right]
-        results[right if left == right else f"{right} - {left}"] = summarise(
-            {m: [y - x for x, y in zip(mine[m], theirs[m])] for m in mine
-             if m in theirs and (tasks or m != "geneval")}, captions, tasks)
-    if not any(results.values()):
+    common = {(left, right): [m for m in a["scores"][left] if m in b["scores"][right] and (tasks or m != "geneval")]
+              for left, right in pairs}
+    if not any(common.values()):
         raise UsageError(f"{called}: they have no metric in common: score both with the same --metrics.")
+    captions, results = [p for p in a["prompts"] for _ in range(a["per_prompt"])], {}
+    for (left, right), metrics in common.items():
+        differences = {m: [y - x for x, y in zip(a["scores"][left][m], b["scores"][right][m])] for m in metrics}
+        name = in_words(b, right) if left == right else f"{in_words(b, right)} - {in_words(a, left)}"
+        results[name] = summarise(differences, captions, tasks)
     print(table(results))
-    if alone := [m for m in (*SET_METRICS, "geneval") if any(m in row for row in a.get("rows", {}).values())
+    if alone := [m for m in (*SET_METRICS, "geneval") if any(m in row for row in a["rows"].values())
                  and not any(m in row for row in results.values())]:
         print(f"Not compared, since the reports do not have them picture by picture: {', '.join(alone)}.")
+
+
+def read_report(path):
+    """A report.json whose parts are what compare() needs: it may have been edited by hand. null becomes nan."""
+    kinds, optional = dict(scores=dict, prompts=list, per_prompt=int), dict(tasks={}, rows={}, sampler={})
+    try:
+        found = optional | json.loads(Path(path).read_text())
+        good = all(isinstance(found[name], kind) for name, kind in (kinds | dict.fromkeys(optional, dict)).items())
+        if not (good and 0 < found["per_prompt"] <= MOST["per_prompt"]
+                and all(isinstance(text, str) for text in (*found["prompts"], *found["tasks"].values()))
+                and all(isinstance(row, dict) for row in (*found["scores"].values(), *found["rows"].values()))):
+            raise ValueError("a part of it is missing or damaged")
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise UsageError(f"--compare {path}: {error!s:.150}; give two report.json of eval.py.") from None
+    count = len(found["prompts"]) * found["per_prompt"]
+    for row, metrics in found["scores"].items():
+        for metric, values in metrics.items():
+            metrics[metric] = score_list(values, count, f"--compare {path}: {metric} of {row}")
+    return found
+
+
+def score_list(values, count, where):
+    """A list of that many scores out of a report; nan where there is none."""
+    if not isinstance(values, list) or len(values) != count:
+        raise UsageError(f"{where} is no list of {count} scores, one a picture: evaluate it again.")
+    if wrong := [v for v in values if v is not None and (type(v) not in (int, float) or abs(v) > 1e300)]:
+        raise UsageError(f"{where} has a score that is no number ({wrong[0]!r:.40}): evaluate it again.")
+    return [math.nan if v is None else float(v) for v in values]
+
+
+def in_words(report, row):
+    """The label of a report's row, if the report tells how it was sampled; else its name."""
+    try:
+        return label(row, report["sampler"][row])
+    except (LookupError, TypeError, ValueError):             # pictures of any origin, or edited by hand
+        return row
 
 
 def one_picture(flags, cfg):
     """--prompt: OUT/prompt.png, by the last row of the plan, without scores."""
     name, row = plan(flags, cfg).popitem()
+    try_folder(flags.out)
     sampler = Sampler(cfg, {name: row}, [flags.prompt])
     sampler.load_adapter(name)
     image = sampler.batch(row, [flags.prompt], [rtdmd.key("eval", cfg.seed, flags.prompt, 0)])
+    if not image.isfinite().all():
+        raise UsageError("the picture is not finite: take another checkpoint or --dtype fp32.", code=1)
     if rtdmd.dist_info()[0] == 0:
-        rtdmd.save_grid(Path(flags.out) / "prompt.png", image, columns=1)
-        print(f"{flags.out}/prompt.png: {flags.prompt}")
+        path = Path(flags.out) / "prompt.png"
+        rtdmd.write_png(path, Image.fromarray(as_bytes(image[0]).permute(1, 2, 0).cpu().numpy()))
+        print(f"{path}, {label(name, row)}: {flags.prompt}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1439,16 +1693,22 @@ def dry_run(argv):
     parser = rtdmd.FlagParser(allow_abbrev=False, add_help=False)
     parser.add_argument("--dry_run", type=int)
     mode, rest = parser.parse_known_args(argv)
+    ours, theirs = ({f"--{field.name}" for field in dataclasses.fields(kind)} for kind in (Flags, rtdmd.Config))
+    if others := [word for word in rest if word.split("=")[0] in ours - theirs]:
+        raise UsageError(f"--dry_run takes the flags of rtdmd.py, and {others[0]} is none of them: give the two "
+                         "commands one after the other.")
     given = rtdmd.parse_flags(rest)
     meta, model = given.get("device") == "meta", given.get("model", rtdmd.Config.model)
     made = model in FULL_SIZE and not given.get("pretrained")
-    if mode.dry_run < 1 or meta and not made:
-        raise UsageError("--dry_run must be at least 1." if mode.dry_run < 1 else
+    wrong = not 1 <= (mode.dry_run or 0) <= MOST_DRY
+    if wrong or meta and not made:
+        raise UsageError(f"--dry_run must be a number from 1 to {MOST_DRY}." if wrong else
                          f"--device meta counts networks of full size: take --model {', '.join(FULL_SIZE)}.")
     if made:
         given["prompts"] = "made.jsonl"  # a name for what made_prompts gives
     cfg = rtdmd.resolve(given | (dict(device="cpu", dtype=given.get("dtype", "bf16")) if meta else {}))
     cfg.device, steps = "meta" if meta else cfg.device, 1 if meta else mode.dry_run  # on meta all are the same
+    try_folder(Path(cfg.out) / f"stage{cfg.stage}")
     cfg.cache = str(Path(cfg.cache) / "made") if made else cfg.cache  # no invented embeddings beside real ones
     read_prompts = rtdmd.read_prompts
 
@@ -1894,17 +2154,24 @@ def ablations(flags, cfg):
     if not jobs:
         rtdmd.log(f"--only {flags.only!r} names no row of these tables: nothing is trained.")
     else:
+        try_folder(out)
         world = dict(cache=cfg.cache, pretrained=cfg.pretrained, device=cfg.device)
         TinyBackbone(rtdmd.resolve(world))                                  # makes it, if it is not there
         train_rows(base, out, cfg, flags.jobs)  # where these rows start
         train_rows(list(jobs.values()), out, cfg, flags.jobs)
     files = {row: [result_of(out, row, seed) for seed in seeds] for _, _, rows in tables for row in rows}
     results = {row: [json.loads(file.read_text()) for file in found if file.exists()] for row, found in files.items()}
-    text = "\n\n".join(f"### {name}\n\n{ablation_table(rows, results)}" for _, name, rows in tables)
-    rtdmd.write_atomic(out / "results.json", json.dumps(results, indent=1))
-    rtdmd.write_atomic(out / "table.md", text + "\n")
+    parts = [f"### {name}\n\n{ablation_table(rows, results)}" for _, name, rows in tables
+             if any(results[row] for row in rows)]
+    if lacking := sum(not found for found in results.values()):
+        parts.append(f"{lacking} row{'s' if lacking > 1 else ''} without a result.")
+    text = "\n\n".join(parts)
+    try:
+        print(text, flush=True)
+    finally:
+        rtdmd.write_atomic(out / "results.json", json.dumps(without_nan(results), indent=1))
+        rtdmd.write_atomic(out / "table.md", text + "\n")
     draw_ablation_curves(out, seeds)
-    print(text)
 
 
 def train_rows(jobs, out, cfg, processes):
@@ -1950,6 +2217,7 @@ def ablation(out, cfg, stage, row, words, seed):
     scores, = json.loads((folder / "report.json").read_text())["rows"].values()
     gaps = [line["dm"] for line in read_log(found.parent)[-20:] if "dm" in line]
     facts = dict(stage=stage, seed=seed, words=words, iterations=rtdmd.iteration_of(found))
+    scores = {metric: score for metric, score in scores.items() if score is not None}
     rtdmd.write_atomic(target, json.dumps(scores | ({"dm": float(np.mean(gaps))} if gaps else {}) | facts))
 
 
@@ -1967,17 +2235,18 @@ def best_checkpoint(folder):
 
 
 def ablation_table(rows, results):
-    """Markdown: mean +- standard error over the seeds that are done; then the same of the difference to the first row,
-    over the seeds that both have. dm: mean of the last 20 iterations."""
+    """Markdown: mean ± standard error over the seeds that are done; then the same of the difference to the first row,
+    over the seeds that both have. dm: mean of the last 20 iterations. Rows without a seed are left out."""
     columns, compared = [*TINY_COLUMNS, "dm"], ("heldout_strict", "distance", "diversity")
     by_seed = {row: {scores["seed"]: scores for scores in results[row]} for row in rows}
     first = by_seed[next(iter(rows))]
     head = ["", "seeds", *(TINY_COLUMNS.get(m, m) for m in columns), *(f"{TINY_COLUMNS[m]} - row 1" for m in compared)]
     lines = [head, ["---"] * len(head)]
-    for row, runs in by_seed.items():
+    for row, runs in ((row, runs) for row, runs in by_seed.items() if runs):
         both = runs.keys() & first.keys() if runs is not first else ()
         values = [[scores[m] for scores in runs.values() if m in scores] for m in columns]
-        values += [[runs[seed][m] - first[seed][m] for seed in both] for m in compared]
+        values += [[runs[seed][m] - first[seed][m] for seed in both if m in runs[seed] and m in first[seed]]
+                   for m in compared]
         lines.append([row, str(len(runs)), *(number(*mean_and_error(v)) if v else "" for v in values)])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
@@ -2199,15 +2468,17 @@ def draw_ablation_curves(out, seeds):
     """OUT/curves.png: reward and held-out judge of Table 4's rows while they train; stage 1's dsm, healthy and with
     a fake score that lags. Mean over seeds."""
     table4, lag = STAGE2_ROWS["Table 4: the hybrid policy gradient"], (BASE, "lag, gamma .01")
-    panels = {}
-    for title, stage, rows, name in (("reward (trained on)", 2, table4, "reward_attributes"),
-                                     ("held-out judge", 2, table4, "watch_heldout"),
-                                     ("stage 1: dsm, healthy and with a fake score that lags", 1, lag, "dsm")):
+    panels, titles = {}, ("reward (trained on)", "held-out judge",
+                          "stage 1: dsm, healthy and with a fake score that lags")
+    for title, stage, rows, name in zip(titles, (2, 2, 1), (table4, table4, lag),
+                                        ("reward_attributes", "watch_heldout", "dsm")):
         for row in rows:
             files = [result_of(out, row, seed) for seed in seeds]
             logs = [read_log(file.with_suffix("") / f"stage{stage}") for file in files if file.exists()]
             if logs:
                 panels.setdefault(title, {})[row] = mean_curve(logs, name)
+    if lag[1] not in panels.get(titles[2], {}):
+        panels.pop(titles[2], None)                          # its title would speak of a row that was not run
     if panels:
         draw_curves(out / "curves.png", panels)
 
@@ -2225,11 +2496,12 @@ def draw_run_curves(run, path):
         draw_curves(path, panels)
 
 
-def mean_curve(logs, name, width=5):
-    """[(iteration, value)]: mean over logs, then over a window of `width` lines that have it."""
+def mean_curve(logs, name):
+    """[(iteration, value)]: mean over logs, then over a window of lines that have it: the last 5 of at least 20, from
+    50 on the last 10, a tenth of all from 100 on, at most 50."""
     lines = [[(line["iteration"], line[name]) for line in log if name in line] for log in logs]
     mean = [(pairs[0][0], float(np.mean([value for _, value in pairs]))) for pairs in zip(*lines)]
-    width = 1 if len(mean) < 4 * width else width
+    width = 1 if len(mean) < 20 else 5 if len(mean) < 50 else min(max(10, len(mean) // 10), 50)
     before = lambda i: [value for _, value in mean[max(0, i - width + 1):i + 1]]
     return [(x, float(np.mean(before(i)))) for i, (x, _) in enumerate(mean)]
 
@@ -2249,6 +2521,8 @@ def draw_curves(path, panels, width=560, height=330):
     for i, (title, curves) in enumerate(panels.items()):
         points = np.array([point for curve in curves.values() for point in curve])
         low, high = points.min(0), points.max(0)
+        if "dm" in curves:                                   # a distance: cut off at its least, ripples look steep
+            low[1] = min(low[1], 0)
         high = np.where(high > low, high, low + 1)
         left, top, right, bottom = i * width + 62, 30, (i + 1) * width - 14, height - 30
         place = lambda x, y: (left + (x - low[0]) / (high[0] - low[0]) * (right - left),
@@ -2576,6 +2850,8 @@ def tiny_set_metrics(backbone, images, captions, per_prompt):
 
 def main(argv=None):
     """Samples, scores, compares or ablates, as the flags say."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # ± in ASCII, a name that is not UTF-8: ?, and no traceback
     with rtdmd.one_sentence("eval"):
         words = sys.argv[1:] if argv is None else argv
         if any(word.split("=")[0] == "--dry_run" for word in words):

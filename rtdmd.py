@@ -169,7 +169,7 @@ class Config:
     policy_weight: float = opt(1.0, "weight of Eq. 17 inside Eq. 18; 0 leaves the term out")
     det_weight: float = opt(1.0, "weight of Eq. 15 inside Eq. 18; 0 leaves the term out")
     dm_weight: float = opt(1.0, "weight of the matching term inside Eq. 18; 0: no matching, no fake score")
-    std_floor: float = opt(1e-4, "least std that a reward is divided by, in its own units (ours)")
+    std_floor: float = opt(1e-4, "least std a reward is divided by, unless it has its own .std_floor (ours)")
     clip: float = opt(1e-5, "PPO clip on exp(mean of the log-ratio over dimensions) (App. J)")
     inner_epochs: int = opt(1, "generator updates per rollout; the ratio is exactly 1 in the first")
     # ---- Optimisation (App. J)
@@ -871,11 +871,8 @@ def fake_steps(cfg, it, update, ids):
 @in_smaller_parts
 @torch.no_grad()
 def judge_groups(run, b):
-    """Line 10. b.advantages (L,): weight times A_i, summed over rewards; b.scales[name] (L,): what divides
-    A_i.
-
-    All processes see all rewards, so that one log has them all.
-    """
+    """Line 10. b.advantages (L,): weight times A_i, summed over rewards; b.scales[name] (L,): what divides A_i.
+    A reward may have a floor under its std of its own (.std_floor), since its unit is its own."""
     cfg, (rank, _, world) = run.cfg, dist_info()
     values = {name: [] for name in run.rewards}
     for rows in chunks(len(b.ids), 4 * cfg.micro_batch):  # all images at once would be gigabytes
@@ -883,16 +880,17 @@ def judge_groups(run, b):
         for name, (reward, _) in run.rewards.items():
             values[name].append(rate(reward, images, b.prompts[rows]))
     b.advantages, b.scales = torch.zeros(len(b.ids), device=run.device), {}
-    for name, (_, weight) in run.rewards.items():
+    for name, (reward, weight) in run.rewards.items():
         own = torch.cat(values[name]).view(-1, cfg.group_size)  # group g lives on process g mod world
         rewards = torch.stack(everyone(own), 1).flatten(0, 1).to(run.device)
-        scale = reward_scale(rewards, floor=cfg.std_floor).expand(rewards.shape)
-        advantages = group_advantages(rewards, floor=cfg.std_floor)
+        floor = getattr(reward, "std_floor", cfg.std_floor)
+        scale = reward_scale(rewards, floor=floor).expand(rewards.shape)
         b.scales[name] = scale[rank::world].flatten()
+        advantages = group_advantages(rewards, floor=floor)
         b.advantages = b.advantages + weight * advantages[rank::world].flatten()
         spread = rewards.std(1)
         note(run, 1, **{f"reward_{name}": rewards.mean(), f"std_{name}": spread.mean(),
-                        f"flat_{name}": (spread <= cfg.std_floor).float().mean()})
+                        f"flat_{name}": (spread <= floor).float().mean()})
 
 
 @in_smaller_parts
@@ -1134,6 +1132,11 @@ def load_reward(name, cfg, own={}):
     if not hasattr(reward, "name") or not hasattr(reward, "differentiable"):
         reward, found = functools.partial(reward), reward  # methods and builtins take no attributes
         reward.name, reward.differentiable = name, getattr(found, "differentiable", False)
+        if hasattr(found, "std_floor"):
+            reward.std_floor = found.std_floor
+    floor = getattr(reward, "std_floor", 0)
+    if not isinstance(floor, (int, float)) or not 0 <= floor < math.inf:
+        raise UsageError(f"{name}.std_floor is {floor!r}: give a number of at least 0, in the reward's own unit.")
     return reward
 
 

@@ -1876,6 +1876,37 @@ def test_stage_2_wants_the_world_of_its_stage_1(flags, capfd):
     refused(capfd, flags(2, "--pretrained", "tiny-2"), "pretrained 'tiny-1' -> 'tiny-2'")
 
 
+def test_a_reward_has_its_own_floor_under_its_std(flags, tmp_path, monkeypatch):
+    """One number cannot suit two units: .std_floor of a reward replaces --std_floor for this one alone."""
+    (tmp_path / "my_floors.py").write_text("""
+def wide(images, prompts):
+    return images.mean((1, 2, 3))
+wide.std_floor = 50.0
+def wrong(images, prompts):
+    return images.mean((1, 2, 3))
+wrong.std_floor = "small"
+""")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(rtdmd.UsageError, match="my_floors:wrong.std_floor is 'small': give a number"):
+        rtdmd.load_reward("my_floors:wrong", settings())
+    run = prepared(flags(2, "--rewards", "attributes=1,my_floors:wide=2", "--std_floor", 1e-3))
+    monkeypatch.setattr(run.backbone, "decode", lambda x: x)
+    ids = list(range(2 * run.cfg.group_size))
+    images = torch.rand(len(ids), 3, 12, 12, generator=rng(4))
+    b = SimpleNamespace(ids=ids, prompts=[run.prompts[i // run.cfg.group_size] for i in ids],
+                        states=[images])
+    run.terms = {}
+    rtdmd.judge_groups(run, b)
+    groups = lambda x: x.view(2, -1)
+    own = groups(images.mean((1, 2, 3)))
+    close(groups(b.scales["my_floors:wide"]), torch.full_like(own, 50))
+    assert groups(b.scales["attributes"]).max() < 1            # its own std, or --std_floor
+    judged = run.rewards["attributes"][0](images, b.prompts)
+    expected = rtdmd.group_advantages(groups(judged), floor=1e-3) + 2 * (own - own.mean(1, keepdim=True)) / 50
+    close(groups(b.advantages), expected, 1e-4)
+
+
 def test_rate_names_reward_and_prompt():
     """A reward that raises or returns another shape is named with its prompt; nan passes as it is, and so does a
     lack of GPU memory, for which main has the remedy."""
@@ -5134,7 +5165,7 @@ def test_report_has_the_contracts_rows(tiny_report):
     assert len(report["scores"]["teacher"]["attributes"]) == 8 and len(report["prompts"]) == 4
     grid = np.array(Image.open(folder / "run/grid.png"))
     margin = grid.shape[1] - 4 * 62                              # for the names of the rows
-    assert grid.shape[0] == 3 * 62 and 60 < margin < 120 and (grid[:, :margin] < 128).any((1, 2))[62:124].any()
+    assert grid.shape[0] == 3 * 62 and 150 < margin < 250 and (grid[:, :margin] < 128).any((1, 2))[62:124].any()
 
 
 def test_untrained_student_is_the_teacher_without_steps(tiny_report):
@@ -5158,7 +5189,7 @@ def test_compare_and_images_read_what_eval_writes(tiny_report, capsys):
     report = str(folder / "run/report.json")
     capsys.readouterr()
     ev.main(["--compare", report, report])
-    assert "0.000+-0.000" in capsys.readouterr().out
+    assert "0.000±0.000" in capsys.readouterr().out
 
 
 def test_the_sampler_guides(cache):
@@ -5187,7 +5218,7 @@ def test_compare_is_the_second_less_the_first(tmp_path, capsys):
     ev.main(["--compare", a, b])
     head, row, *rest = capsys.readouterr().out.splitlines()
     found = dict(zip(re.split("  +", head.strip()), row.split()[1:]))
-    assert found == {"GenEval": "0.5", "OCR": "0.500+-0.000", "colors": "0.000+-0.000", "counting": "1"}
+    assert found == {"GenEval": "0.5", "OCR": "0.500±0.000", "colors": "0.000±0.000", "counting": "1"}
     assert len(rest) == 1 and "Not compared" in rest[0] and rest[0].endswith("distance.")
     for path in (a, b):
         Path(path).write_text(json.dumps({**json.loads(Path(path).read_text()), "tasks": {}}))
@@ -5270,7 +5301,7 @@ def test_a_finished_evaluation_is_not_lost(tiny_report, tmp_path, capsys):
     line = [*flags[:6], "--max_prompts", "1", "--per_prompt", "1", "--out", str(tmp_path), "--save_images"]
     eval_refused(capsys, line, "Cannot write .*images/teacher/000000.png")
     report = json.loads((tmp_path / "report.json").read_text())
-    assert math.isnan(report["rows"]["teacher"]["distance"]) and report["rows"]["teacher"]["attributes"] < 0
+    assert report["rows"]["teacher"]["distance"] is None and report["rows"]["teacher"]["attributes"] < 0
 
 
 def test_a_metric_that_fails_costs_the_others_nothing(tiny_report, tmp_path, monkeypatch, capsys):
@@ -5361,7 +5392,7 @@ def test_eval_prompt_makes_one_picture(tiny_report):
     """--prompt needs no checkpoint."""
     folder, flags = tiny_report
     ev.main(["--prompt", "a red circle", *flags[2:6], "--out", str(folder / "one")])
-    assert Image.open(folder / "one/prompt.png").size == (62, 62)
+    assert Image.open(folder / "one/prompt.png").size == (12, 12)
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -5629,8 +5660,8 @@ def test_a_row_is_compared_with_the_first_seed_by_seed():
     results = {"first": [row(0, 0.1), row(1, 0.5), row(2, 0.9)], "other": [row(2, 1.2), row(1, 0.6), row(4, 7.0)]}
     head, _, first, other = (line.split("|")[1:-1] for line in ev.ablation_table(results, results).splitlines())
     at = [cell.strip() for cell in head].index("held-out accuracy - row 1")
-    assert first[at].strip() == "" and other[at].strip() == "0.200+-0.100"
-    assert first[2].strip() == "0.500+-0.231" and other[0].strip() == "other" and other[1].strip() == "3"
+    assert first[at].strip() == "" and other[at].strip() == "0.200±0.100"
+    assert first[2].strip() == "0.500±0.231" and other[0].strip() == "other" and other[1].strip() == "3"
 
 
 def test_ablations_go_on_where_they_were_stopped(flags, tmp_path, monkeypatch, cache, capsys):
@@ -5646,7 +5677,7 @@ def test_ablations_go_on_where_they_were_stopped(flags, tmp_path, monkeypatch, c
     assert f"### {first}" in table and re.search(r"\| DM only \| 1 \| -\d", table)
     results = json.loads((tmp_path / "abl/results.json").read_text())
     assert set(results) == {ev.BASE, "DM only"} and all(len(rows) == 1 for rows in results.values())
-    assert Image.open(tmp_path / "abl/curves.png").size[0] == 3 * 560
+    assert Image.open(tmp_path / "abl/curves.png").size[0] == 2 * 560
     result = ev.result_of(tmp_path / "abl", ev.BASE, 0)
     trained = result.stat().st_mtime_ns
     ev.main(line)
@@ -5668,7 +5699,7 @@ def test_ablations_train_what_is_asked_for(only, base, rows, tmp_path, monkeypat
     ev.main(["--ablations", "--seeds", "1", "--only", only, "--out", str(tmp_path / "abl")])
     out, err = capsys.readouterr()
     assert trained == ([] if rows is None else ["world", base, rows])
-    assert ("'nonsense' names no row" in err) == (rows is None) and "### Table 3" in out
+    assert ("'nonsense' names no row" in err) == (rows is None) and "rows without a result." in out
 
 
 @pytest.mark.parametrize("size", [4, 3])
@@ -5820,6 +5851,491 @@ def test_curves(tmp_path):
     ev.draw_curves(tmp_path / "c.png", panels)
     pixels = np.array(Image.open(tmp_path / "c.png"))
     assert pixels.shape[1] == 1120 and all((pixels[:300] == colour).all(2).any() for colour in ev.LINE_COLOURS[:2])
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# eval.py: faults that outsiders found
+# -----------------------------------------------------------------------------------------------------------------
+
+# ---- Adapters and rows
+
+GOOD_ADAPTER = dict(model="tiny", steps=3, eta=.7, resolution=12, text_length=0)
+
+
+def saved_adapter(folder, value=0.0, **facts):
+    """An adapter of one matrix pair, whose metadata has these facts; one that is ... is left out."""
+    tensors = {"attn.lora_A.weight": torch.full((4, 2), value), "attn.lora_B.weight": torch.zeros(2, 4)}
+    rtdmd.save_lora(folder, tensors, 4, 4, ["attn"], GOOD_ADAPTER)
+    with rtdmd.safe_open(folder / rtdmd.LORA_FILE, "pt") as file:
+        info = json.loads(file.metadata()["rtdmd"]) | facts
+    text = json.dumps({name: fact for name, fact in info.items() if fact is not ...})
+    content = rtdmd.safetensors_bytes(tensors, metadata={"rtdmd": facts.get("text", text)})
+    (folder / rtdmd.LORA_FILE).write_bytes(content)
+    return folder
+
+
+NO_NUMBERS = [..., None, "4", 3.5, 0, -1, 10**30, True, [4], {}]
+WRONG_FACTS = [*itertools.product(("rank", "alpha", "steps"), NO_NUMBERS),
+               *itertools.product(["resolution"], [..., None, "12", 12.5, 0, 10**30]), ("rank", 64),
+               *itertools.product(["eta"], [..., None, "1", 5, -1, math.nan, [1]]), ("steps", 1),
+               *itertools.product(["text_length"], [None, "x", -1, 10**30, 2.5]),
+               *itertools.product(["model"], [..., None, 3, ["tiny"]]),
+               *itertools.product(["targets"], [..., None, "attn", 3, [3]])]
+
+
+def test_an_adapters_metadata_is_checked_like_flags(tmp_path, capsys):
+    """Each field that is missing, of another type or out of range is named, with the file; so are broken values."""
+    line = ["--lora", str(tmp_path), "--device", "cpu"]
+    for field, value in WRONG_FACTS:
+        saved_adapter(tmp_path, **{field: value})
+        eval_refused(capsys, line, f"{rtdmd.LORA_FILE}: the field '{field}' .*: take another checkpoint")
+    for text in ("[" * 100_000, "[]", "3", "null", '"x"', "{}", "{"):
+        saved_adapter(tmp_path, text=text)
+        eval_refused(capsys, line, f"{rtdmd.LORA_FILE}")
+    for value in (math.nan, math.inf):
+        saved_adapter(tmp_path, value=value)
+        eval_refused(capsys, line, f"{rtdmd.LORA_FILE}: its tensor 'attn.lora_A.weight' .*no finite numbers")
+    saved_adapter(tmp_path, model="sd3m")
+    with pytest.raises(rtdmd.UsageError, match="adapter is one of 'sd3m'"):
+        ev.plan(*ev.parse(line))
+    saved_adapter(tmp_path, steps=..., eta=..., resolution=...)      # a flag may say what it does not
+    assert ev.plan(*ev.parse([*line, "--nfe", "2", "--eta", "0", "--resolution", "12"]))
+
+
+@pytest.mark.parametrize("field, value", [
+    ("steps", "x"), ("steps", None), ("steps", 10**30), ("eta", 5), ("eta", math.nan), ("resolution", [3]),
+    ("seed", "x"), ("guidance", "7"), ("text_length", -1), ("model", 3), ("cache", None)])
+def test_a_run_json_is_checked_like_flags(field, value, tmp_path, capsys):
+    """It is used like them."""
+    (tmp_path / "stage1").mkdir()
+    written(tmp_path, "stage1/run.json", json.dumps(dict(config={field: value})))
+    eval_refused(capsys, ["--run_folder", str(tmp_path)], f"run.json: the field '{field}'")
+    written(tmp_path, "stage1/run.json", "[" * 100_000)
+    eval_refused(capsys, ["--run_folder", str(tmp_path)], "run.json is damaged")
+
+
+def test_rows_have_names_of_their_own(tmp_path, monkeypatch, capsys):
+    """--lora does not replace a row of the run or the teacher; "." and ".." are called by their folder's name."""
+    (tmp_path / "A/stage1").mkdir(parents=True)
+    written(tmp_path, "A/stage1/run.json", '{"config": {}}')
+    for name in ("A/stage1/checkpoint-000001", "B/stage1", "B/teacher", "B/x/y", "stage1"):
+        saved_adapter(tmp_path / name)
+    monkeypatch.chdir(tmp_path / "B/x/y")
+    monkeypatch.setattr(rtdmd, "find_checkpoint", lambda path: Path(path) / "checkpoint-000001")
+    rows = lambda *line: ev.plan(*ev.parse([*map(str, line), "--device", "cpu"]))
+    run, usual = ["--run_folder", tmp_path / "A"], ["teacher", "teacher_cfg", "student_init", "stage1"]
+    assert [*rows(*run)] == usual
+    both = rows(*run, "--lora", tmp_path / "B/stage1")
+    assert [*both] == [*usual, "stage1 of B"] and both["stage1"]["lora"] != both["stage1 of B"]["lora"]
+    assert [*rows(*run, "--lora", tmp_path / "A/stage1/checkpoint-000001")] == [*usual, "checkpoint-000001"]
+    assert [*rows("--teacher", "--lora", tmp_path / "B/teacher")] == ["teacher", "teacher of B"]
+    assert [*rows("--lora", tmp_path / "B/teacher")] == ["teacher of B"]           # it is none
+    assert [*rows("--lora", ".")] == ["y"]
+    assert [*rows(*run, "--teacher")] == usual                                     # it is that of the run
+    other = rows(*run, "--teacher", "--nfe", 9, "--cfg", 7)
+    assert [*other] == [*usual, "teacher_2"] and other["teacher"]["nfe"] == 50 and other["teacher_2"]["guidance"] == 7
+    (tmp_path / "B/x/y/z").mkdir()
+    monkeypatch.chdir(tmp_path / "B/x/y/z")
+    assert [*rows("--lora", "..")] == ["y"]
+    saved_adapter(tmp_path / "B/stage1 of B")
+    monkeypatch.setattr(ev, "folder_name", lambda path: "stage1")
+    assert [*rows(*run, "--lora", tmp_path / "B/stage1")] == [*usual, "stage1 of stage1"]
+    ev.add_row(found := {"stage1 of stage1": None} | both, tmp_path / "A/stage1", both["stage1"])
+    assert len(found) == 6                                                     # the very same adapter: no second row
+    with pytest.raises(rtdmd.UsageError, match="second row called 'stage1': rename its folder"):
+        ev.add_row(found, tmp_path / "C/stage1", both["teacher"] | dict(lora=tmp_path))
+
+
+def test_names_of_rows_are_names_of_folders():
+    """Whatever a path ends in."""
+    for path in ("/", ".", "..", "a/..", "/x/" + "é" * 300, "/x/a\nb", os.fsdecode(b"/x/a\xff"), "/x/\u202eab"):
+        name = ev.folder_name(path)
+        assert name and name not in (".", "..") and "/" not in name and name.isprintable()
+        assert len(name.encode()) < 255
+
+
+def test_checkpoints_of_two_kinds_are_not_sampled_as_one(tmp_path, capsys):
+    """Rank and alpha of the last would be used for both."""
+    (tmp_path / "A/stage1").mkdir(parents=True)
+    written(tmp_path, "A/stage1/run.json", '{"config": {}}')
+    saved_adapter(tmp_path / "A/stage1/checkpoint-000001")
+    saved_adapter(tmp_path / "B", alpha=9)
+    line = ["--run_folder", str(tmp_path / "A"), "--lora", str(tmp_path / "B"), "--device", "cpu"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rtdmd, "find_checkpoint", lambda path: Path(path) / "checkpoint-000001")
+        eval_refused(capsys, line, "differ in alpha: evaluate them one after the other")
+
+
+def test_an_adapter_that_does_not_fit_is_refused_before_sampling(tiny_report, tmp_path, monkeypatch, capsys):
+    """Of another network: the rows before it are not sampled in vain."""
+    saved_adapter(tmp_path / "B")
+    monkeypatch.setattr(ev.Sampler, "sample", None)
+    eval_refused(capsys, [*tiny_report[1], "--out", str(tmp_path / "out"), "--lora", str(tmp_path / "B")],
+                 "adapter of B does not fit")
+
+
+def test_rows_in_words():
+    """Steps and guidance as they were sampled."""
+    teacher, student = dict(role="teacher", nfe=50, guidance=1.0), dict(role="generator", nfe=4, lora=None)
+    assert ev.label("teacher", teacher) == "teacher, 50 steps"
+    assert ev.label("teacher_cfg", dict(teacher, guidance=1.5)) == "teacher, 50 steps, guidance 1.5"
+    assert ev.label("teacher_cfg", teacher) == "teacher, 50 steps, guidance 1"     # or it would be the first again
+    assert ev.label("student_init", student) == "untrained student, 4 steps"
+    student["lora"] = "x"
+    assert ev.label("stage1", student) == "stage 1, 4 steps"
+    assert ev.label("stage2", dict(student, nfe=1)) == "stage 2, 1 step"
+    assert ev.label("stage1 of B", student) == "stage 1 of B, 4 steps"
+    assert ev.label("stage100", student) == "stage100, 4 steps"
+
+
+def test_the_table_speaks_in_words(tiny_report, tmp_path, monkeypatch, capsys):
+    """So do the grid and --compare; the keys of report.json stay."""
+    folder, flags = tiny_report
+    names = []
+    monkeypatch.setattr(rtdmd, "save_grid", lambda path, images, columns, rows: names.extend(rows))
+    ev.main([*flags, "--out", str(tmp_path)])
+    words = ["teacher, 50 steps", "teacher, 50 steps, guidance 1.5", "untrained student, 4 steps"]
+    out = capsys.readouterr().out
+    assert names == words and all(f"\n{name}  " in out for name in words) and "±" in out and "+-" not in out
+    assert "teacher_cfg" not in out and "student_init" not in out
+    report = str(tmp_path / "report.json")
+    assert [*json.loads(Path(report).read_text())["rows"]] == ["teacher", "teacher_cfg", "student_init"]
+    ev.main(["--compare", report, report])
+    out = capsys.readouterr().out
+    assert all(f"\n{name}  " in out for name in words) and "0.000±0.000" in out
+
+
+# ---- What fails costs no more than itself
+
+SPOILT = dict(empty=b"", web=b"<!DOCTYPE html><html>", pointer=b"version https://git-lfs.github.com/spec/v1\noid",
+              cut=b"PK\x03\x04" + bytes(40))
+
+
+def spoilt_weights(folder, content):
+    """A --weights_dir with one spoilt file for each of four metrics."""
+    written(folder, "sac+logos+ava1-l14-linearMSE.pth", content)
+    written(folder, "HPS_v2.1_compressed.pt", content)
+    written(folder, "ImageReward.pt", content)
+    clip = folder / "clip-vit-large-patch14"
+    clip_net(8).save_pretrained(clip)
+    weights = (clip / "model.safetensors").read_bytes()
+    (clip / "model.safetensors").write_bytes(weights[:-9] if content.startswith(b"PK") else content)
+    for name in ("tokenizer.json", "vocab.txt"):
+        written(folder, name, "{}")
+
+
+@pytest.mark.parametrize("kind", SPOILT)
+def test_weights_that_cannot_be_read_cost_their_metric_alone(kind, tiny_report, tmp_path, capsys):
+    """It is told before anything is sampled, as far as a look at the file can tell; the report has the others."""
+    _, flags = tiny_report
+    spoilt_weights(tmp_path, SPOILT[kind])
+    names = ["aesthetic", "hpsv2", "imagereward", "clipscore"]
+    line = [*flags[:6], "--max_prompts", "1", "--per_prompt", "1", "--out", str(tmp_path / "out"), "--weights_dir",
+            str(tmp_path), "--metrics"]
+    eval_refused(capsys, [*line, ",".join([*names, "attributes"])], f"nothing was scored by {', '.join(names)}", 1)
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["rows"]["teacher"]["attributes"] < 0 and len(report["failures"]) == 4
+    told = ev.missing_weights([*names, "attributes"], settings(tmp_path))
+    assert set(told) == ({"clipscore", "aesthetic"} if kind == "cut" else set(names)), told
+    for name, text in told.items():
+        assert "download it again" in text and str(tmp_path) in text
+
+
+def test_missing_weights_are_told_before_anything_is_sampled(tiny_report, tmp_path, monkeypatch, capsys):
+    """And refused, where nothing would be left."""
+    line = [*tiny_report[1], "--weights_dir", str(tmp_path), "--out", str(tmp_path / "out"), "--metrics"]
+    monkeypatch.setattr(ev, "Sampler", None)
+    eval_refused(capsys, [*line, "hpsv2,aesthetic"], "HPS_v2.1_compressed.pt of xswu/HPSv2 is neither")
+    with pytest.raises(TypeError):                                             # the sampler that is not there
+        ev.main([*line, "hpsv2,attributes"])
+    assert "--metrics hpsv2 will be left out: HPS_v2.1" in capsys.readouterr().err
+
+
+def test_a_full_gpu_at_loading_costs_its_metric_alone(monkeypatch):
+    """The pictures, which took hours, are scored by the others."""
+    def full(name, cfg):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(ev, "load_metric", full)
+    scorer = SimpleNamespace(name="mean", details=lambda images, rows: {"mean": images.mean((1, 2, 3))})
+    flags, pictures = SimpleNamespace(metrics=["hpsv3", "mean"], batch=1), {"row": ([0], torch.zeros(1, 3, 4, 4))}
+    scores, failures = ev.score_rows(pictures, ["a"], flags, settings(), {"mean": scorer})
+    assert scores == {"row": {"mean": [0.0]}} and len(failures) == 1 and "hpsv3: CUDA" in failures[0]
+
+
+def spoil_checkpoint(monkeypatch, value, when):
+    """Latents of the pictures of a row (role, guidance) and prompt become `value`."""
+    rollout, batch, now = rtdmd.rollout, ev.Sampler.batch, {}
+
+    def marked(self, row, prompts, keys):
+        now.update(row=row, prompts=prompts)
+        return batch(self, row, prompts, keys)
+
+    def spoilt(*args):
+        states, predictions = rollout(*args)
+        for i, prompt in enumerate(now["prompts"]):
+            if when(now["row"], prompt):
+                states[-1][i, 0, 0, 0] = value
+        return states, predictions
+
+    monkeypatch.setattr(ev.Sampler, "batch", marked)
+    monkeypatch.setattr(rtdmd, "rollout", spoilt)
+
+
+def strict_json(path):
+    """JSON as others read it: without NaN and Infinity."""
+    def refuse(word):
+        raise AssertionError(f"{word} is no JSON")
+    return json.loads(Path(path).read_text(), parse_constant=refuse)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_picture_that_is_not_finite_costs_its_own_score(value, tiny_report, tmp_path, monkeypatch, capsys):
+    """It is no black picture with a score: a sentence, null in the report, and no file; the rest is scored."""
+    folder, flags = tiny_report
+    bad = json.loads((folder / "run/report.json").read_text())["prompts"][1]
+    spoil_checkpoint(monkeypatch, value, lambda row, prompt: row["role"] == "generator" and prompt == bad)
+    ev.main([*flags, "--out", str(tmp_path), "--save_images"])
+    report = strict_json(tmp_path / "report.json")
+    scores = report["scores"]["student_init"]["attributes"]
+    assert [score is None for score in scores] == [False] * 2 + [True] * 2 + [False] * 4
+    assert None not in report["scores"]["teacher"]["attributes"]
+    assert math.isfinite(report["rows"]["student_init"]["distance"])
+    said = f"untrained student, 4 steps: the picture of the prompt {bad!r} is not finite"
+    assert report["failures"] == [said] * 2 and f"not scored: {said}" in capsys.readouterr().out
+    files, prompts = ev.read_folder(tmp_path / "images/student_init")
+    assert len(files) == 6 and bad not in prompts and len(ev.read_folder(tmp_path / "images/teacher")[0]) == 8
+    assert (tmp_path / "grid.png").exists()
+
+
+def test_a_dead_checkpoint_ends_with_an_error(tiny_report, tmp_path, monkeypatch, capsys):
+    """After the report, which has the other rows; a single picture of it is not written at all."""
+    line = [*tiny_report[1], "--out", str(tmp_path)]
+    spoil_checkpoint(monkeypatch, math.nan, lambda row, prompt: row["role"] == "generator")
+    eval_refused(capsys, line, "no picture of untrained student, 4 steps is finite: take another", code=1)
+    report = strict_json(tmp_path / "report.json")
+    assert report["rows"]["student_init"]["attributes"] is None and report["rows"]["teacher"]["attributes"] < 0
+    eval_refused(capsys, ["--prompt", "a red circle", *line[2:6], "--out", str(tmp_path / "one")],
+                 "the picture is not finite", code=1)
+    assert nothing_in(tmp_path / "one")
+    spoil_checkpoint(monkeypatch, math.nan, lambda row, prompt: True)
+    eval_refused(capsys, [*line[:-1], str(tmp_path / "all")], "no picture of teacher, 50 steps and ", code=1)
+    assert len(strict_json(tmp_path / "all/report.json")["failures"]) == 24
+
+
+@pytest.mark.parametrize("line", [
+    ["--teacher"], ["--prompt", "a red circle"], ["--images", "pictures"], ["--ablations", "--seeds", "1"],
+    ["--dry_run", "1", "--stage", "1"]])
+def test_out_is_tried_before_hours_of_work(line, tmp_path, monkeypatch, capsys):
+    """Where nothing can be written, nothing is sampled, scored or trained."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (8, 8)).save("pictures/a.png")
+    written(tmp_path, "file", "x")
+    monkeypatch.setattr(ev, "Sampler", None)
+    monkeypatch.setattr(ev, "TinyBackbone", None)
+    monkeypatch.setattr(ev, "score_rows", None)
+    monkeypatch.setattr(rtdmd, "prepare", None)
+    before = snapshot(tmp_path)
+    line = [*line, "--device", "cpu", "--out", "file/run"]
+    eval_refused(capsys, line, "Cannot write file/run.*Not a directory")
+    assert snapshot(tmp_path) == before
+    ev.try_folder(tmp_path / "new")
+    assert not [*(tmp_path / "new").iterdir()]
+
+
+def test_a_report_that_cannot_be_written_is_printed(tiny_report, tmp_path, monkeypatch, capsys):
+    """And one that cannot be printed is written."""
+    line, write = [*tiny_report[1], "--out", str(tmp_path)], rtdmd.write_atomic
+
+    def full(path, data):
+        if Path(path).name == "report.json":
+            raise rtdmd.UsageError("Cannot write report.json: make room.")
+        write(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rtdmd, "write_atomic", full)
+        with pytest.raises(SystemExit):
+            ev.main(line)
+    assert "held-out reward" in capsys.readouterr().out and not (tmp_path / "report.json").exists()
+
+    def closed(*_, **options):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.print", closed)
+        with pytest.raises(BrokenPipeError):
+            ev.report(SimpleNamespace(out=tmp_path, per_prompt=1), {"a": {"x": (math.nan, math.nan)}}, {}, [])
+    assert strict_json(tmp_path / "report.json")["rows"] == {"a": {"x": None}}
+
+
+# ---- --compare, --ablations, --prompt, --images
+
+def of_report(**changes):
+    return dict(scores=dict(row=dict(ocr=[.1, .2])), prompts=["a", "b"], per_prompt=1) | changes
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(scores=dict(row=dict(ocr=[.1]))), "ocr of row is no list of 2 scores"),
+    (dict(scores=dict(row=dict(ocr=[.1, .2, .3]))), "ocr of row is no list of 2 scores"),
+    (dict(scores=dict(row=dict(ocr=3))), "ocr of row is no list of 2 scores"),
+    (dict(scores=dict(row=dict(ocr=[.1, "x"]))), "ocr of row has a score that is no number .'x'"),
+    (dict(scores=dict(row=dict(ocr=[.1, True]))), "ocr of row has a score that is no number .True"),
+    (dict(scores=dict(row=dict(ocr=[.1, [3]]))), "ocr of row has a score that is no number"),
+    (dict(scores=dict(row=dict(ocr=[.1, 10**400]))), "ocr of row has a score that is no number"),
+    (dict(scores=dict(row=[.1, .2])), "two report.json"), (dict(prompts=[1, 2]), "two report.json"),
+    (dict(per_prompt=10**30), "two report.json"), (dict(per_prompt=0), "two report.json"),
+    (dict(tasks=[]), "two report.json"), (dict(tasks=dict(a=[1], b=[2])), "two report.json"),
+    (dict(rows=dict(row=3)), "two report.json"), (dict(scores={}), "no metric in common")])
+def test_compare_refuses_a_damaged_report(changes, words, tmp_path, capsys):
+    """Lists of other lengths were compared as far as they went. The second may be the damaged one."""
+    good = written(tmp_path, "good.json", json.dumps(of_report()))
+    bad = written(tmp_path, "bad.json", json.dumps(of_report(**changes)))
+    eval_refused(capsys, ["--compare", good, bad], words)
+    eval_refused(capsys, ["--compare", bad, bad], words)
+    written(tmp_path, "bad.json", "[" * 100_000)
+    eval_refused(capsys, ["--compare", good, bad], "two report.json")
+
+
+def test_compare_of_reports_with_gaps(tmp_path, capsys):
+    """null, and nan of older reports, are no scores; what tells how rows were sampled may be spoilt."""
+    paths = [written(tmp_path, f"{i}.json", json.dumps(of_report(scores=dict(row=dict(ocr=[gap, .5 + i])), **facts)))
+             for i, (gap, facts) in enumerate([(None, {}), (math.nan, dict(sampler=dict(row=3)))])]
+    ev.main(["--compare", *paths])
+    assert capsys.readouterr().out.splitlines()[1].split() == ["row", "1"]
+
+
+def ablated(out, row, seed, **scores):
+    """A result as --ablations leaves it."""
+    target = ev.result_of(out, row, seed)
+    target.parent.mkdir(exist_ok=True)
+    target.write_text(json.dumps(dict.fromkeys(ev.TINY_COLUMNS, .5) | dict(seed=seed, dm=.1) | scores))
+    for stage, names in ((1, ["dsm"]), (2, ["reward_attributes", "watch_heldout"])):
+        folder = target.with_suffix("") / f"stage{stage}"
+        folder.mkdir(parents=True)
+        line = json.dumps(dict(iteration=1, **dict.fromkeys(names, .5)))
+        written(folder, "metrics.jsonl", line + "\n" + line.replace(": 1,", ": 2,") + "\n")
+
+
+def test_ablations_print_what_there_is(tmp_path, monkeypatch, capsys):
+    """Tables and rows without a result are counted in one line; a panel of a row that was not run is left out."""
+    monkeypatch.setattr(ev, "train_rows", lambda *_: None)
+    monkeypatch.setattr(ev, "TinyBackbone", lambda cfg: None)
+    ablated(tmp_path, "DM only", 0)
+    ablated(tmp_path, ev.BASE, 0)
+    line = ["--ablations", "--seeds", "1", "--only", "DM only", "--out", str(tmp_path)]
+    ev.main(line)
+    out = capsys.readouterr().out
+    titles = [text for text in out.splitlines() if text.startswith("###")]
+    assert [text.split(":")[0][4:] for text in titles] == [
+        "Table 3", "Figure 5", "DEPARTURE 1", "Beyond the paper, stage 1",
+        "The constants and functions of the released code", "Table 4", "Matching alone"]
+    assert len(re.findall(r"^\| DM only \| 1 \|", out, re.M)) == 2 and not re.search(r"\| 0 \|", out)
+    rows = {row for table in (ev.STAGE1_ROWS, ev.STAGE2_ROWS) for question in table.values() for row in question}
+    assert out.splitlines()[-1] == f"{len(rows) - 2} rows without a result."
+    assert (tmp_path / "table.md").read_text() == out and strict_json(tmp_path / "results.json")["naive GRPO"] == []
+    assert Image.open(tmp_path / "curves.png").size[0] == 2 * 560
+    ablated(tmp_path, "lag, gamma .01", 0)
+    ev.main(line)
+    assert Image.open(tmp_path / "curves.png").size[0] == 3 * 560
+
+
+def test_a_row_whose_metric_is_null(tmp_path):
+    """A report may have null for a number; a difference needs both."""
+    row = lambda seed, **scores: dict.fromkeys(ev.TINY_COLUMNS, .5) | dict(seed=seed) | scores
+    lacking = row(0)
+    del lacking["distance"]
+    text = ev.ablation_table({"a": "", "b": "", "c": ""}, {"a": [row(0)], "b": [lacking], "c": []})
+    assert "| a | 1 |" in text and "| b | 1 |" in text and "| c |" not in text
+
+
+def test_eval_prompt_saves_the_bare_picture(tiny_report):
+    """As it was decoded: no border, nothing enlarged."""
+    folder, flags = tiny_report
+    out = folder / "bare"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ev.Sampler, "batch", lambda *_: torch.rand(1, 3, 12, 12, generator=rng()))
+        ev.main(["--prompt", "a red circle", *flags[2:6], "--out", str(out)])
+    pixels = np.array(Image.open(out / "prompt.png"))
+    expected = (torch.rand(1, 3, 12, 12, generator=rng())[0] * 255).round().permute(1, 2, 0).numpy()
+    assert pixels.shape == (12, 12, 3) and (pixels == expected).all()
+
+
+def test_a_gap_is_drawn_from_zero(tmp_path, monkeypatch):
+    """dm that moves between .10 and .11 is not drawn as if it doubled; other curves fill their panel."""
+    seen = []
+    monkeypatch.setattr(ev, "ticks", lambda low, high: seen.append((low, high)) or [])
+    curve = [(i, .10 + .01 * (i % 2)) for i in range(4)]
+    ev.draw_curves(tmp_path / "c.png", {"a": {"dm": curve}, "b": {"reward": curve}})
+    assert [low for low, _ in seen[::2]] == [0, pytest.approx(.1)]
+
+
+def test_a_long_curve_is_smoothed_more():
+    """The noise of stage 2's four prompts is not a climb: 10 of 50 lines, a tenth of more, 50 at most."""
+    step = lambda n: dict(ev.mean_curve([[dict(iteration=i, x=float(i >= n // 2)) for i in range(n)]], "x"))
+    for n, width in ((19, 1), (20, 5), (49, 5), (50, 10), (150, 15), (2000, 50)):
+        curve = step(n)
+        assert curve[n // 2] == pytest.approx(1 / width) and curve[n // 2 + width - 1] == 1
+
+
+def test_names_that_are_not_utf8(tmp_path, monkeypatch, capfd):
+    """A folder's is shown as far as it can be; a picture's, which is its prompt, and --prompt are refused."""
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path, "white_judge.py", "def white(images, prompts):\n    return images.mean((1, 2, 3))\n")
+    folder = tmp_path / os.fsdecode(b"pictures\xff")
+    folder.mkdir()
+    Image.new("RGB", (8, 8), "white").save(folder / "a cat.png")
+    line = ["--images", str(folder), "--metrics", "white_judge:white", "--device", "cpu", "--out",
+            os.fsdecode(b"out\xfe")]
+    ev.main(line)
+    assert re.search("^pictures_ +1$", capfd.readouterr().out, re.M)
+    report = strict_json(Path(os.fsdecode(b"out\xfe")) / "report.json")
+    assert report["rows"] == {"pictures_": {"white_judge:white": 1}}
+    Image.new("RGB", (8, 8), "white").save(folder / os.fsdecode(b"a\xffcat.png"))
+    eval_refused(capfd, line, "no text in UTF-8: rename the file")
+    lines = [json.dumps(dict(file_name=os.fsdecode(b"a\xffcat.png"), prompt=text)) for text in ("a cat", "\udcff")]
+    (folder / "metadata.jsonl").write_text(lines[0])
+    ev.main(line)
+    (folder / "metadata.jsonl").write_text(lines[1])
+    eval_refused(capfd, line, "no text in UTF-8")
+    eval_refused(capfd, ["--prompt", os.fsdecode(b"a \xff fox")], "--prompt cannot be read .*give a text in UTF-8")
+    eval_refused(capfd, ["--prompt", "x" * 10**6], "--prompt cannot be read .*up to 20,000")
+
+
+def test_a_terminal_that_knows_no_sign_for_it():
+    """± is printed as ? where the encoding lacks it, instead of a traceback."""
+    code = "import eval, sys; sys.argv = ['eval.py', '--compare', 'x', 'y']; "
+    code += "eval.compare = lambda flags, cfg: print('1±2 \\udcff'); eval.main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          cwd=Path(rtdmd.__file__).parent, env=os.environ | dict(PYTHONIOENCODING="ascii"))
+    assert done.returncode == 0 and done.stdout.strip() == "1?2 ?", done.stderr
+
+
+# ---- Flags
+
+@pytest.mark.parametrize("name", ["nfe", "batch", "per_prompt", "max_prompts", "jobs", "seeds"])
+def test_numbers_beyond_reason(name, tmp_path, monkeypatch, capsys):
+    """One sentence with the bound, before anything is made."""
+    monkeypatch.chdir(tmp_path)
+    command = ["--ablations"] if name in ("jobs", "seeds") else ["--teacher"]
+    eval_refused(capsys, [*command, f"--{name}", str(10**30)], rf"--{name} must be at most \d+")
+    eval_refused(capsys, [*command, f"--{name}", "-1"], f"--{name} must be at least 1")
+    eval_refused(capsys, ["--teacher", "--cfg", "1e30"], "--cfg .*to 1000000")
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("line, words", [
+    ("--lora x", "--lora is none of them: give the two commands one after the other"),
+    ("--teacher", "--teacher is none"), ("--compare a b", "--compare is none"), ("--prompt=x", "--prompt=x is none"),
+    ("--run_folder runs/tiny", "--run_folder is none"), ("--ablations", "--ablations is none"),
+    ("--images x", "--images is none"), ("--stgae 2", "--stgae"), ("--modle sd3m", "--modle"),
+    ("--device meta --modle sd3m", "--modle"), ("--dry_run 1000000000000000000000000", "from 1 to"),
+    ("--dry_run 0", "from 1 to")])
+def test_a_dry_run_is_a_command_of_its_own(line, words, tmp_path, monkeypatch, capsys):
+    """Other commands and misspelt flags are named."""
+    monkeypatch.chdir(tmp_path)
+    eval_refused(capsys, ["--dry_run", "1", *line.split()], words)
+    eval_refused(capsys, [*line.split(), "--dry_run=1"] if "dry" not in line else line.split(), words)
+    assert not [*tmp_path.iterdir()]
 
 
 # -----------------------------------------------------------------------------------------------------------------
