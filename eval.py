@@ -1117,6 +1117,7 @@ def parse(argv):
     of_model = {*MODEL_FLAGS, "guidance"} - {"device", "prompts"}
     cfg = rtdmd.resolve({**{n: v for n, v in run.items() if n in of_model}, **shared})
     cfg.steps, cfg.eta = run.get("steps", cfg.steps), run.get("eta", cfg.eta)  # resolve would want its --batch
+    cfg.no_compile = True                                                       # a report has many shapes
     own = dict(OWN_DEFAULTS["tiny" if cfg.model == "tiny" else "real"])
     cfg.prompts = given.get("prompts", own.pop("prompts"))
     if "images" in given:
@@ -1517,7 +1518,7 @@ def evaluate(flags, cfg):
            prompt_hash=prompt_hash, tasks=tasks, seed=cfg.seed, sampler=rows, resolution=cfg.resolution)
     if rtdmd.dist_info()[0] == 0:  # after the report: no picture is worth losing it for
         if len(panels):
-            rtdmd.save_grid(Path(flags.out) / "grid.png", panels, len(panels) // len(rows), [*labels.values()])
+            save_grid(Path(flags.out) / "grid.png", panels, len(panels) // len(rows), [*labels.values()])
         if flags.run_folder:
             draw_run_curves(Path(flags.run_folder), Path(flags.out) / "curves.png")
     if flags.save_images:
@@ -1545,6 +1546,18 @@ def grid_rows(pictures, shown):
         return torch.zeros(0)
     blank = torch.full_like(known, 255)
     return torch.stack([row.get(i, blank) for row in found for i in shown]).float() / 255
+
+
+def save_grid(path, images, columns, names):
+    """Writes images (B, 3, H, W) in [0, 1] as one PNG, with the names left of its rows."""
+    canvas, font = rtdmd.grid(images, columns), ImageFont.load_default(13)
+    margin = max(int(font.getlength(name)) + 12 for name in names)
+    image = Image.new("RGB", (margin + canvas.width, canvas.height), "white")
+    image.paste(canvas, (margin, 0))
+    for i, name in enumerate(names):
+        middle = (i + 0.5) * canvas.height / len(names)
+        ImageDraw.Draw(image).text((margin - 6, middle), name, "black", font, anchor="rm")
+    rtdmd.write_png(path, image)
 
 
 def save_pictures(folder, pictures, captions):
@@ -1712,10 +1725,16 @@ def dry_run(argv):
     cfg.cache = str(Path(cfg.cache) / "made") if made else cfg.cache  # no invented embeddings beside real ones
     read_prompts = rtdmd.read_prompts
 
+    compiles = cfg.device.startswith("cuda") and not cfg.no_compile
+    warm = 2 if compiles else 1                        # one iteration counts, and one compiles; the others are timed
+    steps = max(steps, 3) if compiles else steps
+
     def iterations(run):
+        run.warm = warm
         for run.done in range(steps):
             run.terms = {}
-            yield run.done
+            with torch.compiler.set_stance("force_eager" if compiles and run.done == 0 else "default"):
+                yield run.done
 
     stand_ins = {(rtdmd, "find_start"): lambda run: None, (rtdmd, "iterations"): iterations,
                  (rtdmd, "phase"): CostMeter,
@@ -1723,7 +1742,7 @@ def dry_run(argv):
     with standing_in(stand_ins | (made_networks(cfg) if made else {})):
         run = rtdmd.prepare(cfg)
         (rtdmd.stage1 if cfg.stage == 1 else rtdmd.stage2)(run)
-    report_costs(run, steps)
+    report_costs(run, max(1, steps - warm))
 
 
 def made_networks(cfg):
@@ -1771,7 +1790,7 @@ class CostMeter(TorchDispatchMode):
     Of the first iteration: forwards by role; FLOPs of the transformers ("network"), of the VAE's decoder and of
     each reward, by torch's formulas (a product of (n, m) and (m, k) is 2 n m k, all else nothing); and the peak
     of bytes beside the weights: what an operation makes lives until its last reference is gone, as in the
-    allocator of a GPU. Of the others, or of the first if it is alone: seconds. On `meta` nothing is computed, so
+    allocator of a GPU. Of those after run.warm iterations, or of the last: seconds. On `meta` nothing is computed, so
     that full-size networks can be counted on a laptop. What a fused attention kernel recomputes in its backward
     pass is not counted.
     """
@@ -1800,7 +1819,7 @@ class CostMeter(TorchDispatchMode):
         if self.kind == "cuda":
             torch.cuda.synchronize()
             self.run.live["peak"] = torch.cuda.max_memory_allocated() - self.run.standing_bytes
-        if self.run.done == 1:  # the first iteration was for counting
+        if 1 <= self.run.done <= getattr(self.run, "warm", 1):  # those before counted and compiled
             self.cost["seconds"] = 0.0
         self.cost["seconds"] += time.perf_counter() - self.start
         self.cost["peak_bytes"] = max(self.cost["peak_bytes"], self.run.live["peak"])
@@ -1941,7 +1960,8 @@ def start_counting(run):
             watch(layer, part, counted=part == "network" or i == 0)
         run.live["held"].update(t.untyped_storage()._cdata for t in tensors_of(nets))
     moments = (m for o in run.optimizers.values() for state in o.state.values() for m in state.values())
-    run.live["held"].update(t.untyped_storage()._cdata for t in [*run.ema, *moments])  # beside the peak in the table
+    held = [run.ema, *run.roles.flat.values(), *moments]                    # beside the peak in the table
+    run.live["held"].update(t.untyped_storage()._cdata for t in held)
     run.standing_bytes = torch.cuda.memory_allocated() if "cuda" in run.device else 0
 
 
@@ -2000,18 +2020,45 @@ def matrix_rate(device, n=8192):
     return 2 * n**3 / timer.timeit(20).mean / 1e12
 
 
+def host_or_gpu(run):
+    """One sentence: do a forward and a backward pass of theta wait for the host, which launches the kernels, or for
+    the GPU, which runs them?"""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+    n, on_gpu = run.cfg.micro_batch, run.device.startswith("cuda")
+    x = torch.randn(n, *run.backbone.latent_shape, device=run.device)
+    t, cond = torch.full((n,), 0.5, device=run.device), run.text.batch([""] * n, run.device)
+    wait = torch.cuda.synchronize if on_gpu else (lambda: None)
+
+    def launch():
+        """Seconds until the last kernel is launched, not until it has run."""
+        wait()
+        start = time.perf_counter()
+        run.roles.velocity("generator", x, t, cond).square().mean().backward()
+        run.roles.flat["generator"].grad = None
+        return time.perf_counter() - start
+
+    host = [launch() for _ in range(3)][-1]                                # the first ones warm up
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA] if on_gpu else None) as seen:
+        launch()
+        wait()
+    kernels = [e for e in seen.events() if e.device_type == (DeviceType.CUDA if on_gpu else DeviceType.CPU)]
+    busy = sum(e.time_range.elapsed_us() for e in kernels) / 1e6
+    return (f"Forward and backward pass of {n} samples: {len(kernels):,} kernels, launched in {host * 1000:.0f} ms, run "
+            f"in {busy * 1000:.0f} ms: bound by the {'host' if host > busy else 'GPU'}.")
+
+
 def standing_weights(run):
     """Bytes that stay in memory, by what they are; weights that two modules share count once."""
-    lora = sum(p.nbytes for role in run.optimizers for p in run.roles.parameters(role))
+    lora = sum(p.nbytes for p in run.roles.flat.values())
     sizes = {part: sum({t.untyped_storage()._cdata: t.nbytes for t in tensors_of(nets)}.values())
              for part, nets in networks(run).items()}
-    sizes["network"] -= lora
     return dict(sizes, adapters=lora, adam=2 * lora, ema=lora // 2)
 
 
-def report_costs(run, steps):
-    """The table of --dry_run, and OUT/stageN/dry_run.json."""
-    cfg, timed = run.cfg, max(1, steps - 1)
+def report_costs(run, timed):
+    """The table of --dry_run, and OUT/stageN/dry_run.json. timed: iterations whose seconds were added up."""
+    cfg = run.cfg
     samples = (cfg.batch if cfg.stage == 1 else cfg.groups * cfg.group_size) / rtdmd.dist_info()[2]
     phases = {name: dict(seconds=c["seconds"] / timed, tflop_per_sample=sum(c["tflop"].values()) / samples,
                          tflop_by_part={n: f / samples for n, f in c["tflop"].items()}, peak_bytes=c["peak_bytes"],
@@ -2047,6 +2094,9 @@ def cost_lines(run, phases, total, weights, samples):
         yield (f"One iteration, {samples:g} samples a process: {total['seconds']:.3g} s, "
                f"{samples / total['seconds']:.3g} samples/s; {run.cfg.iterations} iterations: {hours:.3g} h.")
     if "cuda" in run.device:
+        graphs, seconds = rtdmd.compiled()
+        yield f"Compiled: {graphs} graphs of transformer blocks, in {seconds:.0f} s."
+        yield host_or_gpu(run)
         yield f"Products of large bf16 matrices in the same process: {matrix_rate(run.device):.3g} TFLOP/s."
     source = "allocator" if "cuda" in run.device else "counted, not measured"
     yield (f"Weights GB: {words({n: size / 1e9 for n, size in weights.items()})}; with the highest peak "
@@ -2376,7 +2426,7 @@ def fake_knows_k(start):
 
     def __init__(self, backbone, cfg):
         roles(self, backbone, cfg)
-        self.named["fake"]["steps"] = nn.Parameter(torch.zeros(cfg.steps + 1, TINY_WIDTH))
+        self.adopt("fake", self.named["fake"] | dict(steps=torch.zeros(cfg.steps + 1, TINY_WIDTH)))
 
     def batch_with_k(self, prompts, device):
         texts, _, steps = zip(*(p.partition("\0") for p in prompts))
@@ -2387,7 +2437,8 @@ def fake_knows_k(start):
         cond = dict(cond)
         k = cond.pop("k", None)
         if role == "fake":
-            cond["pooled_projections"] = cond["pooled_projections"] + self.named["fake"]["steps"][k]
+            steps = self.parts("fake", self.flat["fake"])["steps"]
+            cond["pooled_projections"] = cond["pooled_projections"] + steps[k]
         return velocity(self, role, x, t, cond)
 
     def update_fake(run, it, u, x_s, s, k, prompts, ids, total):
@@ -2432,9 +2483,9 @@ def pathwise_through(start, steps):
     activations."""
     original = rtdmd.reinforce_slot
 
-    def reinforce_slot(run, b, slot, reward_term, rows, here, u, noise, fresh, total):
+    def reinforce_slot(run, b, slot, reward_term, rows, here, pull, fresh, total):
         if slot < run.cfg.subset_size or not reward_term:
-            return original(run, b, slot, reward_term, rows, here, u, noise, fresh, total)
+            return original(run, b, slot, reward_term, rows, here, pull, fresh, total)
         cfg, K, prompts = run.cfg, run.cfg.steps, [b.prompts[row] for row in rows]
         x, cond = b.states[K - steps, rows], run.text.batch(prompts, run.device)
         for k in range(K - steps + 1, K + 1):
@@ -2445,7 +2496,7 @@ def pathwise_through(start, steps):
         (cfg.beta * cfg.det_weight * loss * len(x) / total).backward()
         if here:                                                            # matching stays as it is
             matched = [rows[i] for i in here]
-            original(run, b, slot, False, matched, range(len(matched)), u[here], noise[here], fresh, total)
+            original(run, b, slot, False, matched, range(len(matched)), pull[here], fresh, total)
     return {(rtdmd, "reinforce_slot"): reinforce_slot}
 
 

@@ -34,30 +34,10 @@ Symbols  theta generator | psi frozen teacher, guided with weight w | phi fake s
          distribution matching (DM) minus beta times that of E r (Eq. 7) | det, pathwise: the term of Eq. 15, through
          the deterministic step K
 
-DEPARTURES  [P] from the paper, [C] from its released code, [-] from neither: both share it, or leave it open.
-The reasons are in docs/departures.md; tests name those that they show (grep DEPARTURE test_rtdmd.py).
- 1. [P] kappa = sqrt(t^2 - a^2 s^2), since variances add. The paper's (t-s)/(1-s) adds standard deviations.
- 2. [-] With this kappa, and with no other, App. E holds for noisy x_s too: h(x_t, t) is a martingale.
- 3. [C] The reverse kernel of Eq. 11 is the Gaussian posterior. At a fixed eta the true score has a loss.
- 4. [PC] t'' is at most delta below t', with no t_j between them. App. F's t_{k+1} leaves [t_k, 1].
- 5. [PC] The fake loss is divided by the variance of its target: Eq. 5 at s = 0, of order one everywhere.
- 6. [PC] theta's gradient is the difference of the boundary means m over D: Eq. 9 times a positive weight.
- 7. [PC] log pi is the exact log-density divided by d. The release leaves out its 1 / (2 std^2).
- 8. [C] Old and new log pi come from one forward: before the first update the ratio is exactly 1.
- 9. [C] (K-1)/M of Eq. 17 is kept. Without it the estimate is M/(K-1) of the gradient.
-10. [C] S is drawn for every prompt, as Algorithm 1 says.
-11. [PC] Eqs. 15 and 17 share units: one std divides a reward in both, and all of Eq. 18 is a mean over d.
-12. [P] Unscaled advantages leave r_i out of its own baseline. Scaled ones (App. H) have a floor under the std.
-13. [C] In stage 2 matching acts on every k equally often on average, and so does phi's update; not on K alone.
-14. [PC] Adapters, gradients, Adam and EMA are fp32. Stage 2 continues stage 1's adapters, unmerged.
-15. [-] psi is the frozen base, phi an adapter on it, theta another: there, or on its own base (FLUX.2, App. J).
-16. [P] In stage 1 k is stratified: every update trains each step on an equal share of its samples.
-17. [PC] Levels are drawn from the inner 98 % of (s, 1) instead of being clamped into it.
-18. [-] One phi serves all k: at t it learns the mixture of the step-k laws with t_k < t, not each p^(k).
-19. [P] Eq. 9 is differentiated through step k alone, although Eq. 8 also depends on theta through earlier steps.
-20. [P] beta is a relative weight, not the exponent of Eq. 6: matching is divided by D, a reward by its std.
-21. [P] Eq. 22's draws x'' are constants; psi is guided; what is exported is theta's average over updates.
-22. [P] phi has fake_updates steps for one of theta, and line 4 of Algorithm 1 a rollout of its own.
+DEPARTURE n marks where the code departs from the paper, from its released code, or from both. docs/departures.md
+lists all 22 with the reasons; the main ones: kappa adds variances (1), the reverse kernel of Eq. 11 is the exact
+posterior (3), old and new log pi come from one forward (8), (K-1)/M of Eq. 17 is kept (9), matching acts on every k
+(13), adapters are fp32 (14), and one phi serves all k (18).
 """
 
 from __future__ import annotations
@@ -92,11 +72,12 @@ from types import SimpleNamespace
 import diffusers
 import huggingface_hub
 import torch
+import torch._dynamo.utils
 import torch.distributed as dist
 import torch.nn.functional as F
 import torch.utils.checkpoint
 import transformers
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
@@ -148,8 +129,7 @@ class Config:
     lora_rank: int = opt(64, "r (paper 4.1)")
     lora_alpha: int = opt(32, "alpha (paper 4.1): the update is scaled by alpha / r")
     checkpointing: bool = opt(False, "recompute the network's activations going back: less memory, slower")
-    no_vae_checkpointing: bool = opt(False, "keep the decoder's activations in Eq. 15: faster, gigabytes")
-    compile: bool = opt(False, "torch.compile the network (worth it on a GPU, after some minutes of compilation)")
+    no_compile: bool = opt(False, "on cuda: do not torch.compile the network's blocks (minutes at the start)")
     # ---- Sampler (App. C)
     steps: int = opt(4, "K (paper 3.1)")
     eta: float = opt(0.9, "CPS randomness: 0 Euler ODE, 1 consistency sampler (paper 4.1, App. K)")
@@ -178,8 +158,8 @@ class Config:
     weight_decay: float = opt(0.0, "AdamW's, generator (released stage 2: 1e-4)")
     grad_clip: float = opt(1.0, "gradient norm, per adapter (released)")
     ema: float = opt(0.95, "decay per generator update of the exported weights (ours; released: .904, then .81)")
-    micro_batch: int = opt(1, "samples per pass with gradient, per process: the memory knob, changes nothing else "
-                           "(each model's own: see MODELS)")
+    micro_batch: int = opt(0, "samples per pass with gradient, per process: the memory knob, changes nothing "
+                           "else; 0: what fits the GPU")
     max_bad_steps: int = opt(5, "stop after so many non-finite updates in a row")
     # ---- Records
     save_every: int = opt(50, "iterations between checkpoints")
@@ -191,22 +171,18 @@ class Config:
 
 # Differences from the defaults above; numbers under 1 and 2 hold for that stage only. (The tiny world's, like
 # those of any backbone that is found by module:Class, are the attribute `settings` of its class.)
-# micro_batch: the largest power of two that leaves 15 % of a card free at 512 pixels on 8 processes, as
-# counted (docs/costs.md). The card: 24 GB for SD3, 40 for FLUX.2-4B, 80 for 9B. Where 2 does not leave that
-# much it stays 1 (13 % or more).
 STAGES = {1: dict(iterations=1500, lr=3e-5, lr_fake=3e-5, fake_updates=10),  # iterations: paper 4.1, lr: App. J,
           2: dict(iterations=1000, lr=3e-6, lr_fake=3e-5, fake_updates=1)}         # fake_updates: released
 MODELS = {
-    "sd3m": {"guidance": 7.0, 1: dict(micro_batch=8), 2: dict(micro_batch=2)},
-    "sd35m": {"guidance": 4.5, "rewards": "hpsv2=1,clipscore=1,pickscore=1",  # paper 4.3
-              1: dict(micro_batch=4)},
+    "sd3m": {"guidance": 7.0},
+    "sd35m": {"guidance": 4.5, "rewards": "hpsv2=1,clipscore=1,pickscore=1"},  # paper 4.3
     "sd35l": {"guidance": 3.5, "rewards": "hpsv2=1,clipscore=1,pickscore=1"},  # ours; w: its model card, from memory
     "flux1": {"guidance": 3.5, "rewards": "hpsv2=1,clipscore=1,pickscore=1", 2: dict(groups=64)},  # w, lr: released
     "flux2-4b": {"guidance": 4.0, "rewards": "hpsv2=1,clipscore=1,pickscore=1,geneval=1",
-                 1: dict(lr=1e-6, lr_fake=1e-6, micro_batch=2),  # App. J, paper 4.1
+                 1: dict(lr=1e-6, lr_fake=1e-6),  # App. J, paper 4.1
                  2: dict(lr_fake=1e-6, groups=64)},
     "flux2-9b": {"guidance": 4.0, "rewards": "hpsv2=1,clipscore=1,pickscore=1,geneval=1",
-                 1: dict(lr=1e-6, lr_fake=1e-6, micro_batch=2),  # as the 4B: the paper has
+                 1: dict(lr=1e-6, lr_fake=1e-6),  # as the 4B: the paper has
                  2: dict(lr_fake=1e-6, groups=64)},                                     # no number for the 9B
     "zimage": {"guidance": 5.0, "rewards": "hpsv2=1,clipscore=1,pickscore=1",  # ours; w is the pipeline's 4 + 1
                1: dict(lr=1e-6, lr_fake=1e-6), 2: dict(lr_fake=1e-6)},  # as FLUX.2: theta is distilled already
@@ -247,7 +223,7 @@ def find_named(name, what):
 
 
 # A whole number is at least 1 and at most 10^9, another number at least 0 and at most 10^6, but for these.
-LEAST = dict(seed=0, text_length=0, steps=2, group_size=2, resolution=8)
+LEAST = dict(micro_batch=0, seed=0, text_length=0, steps=2, group_size=2, resolution=8)
 MOST = dict(eta=1, ema=1, delta=1, consistency_share=1, lora_rank=4096, steps=1000, batch=10**6, groups=10**5,
             group_size=10**4, fake_updates=10**4, inner_epochs=10**4, resolution=10**5, text_length=10**4)
 
@@ -619,9 +595,11 @@ def pathwise_loss(reward, scale=1.0, dims=1):
 # names a part of an iteration.
 # ------------------------------------------------------------------------------------------------------------
 
-def in_smaller_parts(function):
-    """function(run, ...), done again with half the micro-batch wherever GPU memory runs out. Each function that wears
-    this changes nothing before its last line, so the numbers are those of a run that had the memory."""
+def tried_again(function):
+    """function(run, ...), done again if the machine fails it: with half the micro-batch if GPU memory runs out,
+    without the compiler if that does not work. No function that wears this changes anything before its last
+    line, so the numbers are those of a run without the failure.
+    """
     @functools.wraps(function)
     def wrapped(run, *arguments):
         terms = dict(run.terms)
@@ -630,12 +608,22 @@ def in_smaller_parts(function):
         except torch.OutOfMemoryError:
             if run.cfg.micro_batch == 1:
                 raise
-        run.terms, run.cfg.micro_batch = terms, run.cfg.micro_batch // 2     # outside of except: it holds the graph
+            reason = ""
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        # Not inside `except`: there the exception would still hold the graph of the failed pass in memory.
+        run.terms = terms
         for optimizer in run.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
-        torch.cuda.empty_cache()
-        print(f"Process {dist_info()[0]} is out of GPU memory in {function.__name__}: it goes on with --micro_batch "
-              f"{run.cfg.micro_batch}, which changes nothing else.", file=sys.stderr)
+        if reason:
+            torch.compiler.set_stance("force_eager")
+            text = f"cannot compile the network ({reason}): it goes on without, slower"
+        else:
+            run.cfg.micro_batch //= 2
+            torch.cuda.empty_cache()
+            text = (f"is out of GPU memory in {function.__name__}: it goes on with --micro_batch "
+                    f"{run.cfg.micro_batch}, which changes nothing else")
+        print(f"Process {dist_info()[0]} {text}.", file=sys.stderr)
         return wrapped(run, *arguments)
     return wrapped
 
@@ -682,10 +670,11 @@ def states_of_update(cfg, update, ids):
     size = cfg.batch // cfg.steps
     pick = [(row, k) for row, i in enumerate(ids) for k in range(1, cfg.steps + 1)
             if (i // size - k - update) % cfg.fake_updates == 0]
+    pick.sort(key=lambda one: (ids[one[0]] % size, one[1]))  # strata of consistency_rows stand together
     return [row for row, _ in pick], torch.tensor([k for _, k in pick], dtype=torch.long)
 
 
-@in_smaller_parts
+@tried_again
 def update_generator(run, it, first):
     """Line 4: one AdamW step of theta on Eq. 9. Sample i trains step k = 1 + floor(i K / batch), on prompt
     first + i.
@@ -693,34 +682,36 @@ def update_generator(run, it, first):
     So k ~ U{1..K} in exactly equal parts, and to within one sample on every process: with k = 1 + i mod K and
     every world-th sample on a process, the same few processes would always have the longest walks. """
     cfg, K, ids = run.cfg, run.cfg.steps, share(run.cfg.batch)
+    k = torch.tensor([1 + i * K // cfg.batch for i in ids])
+    prompts = [run.prompts.at(first + i) for i in ids]
+    # normal[0] starts the rollout, normal[k] is eps_k of its step k < K, normal[K] re-noises the result.
+    keys = [key(cfg.seed, 1, it, "generator", i) for i in ids]
+    uniform, normal = draw(keys, 1, K + 1, run.backbone.latent_shape, run.device)
+    before = walk(run, normal, k, prompts)
     for rows in chunks(len(ids), cfg.micro_batch):
-        mine = ids[rows]
-        k = torch.tensor([1 + i * K // cfg.batch for i in mine])
-        # normal[0] starts the rollout, normal[k] is eps_k of its step k < K, normal[K] re-noises the result.
-        keys = [key(cfg.seed, 1, it, "generator", i) for i in mine]
-        uniform, normal = draw(keys, 1, K + 1, run.backbone.latent_shape, run.device)
-        cond = run.text.batch([run.prompts.at(first + i) for i in mine], run.device)
-        x = walk(run, normal, k, cond)
-        t, t_next = level(run.times[k - 1], x), level(run.times[k], x)
+        x, cond = before[rows], run.text.batch(prompts[rows], run.device)
+        t, t_next = level(run.times[k[rows] - 1], x), level(run.times[k[rows]], x)
         v = run.roles.velocity("generator", x, t, cond)  # the one forward of the rollout with gradient
-        x_s, s = boundary_state(x, v, t, t_next, normal[k, range(len(mine))], cfg.eta)
-        loss = matching_loss(run, x_s, s, cond, level(uniform[0], x), normal[K])
-        (loss * len(mine) / cfg.batch).backward()
-        note(run, len(mine), dm=loss)
+        x_s, s = boundary_state(x, v, t, t_next, normal[k, range(len(ids))][rows], cfg.eta)
+        loss = matching_loss(run, x_s, s, cond, level(uniform[0, rows], x), normal[K, rows])
+        (loss * len(x) / cfg.batch).backward()
+        note(run, len(x), dm=loss)
     if optimizer_step(run, "generator"):
         update_ema(run)
 
 
 @torch.no_grad()
-def walk(run, normal, k, cond):
+def walk(run, normal, k, prompts):
     """x_{t_{k-1}} of each sample, k (B,) its own step: it takes its first k - 1 steps, then waits. normal
     (K+1, B, ...): x_{t_0}, then the noise of step j at index j."""
     x = normal[0].clone()
-    for j in range(1, int(k.max())):
-        live = (k > j).nonzero()[:, 0].to(x.device)
-        t, t_next = run.times[j - 1].float(), run.times[j].float()
-        v = run.roles.velocity("generator", x[live], t.expand(len(live)).to(x.device), rows_of(cond, live))
-        x[live] = cps_step(x[live], v, t, t_next, normal[j][live], run.cfg.eta)
+    for j in range(1, run.cfg.steps):
+        live = (k > j).nonzero()[:, 0].tolist()
+        for part in chunks(len(live), 4 * run.cfg.micro_batch):
+            rows, t, t_next = live[part], run.times[j - 1].float(), run.times[j].float()
+            cond = run.text.batch([prompts[row] for row in rows], run.device)
+            v = run.roles.velocity("generator", x[rows], t.expand(len(rows)).to(x.device), cond)
+            x[rows] = cps_step(x[rows], v, t, t_next, normal[j][rows], run.cfg.eta)
     return x
 
 
@@ -729,7 +720,7 @@ def boundary_state(x, v, t, t_next, noise, eta):
     return cps_step(x, v, t, t_next, noise, eta), t_next
 
 
-@in_smaller_parts
+@tried_again
 @torch.no_grad()
 def rollout_in_chunks(run, x, noise, prompts):
     """rollout, some samples at a time: x (L, ...), noise (K-1, L, ...) -> (K+1, L, ...), (K, L, ...)."""
@@ -767,7 +758,7 @@ def draw_next_level(run, t, u):
     return between(run, torch.maximum(t - run.cfg.delta, level(boundary, t)), t, u)
 
 
-@in_smaller_parts
+@tried_again
 def update_fake(run, it, update, x_s, s, k, prompts, ids, total):
     """Lines 3 and 12: one AdamW step of phi on Eq. 12. x_s (B, ...) at levels s (B,), from step k (B,).
 
@@ -784,7 +775,7 @@ def update_fake(run, it, update, x_s, s, k, prompts, ids, total):
         v = run.roles.velocity("fake", x_t, t, cond)
         loss, weight = ambient_dsm_loss(v, x, n, s_x, t), len(x) / total
         note(run, len(x), dsm=loss)
-        some = [i for i, one in enumerate(keys) if key(one, "share") < q * 2**63] if cfg.gamma else []
+        some = consistency_rows(cfg, it, update, ids[rows], k[rows].tolist(), total) if cfg.gamma else []
         if not some:
             (weight * loss).backward()
             continue
@@ -804,6 +795,20 @@ def update_fake(run, it, update, x_s, s, k, prompts, ids, total):
         (weight * 2 * gamma * consistency).backward()
         note(run, len(some), consistency=consistency)
     optimizer_step(run, "fake")
+
+
+def consistency_rows(cfg, it, update, ids, k, total):
+    """Which samples of a fake update get the consistency term: each with probability q.
+
+    Stratified, for less variance and for shapes that torch.compile knows: K samples, one of each step, are a
+    stratum. With u ~ U[0, 1) of its own, step k is taken where a whole number lies in ((k-1) q + u, k q + u],
+    and q K such intervals have one. With K = 4 and q = 1/4 that is one step of every four.
+    """
+    q, K = cfg.consistency_share, cfg.steps
+    strata = [i % (total // K) if cfg.stage == 1 else i // K for i in ids]  # stage 1: see states_of_update
+    u = [key(cfg.seed, cfg.stage, it, "share", update, stratum) / 2**63 for stratum in strata]
+    return [j for j, (x, step) in enumerate(zip(u, k))
+            if math.floor(step * q + x) > math.floor((step - 1) * q + x)]
 
 
 def matching_loss(run, x_s, s, cond, u, noise):
@@ -868,7 +873,7 @@ def fake_steps(cfg, it, update, ids):
     return torch.tensor([1 + (i + it + update) % cfg.steps for i in ids])
 
 
-@in_smaller_parts
+@tried_again
 @torch.no_grad()
 def judge_groups(run, b):
     """Line 10. b.advantages (L,): weight times A_i, summed over rewards; b.scales[name] (L,): what divides A_i.
@@ -893,7 +898,7 @@ def judge_groups(run, b):
                         f"flat_{name}": (spread <= floor).float().mean()})
 
 
-@in_smaller_parts
+@tried_again
 def reinforce(run, it, epoch, b):
     """Line 13: one AdamW step of theta on Eq. 18, the gradient of Eq. 7 (the KL to Eq. 6).
 
@@ -907,13 +912,14 @@ def reinforce(run, it, epoch, b):
         keys = [key(cfg.seed, 2, it, "generator", epoch, i) for i in b.ids[part]]
         uniform, (noise,) = draw(keys, 2, 1, run.backbone.latent_shape, run.device)
         matched = matched_slots(cfg, uniform[0].tolist())
+        pull = matching_pull(run, b, part, matched, uniform[1], noise) if cfg.dm_weight else noise
         for slot in range(M + 1):
             reward_term = bool(pathwise and cfg.det_weight) if slot == M else bool(cfg.policy_weight)
             use = [i for i, m in enumerate(matched) if m == slot or reward_term]  # who of part needs a forward,
             here = [j for j, i in enumerate(use) if matched[i] == slot]  # and which of these for DM
             if use:
                 rows = [part.start + i for i in use]
-                reinforce_slot(run, b, slot, reward_term, rows, here, uniform[1][use], noise[use], epoch == 0, total)
+                reinforce_slot(run, b, slot, reward_term, rows, here, pull[use], epoch == 0, total)
     if optimizer_step(run, "generator"):
         update_ema(run)
 
@@ -930,7 +936,19 @@ def matched_slots(cfg, u):
     return [M if x * K < 1 else int((x * K - 1) / (K - 1) * M) for x in u]
 
 
-def reinforce_slot(run, b, slot, reward_term, rows, here, u, noise, fresh, total):
+def matching_pull(run, b, part, matched, u, noise):
+    """Gradient of Eq. 9 at the boundary state (B, ...) that each trajectory of part is matched at. It needs the
+    state's value alone, so teacher and fake score see all of part at once, before any slot."""
+    k = torch.tensor([run.cfg.steps if m == run.cfg.subset_size else b.subsets[part.start + i, m]
+                      for i, m in enumerate(matched)])
+    x_s = b.states[k, range(part.start, part.stop)].requires_grad_()
+    cond = run.text.batch(b.prompts[part], run.device)
+    dm = matching_loss(run, x_s, level(run.times[k], x_s), cond, level(u, x_s), noise)
+    note(run, len(x_s), dm=dm)
+    return len(x_s) * torch.autograd.grad(dm, x_s)[0]
+
+
+def reinforce_slot(run, b, slot, reward_term, rows, here, pull, fresh, total):
     """Gradient of Eq. 18 through one step of each trajectory in rows; the DM term falls on rows[i], i in
     here.
 
@@ -963,10 +981,7 @@ def reinforce_slot(run, b, slot, reward_term, rows, here, u, noise, fresh, total
         push("policy", cfg.beta * cfg.policy_weight * policy, len(rows))
         note(run, len(rows), ratio_off=(log_prob.detach() - b.old[rows, slot]).expm1().abs().mean())
     if here:                                                                # Eq. 9
-        x_s, s = (x_next + mean - mean.detach())[here], t_next[here]    # the rollout's state and noise
-        dm = matching_loss(run, x_s, s, rows_of(cond, here), level(u[here], x), noise[here])
-        push("dm", cfg.dm_weight * dm, len(here))
-        note(run, len(here), dm=dm)
+        push("dm", cfg.dm_weight * (pull * mean)[here].flatten(1).sum(1).mean(), len(here))
     if slot == M and reward_term:                                           # Eq. 15; mean is x_0 here
         scales = {name: scale[rows] for name, scale in b.scales.items()}
         push("det", cfg.beta * cfg.det_weight * pathwise_terms(run, mean, prompts, scales), len(rows))
@@ -1409,7 +1424,7 @@ def build(cls, path, part, cfg):
     largest = 16 * net.config.get("pos_embed_max_size", 256)
     if cfg.resolution % 16 or not 0 < cfg.resolution <= largest:
         raise UsageError(f"--resolution {cfg.resolution} is not possible: take a multiple of 16 up to {largest}.")
-    if part == "vae" and not cfg.no_vae_checkpointing:
+    if part == "vae":
         net.enable_gradient_checkpointing()
     return net.to(cfg.device).eval().requires_grad_(False)
 
@@ -1752,8 +1767,10 @@ def draw(keys, uniforms, normals, shape, device):
 
 
 def chunks(total, size):
-    """Slices of at most `size` that cover range(total)."""
-    return [slice(i, min(i + size, total)) for i in range(0, total, size)]
+    """Slices of at most `size` that cover range(total), as equal as can be: 24 by tens are 8 + 8 + 8, one shape
+    for the compiler."""
+    n = -(-total // size)
+    return [slice(i * total // n, (i + 1) * total // n) for i in range(n)]
 
 
 def rows_of(cond, rows):
@@ -1783,69 +1800,109 @@ def write_atomic(path, data):
         raise UsageError(f"Cannot write {path} ({error.strerror}): make room, or take another folder.") from error
 
 
+class AdaptedLinear(nn.Linear):
+    """A frozen linear layer plus the LoRA update of the role that is active: W x + b + (alpha / r) B A x.
+
+    Roles.attach sets A (r, in) and B (out, r) before every forward pass; for the teacher there is none. They
+    are attributes and not parameters, so that torch.compile takes them as inputs: the roles share its graphs.
+    """
+    A = B = None
+
+    def forward(self, x):
+        y = F.linear(x, self.weight, self.bias)
+        if self.A is None:
+            return y
+        # Rounded as the deployed pipeline rounds; addmm would round once less, and the pictures differ in bf16.
+        return y + F.linear(F.linear(x, self.A), self.B) * self.scale
+
+
+def compile_blocks(net):
+    """torch.compile for every transformer block by itself, in place; the first pass of each kind compiles.
+
+    Blocks that are alike share a graph; shape, gradient or none, adapter or none make another. Fixed shapes:
+    with a second shape, torch would compile for all shapes, which is slower and took longer (docs/costs.md).
+    """
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 256
+    for part in net.children():
+        for block in part if isinstance(part, nn.ModuleList) else ():
+            block.compile(dynamic=False)
+
+
+def compiled():
+    """(number of graphs, seconds) of everything that torch.compile has made in this process."""
+    return (torch._dynamo.utils.counters["stats"]["unique_graphs"],
+            torch._dynamo.utils.calculate_time_spent().get("entire_frame_compile", 0.0))
+
+
 class Roles:
     """theta, phi and psi on frozen base networks: two LoRA adapters, and none at all for the teacher.
 
-    Adapters, gradients, Adam's moments and the EMA are fp32 whatever the base is (DEPARTURES 14, 15).
+    All matrices of a role are parts of one flat fp32 tensor. That is what its optimizer knows, so adapters,
+    gradients, Adam's moments and the EMA are fp32 whatever the base is (DEPARTURES 14, 15).
     """
 
     def __init__(self, backbone, cfg):
-        from peft import LoraConfig
-        from peft.tuners.tuners_utils import BaseTunerLayer
         self.backbone, self.guidance, self.active = backbone, cfg.guidance, None
         self.nets = backbone.nets | {"fake": backbone.nets["teacher"]}
-        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two adapters are what we want
-        config = LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, init_lora_weights="gaussian",
-                            target_modules=backbone.lora_targets)
+        self.layers, self.flat, self.shapes, self.named = {}, {}, {}, {}
         for role in ("generator", "fake"):
-            torch.manual_seed(key(cfg.seed, "lora", role))  # the same A on every process; B is 0
-            self.nets[role].add_adapter(config, adapter_name=role)
-        self.layers = []
+            torch.manual_seed(key(cfg.seed, "lora", role))                  # the same A on every process
+            layers, matrices = [self.nets[role].get_submodule(name) for name in backbone.lora_targets], {}
+            for name, layer in zip(backbone.lora_targets, layers):
+                layer.__class__, layer.scale = AdaptedLinear, cfg.lora_alpha / cfg.lora_rank
+                A = nn.Linear(layer.in_features, cfg.lora_rank, bias=False).weight
+                B = nn.Linear(cfg.lora_rank, layer.out_features, bias=False).weight
+                matrices[f"{name}.lora_A.weight"] = nn.init.normal_(A.data, std=1 / cfg.lora_rank)
+                matrices[f"{name}.lora_B.weight"] = nn.init.zeros_(B.data)  # at first all roles are the base
+            self.layers[role] = layers
+            self.adopt(role, matrices)
+        self.layers["teacher"] = self.layers["fake"]
         for net in dict.fromkeys(self.nets.values()):
-            net.to(next(net.parameters()).device)  # PEFT has them on the CPU for `meta`
-            for name, p in net.named_parameters():  # PEFT: the last adapter alone, in bf16
-                p.requires_grad_(".lora_" in name)
-                p.data = p.data.float() if ".lora_" in name else p.data
-            self.layers += [m for m in net.modules() if isinstance(m, BaseTunerLayer)]
             if cfg.checkpointing:
                 net.enable_gradient_checkpointing(self.checkpoint)
-            if cfg.compile:
-                torch._dynamo.config.recompile_limit = 32                   # roles x (no) gradient x shapes
-                net.compile()
-        # x A^T in the dtype of x: just what the deployed pipeline computes. PEFT would copy x to fp32, once
-        # for each of q, k and v; autocast would compute every norm of the base in fp32, and keep it.
-        for layer in self.layers:
-            layer.cast_input_dtype_enabled = False
-            for matrix in [*layer.lora_A.values(), *layer.lora_B.values()]:
-                matrix.forward = lambda x, matrix=matrix: F.linear(x, matrix.weight.to(x.dtype))
-        self.named = {role: {n.replace(f".{role}.", "."): p for n, p in self.nets[role].named_parameters()
-                             if re.search(rf"\.lora_[AB]\.{role}\.", n)} for role in ("generator", "fake")}
+            if cfg.device.startswith("cuda") and not cfg.no_compile:
+                compile_blocks(net)
 
-    def parameters(self, role):
-        """The LoRA matrices of "generator" or "fake"."""
-        return list(self.named[role].values())
+    def adopt(self, role, matrices):
+        """flat[role], which is what an optimizer trains, made of the matrices; named[role] are its parts."""
+        flat = torch.cat([matrix.flatten() for matrix in matrices.values()])
+        self.flat[role] = nn.Parameter(flat.to(self.layers[role][0].weight.device))
+        self.shapes[role] = {name: matrix.shape for name, matrix in matrices.items()}
+        self.named[role] = self.parts(role, self.flat[role].data)
 
-    def switch(self, role):
-        """Sets flags only. peft's set_adapter would also freeze the other adapter: called between a forward
-        and its backward pass, it makes the gradient vanish without an error."""
-        for layer in self.layers:
-            layer._disable_adapters, layer._active_adapter = role == "teacher", [role]
-        self.active = role
+    def parts(self, role, flat):
+        """{name: view} of the matrices in a tensor like flat[role]."""
+        shapes = self.shapes[role]
+        pieces = flat.split([shape.numel() for shape in shapes.values()])
+        return {name: piece.view(shape) for (name, shape), piece in zip(shapes.items(), pieces)}
+
+    def attach(self, role, matrices=None):
+        """Gives the layers the A and B of a role, cast to the dtype of the network: one cast for all of them.
+
+        It belongs to the forward pass that follows, so every graph has the matrices that it was made with.
+        """
+        layers = self.layers[role]
+        if role != "teacher" and matrices is None:
+            matrices = list(self.parts(role, self.flat[role].to(layers[0].weight.dtype)).values())
+        pairs = zip(matrices[::2], matrices[1::2]) if matrices else [(None, None)] * len(layers)
+        for layer, (A, B) in zip(layers, pairs):
+            layer.A, layer.B = A, B
+        self.active, self.matrices = role, matrices
 
     def checkpoint(self, module, *args):
-        """Gradient checkpointing that recomputes under the adapter of the forward pass: under the latest one,
-        gradients come out wrong, and silently."""
-        role = self.active
+        """Gradient checkpointing that computes again with the matrices of the forward pass. With those of the
+        latest forward pass the gradients would be wrong, without an error."""
+        role, matrices = self.active, self.matrices
 
-        def as_role(*args):
-            self.switch(role)
+        def as_it_was(*args):
+            self.attach(role, matrices)
             return module(*args)
-        return torch.utils.checkpoint.checkpoint(as_role, *args, use_reentrant=False)
+        return torch.utils.checkpoint.checkpoint(as_it_was, *args, use_reentrant=False)
 
     def velocity(self, role, x, t, cond):
         """v_theta, v_phi or v_psi without guidance. x (B, ...) fp32, t (B,) or (B, 1, ..) -> (B, ...)
         fp32."""
-        self.switch(role)
+        self.attach(role)
         return self.backbone.velocity(self.nets[role], x, t.flatten(), cond).float()
 
     def teacher(self, x, t, cond, null):
@@ -1865,16 +1922,14 @@ def optimizer_step(run, role):
     """Sums the gradient over processes, clips it, steps. Returns whether it did: it skips one that is not
     finite. The sum carries one process's nan to all of them, so that they skip together without asking each
     other."""
-    params, optimizer = run.roles.parameters(role), run.optimizers[role]
-    flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in params])
+    p, optimizer = run.roles.flat[role], run.optimizers[role]
+    p.grad = torch.zeros_like(p) if p.grad is None else p.grad              # a process may have had no sample
     if dist.is_initialized():
-        dist.all_reduce(flat)
-    norm = flat.norm()
+        dist.all_reduce(p.grad)
+    norm = p.grad.norm()
     good = bool(norm.isfinite())                                            # the only wait for the GPU
     if good:
-        flat *= (run.cfg.grad_clip / (norm + 1e-6)).clamp(max=1)
-        for p, g in zip(params, flat.split([p.numel() for p in params])):
-            p.grad = g.view_as(p)
+        p.grad *= (run.cfg.grad_clip / (norm + 1e-6)).clamp(max=1)
         optimizer.step()
         note(run, 1, **{f"grad_{role}": norm})
     optimizer.zero_grad(set_to_none=True)
@@ -1894,11 +1949,11 @@ def update_ema(run):
     early."""
     run.ema_updates += 1
     decay = min(run.cfg.ema, (1 + run.ema_updates) / (10 + run.ema_updates))
-    torch._foreach_lerp_(run.ema, [p.detach() for p in run.roles.parameters("generator")], 1 - decay)
+    run.ema.lerp_(run.roles.flat["generator"].data, 1 - decay)
 
 
 # Settings that do not change what is computed (beyond the order of a sum): a run may be resumed with others.
-FREE_SETTINGS = set("out init iterations device cache weights_dir checkpointing no_vae_checkpointing compile "
+FREE_SETTINGS = set("out init iterations device cache weights_dir checkpointing no_compile "
                     "micro_batch max_bad_steps save_every keep sample_every watch force_resume".split())
 STATE_FILE, FACTS_FILE = "state/state.safetensors", "state/run.json"
 COUNTERS = ("iteration", "ema_updates", "bad", "skipped")
@@ -1907,11 +1962,11 @@ COUNTERS = ("iteration", "ema_updates", "bad", "skipped")
 def training_state(run):
     """All tensors that a run goes on from, by their names in a checkpoint: to be saved, or to be copied
     into."""
-    state = {f"ema.{n}": p for n, p in zip(run.roles.named["generator"], run.ema)}
+    state = dict(ema=run.ema)
     for role, optimizer in run.optimizers.items():
-        for i, (name, p) in enumerate(run.roles.named[role].items()):
-            state[f"{role}.{name}"] = p.data
-            state.update({f"adam.{role}.{i}.{n}": moment for n, moment in optimizer.state[p].items()})
+        p = run.roles.flat[role]
+        state[role] = p.data
+        state.update({f"adam.{role}.{name}": moment for name, moment in optimizer.state[p].items()})
     return state
 
 
@@ -1942,7 +1997,7 @@ def save_checkpoint(run):
         sampling = {n: getattr(cfg, n) for n in ("model", "stage", "steps", "eta", "resolution")}
         sampling.update(iteration=run.done, base=backbone.base, shift=backbone.shift, sigmas=run.times[:-1].tolist(),
                         guidance=getattr(backbone, "unguided", 1.0), text_length=getattr(backbone, "text_length", 0))
-        average = dict(zip(run.roles.named["generator"], run.ema))
+        average = run.roles.parts("generator", run.ema)
         save_lora(beside, average, cfg.lora_rank, cfg.lora_alpha, backbone.lora_targets, sampling)
         write_atomic(beside / STATE_FILE, safetensors_bytes(training_state(run)))
         counters = zip(COUNTERS, (run.done, run.ema_updates, run.bad, run.skipped))
@@ -2033,10 +2088,10 @@ def find_start(run):
 def load_start(run, start):
     """Copies a checkpoint's tensors: all to resume; averaged generator and raw fake score to begin stage
     2."""
-    wanted = lambda tensors: {n: p for n, p in tensors.items() if run.done or n.startswith(("ema.", "fake."))}
+    wanted = lambda tensors: {n: p for n, p in tensors.items() if run.done or n in ("ema", "fake")}
     copy_tensors(wanted(load_file(start / STATE_FILE)), wanted(training_state(run)), start)
     if not run.done:
-        torch._foreach_copy_([p.data for p in run.roles.parameters("generator")], run.ema)
+        run.roles.flat["generator"].data.copy_(run.ema)
     left = run.cfg.iterations - run.done
     log(f"{'Resumed' if run.done else 'Begun from'} {start}; {max(left, 0)} iterations are left.")
 
@@ -2064,6 +2119,8 @@ def prepare(cfg):
         raise UsageError("The processes differ in flags, prompts or the newest checkpoint: start all of them with "
                          "one command, and give an --out that all nodes see.")
     cfg.device = run.device
+    # TF32 for what is fp32, i.e. the rewards: 2 % of the std within a group on CLIP ViT-L/14 (docs/costs.md).
+    torch.set_float32_matmul_precision("high" if cfg.dtype == "bf16" else "highest")
     run.backbone = backbone_class(cfg.model)(cfg)
     run.roles = Roles(run.backbone, cfg)
     run.times = timestep_schedule(cfg.steps, run.backbone.shift)
@@ -2074,15 +2131,54 @@ def prepare(cfg):
     run.watched = {n: reward for n, _ in watched if (reward := find(n))}
     run.optimizers = {}
     for role, lr, decay in (("generator", cfg.lr, cfg.weight_decay), ("fake", cfg.lr_fake, 0.0)):
-        params = run.roles.parameters(role)
-        run.optimizers[role] = torch.optim.AdamW(params, lr, betas=(0.9, 0.999), weight_decay=decay)
-        for p in params:  # from the start: checkpoints have them
-            run.optimizers[role].state[p] = dict(step=torch.tensor(0.0), exp_avg=torch.zeros_like(p),
-                                                 exp_avg_sq=torch.zeros_like(p))
-    run.ema = [p.detach().clone() for p in run.roles.parameters("generator")]
+        p = run.roles.flat[role]
+        run.optimizers[role] = torch.optim.AdamW([p], lr, betas=(0.9, 0.999), weight_decay=decay)
+        run.optimizers[role].state[p] = dict(step=torch.tensor(0.0), exp_avg=torch.zeros_like(p),
+                                             exp_avg_sq=torch.zeros_like(p))  # now: a checkpoint has them all
+    run.ema = run.roles.flat["generator"].data.clone()
     if start:
         load_start(run, start)
+    cfg.micro_batch = cfg.micro_batch or micro_batch_of_card(run)
     return run
+
+
+def micro_batch_of_card(run, most=16):
+    """--micro_batch 0: the number of samples for which the GPU has memory, with 15 % to spare, but no more than
+    pay (docs/costs.md). If 8 samples fit without it, the decoder's activations are not computed twice."""
+    if not run.device.startswith("cuda"):
+        return 4
+    switches = [run.backbone.vae.disable_gradient_checkpointing, run.backbone.vae.enable_gradient_checkpointing]
+    for switch in switches if run.cfg.stage == 2 and hasattr(run.backbone, "vae") else [lambda: None]:
+        switch()
+        one, two = (peak_bytes(run, n) for n in (1, 2))
+        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        each = max(two - one, 1)
+        fits = max(1, min(most, int(1 + (0.85 * free - one) / each)))
+        if fits >= 8:
+            break
+    log(f"Micro-batch {fits}: a sample takes {each / 1e9:.2f} GB, and {free / 1e9:.1f} GB are free.")
+    return fits
+
+
+def peak_bytes(run, n):
+    """GPU memory that n samples take in the pass that takes most: through network, decoder and rewards at once
+    in stage 2, through the network in stage 1."""
+    cfg, prompts = run.cfg, [run.prompts.at(i) for i in range(n)]
+    states = torch.randn(cfg.steps + 1, n, *run.backbone.latent_shape, device=run.device)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with torch.compiler.set_stance("force_eager"):
+        if cfg.stage == 2:
+            ones = torch.ones(n, device=run.device)
+            b = SimpleNamespace(states=states, prompts=prompts, scales={name: ones for name in run.rewards})
+            differentiable = any(reward.differentiable for reward, _ in run.rewards.values())
+            reinforce_slot(run, b, cfg.subset_size, differentiable, range(n), [0], states[0], True, n)
+        else:
+            t, cond = torch.full((n,), 0.5, device=run.device), run.text.batch(prompts, run.device)
+            run.roles.velocity("generator", states[0], t, cond).square().mean().backward()
+    run.roles.flat["generator"].grad, run.terms = None, {}
+    return torch.cuda.max_memory_allocated() - before
 
 
 def note(run, n, **values):
@@ -2106,9 +2202,12 @@ def iterations(run):
     cfg, last, due = run.cfg, run.cfg.iterations, False
     bar = progress(range(run.done, last), last, f"stage {cfg.stage}", start=run.done)
     for it in bar:
-        run.terms, start = {}, time.perf_counter()
+        run.terms, start, (graphs, before) = {}, time.perf_counter(), compiled()
         yield it
         run.done = it + 1
+        if (new := compiled()[0] - graphs) > 0:
+            log(f"Iteration {run.done} compiled {new} graphs of the network's blocks, in "
+                f"{compiled()[1] - before:.0f} s; no later one of the same shape will.")
         row = dict(iteration=run.done, **gather(run), skipped=run.skipped)
         if run.done % cfg.sample_every == 0 or run.done == last:
             row.update(panel(run))
@@ -2212,39 +2311,32 @@ def panel(run):
     channels), contrast (std of grey), edges (mean difference of neighbours)."""
     prompts = sorted(run.prompts, key=lambda prompt: key("panel", prompt))[:64]
     _, normal = draw([key("panel", p) for p in prompts], 0, run.cfg.steps, run.backbone.latent_shape, run.device)
-    params = [p.data for p in run.roles.parameters("generator")]
-    raw = [p.clone() for p in params]
-    torch._foreach_copy_(params, run.ema)
+    theta = run.roles.flat["generator"].data
+    raw = theta.clone()
+    theta.copy_(run.ema)
     states, _ = rollout_in_chunks(run, normal[0], normal[1:], prompts)
-    torch._foreach_copy_(params, raw)
+    theta.copy_(raw)
     parts = chunks(len(prompts), run.cfg.micro_batch)
     images = torch.cat([run.backbone.decode(states[-1][rows]).float() for rows in parts])
     score = lambda reward: torch.cat([rate(reward, images[rows], prompts[rows]) for rows in parts]).mean().item()
     watched = {f"watch_{name}": score(reward) for name, reward in run.watched.items()}
     if dist_info()[0] == 0:
-        save_grid(run.folder / "samples" / f"{run.done:06d}.png", images[:16], columns=8)
+        write_png(run.folder / "samples" / f"{run.done:06d}.png", grid(images[:16], columns=8))
     grey = images.mean(1)
     edges = grey.diff(dim=1).abs().mean() + grey.diff(dim=2).abs().mean()
     return dict(watched, saturation=(images.amax(1) - images.amin(1)).mean().item(), edges=edges.item(),
                 contrast=grey.flatten(1).std(1).mean().item())
 
 
-def save_grid(path, images, columns, names=()):
-    """Writes images (B, 3, H, W) in [0, 1] as one PNG, small ones enlarged to 64 pixels; names stand left of
-    its rows."""
+def grid(images, columns):
+    """Images (B, 3, H, W) in [0, 1] as one PIL image; small ones are enlarged to 64 pixels."""
     zoom = max(1, 64 // images.shape[-1])
     images = F.pad(images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3), (1, 1, 1, 1), value=1.0)
     blank = images.new_ones(-len(images) % columns, *images.shape[1:])
     B, _, H, W = (images := torch.cat([images, blank])).shape
     rows = images.view(B // columns, columns, 3, H, W).permute(0, 3, 1, 4, 2)
-    canvas = (rows.reshape(B // columns * H, columns * W, 3).cpu().numpy() * 255).round().astype("uint8")
-    font = ImageFont.load_default(13)
-    margin = max((int(font.getlength(name)) + 12 for name in names), default=0)
-    image = Image.new("RGB", (margin + canvas.shape[1], canvas.shape[0]), "white")
-    image.paste(Image.fromarray(canvas), (margin, 0))
-    for i, name in enumerate(names):
-        ImageDraw.Draw(image).text((margin - 6, (i + 0.5) * H), name, "black", font, anchor="rm")
-    write_png(path, image)
+    canvas = rows.reshape(B // columns * H, columns * W, 3).cpu().numpy() * 255
+    return Image.fromarray(canvas.round().astype("uint8"))
 
 
 def write_png(path, image):
