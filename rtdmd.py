@@ -86,8 +86,7 @@ from tqdm import tqdm
 
 
 class UsageError(Exception):
-    """Bad input or a hopeless run. One sentence that says what to do: main prints it and exits with
-    `code`."""
+    """Bad input or a hopeless run: one sentence that says what to do. main prints it and exits with `code`."""
 
     def __init__(self, message, code=2):
         super().__init__(message)
@@ -283,8 +282,7 @@ def fp32(*values):
 
 
 def x0_from_velocity(x, v, t):
-    """E[x_0 | x_t = x], the x-prediction: G_theta(x, t) of 3.1 under v_theta. x, v (B, ...), t
-    broadcastable."""
+    """E[x_0 | x_t = x], the x-prediction (G_theta of 3.1). x, v (B, ...); t broadcasts against them."""
     x, v, t = fp32(x, v, t)
     return x - t * v
 
@@ -315,12 +313,11 @@ def timestep_schedule(steps, shift=1.0):
 
 
 def cps_mean_std(x, v, t, t_next, eta):
-    """Eqs. 20 and 21: mean (B, ...) and std of x_{t_next} given x at level t, a number or (B, 1, ..), and v
-    there.
+    """Eqs. 20 and 21: mean (B, ...) and std of x_{t_next}, given x and v at level t, a number or (B, 1, ..).
 
     eta 0 is an Euler step, eta 1 re-noises the x-prediction; the signal and noise coefficients are (1 -
-    t_next, t_next) for every eta, which is what "coefficient preserving" means. std has the shape of t_next;
-    it is sigma_k of Eq. 13. """
+    t_next, t_next) for every eta, which is what "coefficient preserving" means. std, sigma_k of Eq. 13, has
+    the shape of t_next. """
     x, v, t, t_next = fp32(x, v, t, t_next)
     x0, eps = x - t * v, x + (1 - t) * v
     mean = (1 - t_next) * x0 + t_next * math.cos(eta * math.pi / 2) * eps
@@ -385,8 +382,7 @@ class CPSScheduler(diffusers.FlowMatchEulerDiscreteScheduler):
         super().set_timesteps(device=device, sigmas=sigmas, mu=mu, timesteps=timesteps)
 
     def step(self, model_output, timestep, sample, generator=None, return_dict=True, **unused):
-        """x_t -> x_t_next.  model_output is the velocity v, sample is x_t, of any shape; the result has v's
-        dtype."""
+        """x_t -> x_{t_next}. model_output is the velocity v, sample is x_t of any shape; the result has v's dtype."""
         if self.step_index is None:
             self._init_step_index(timestep)
         t, t_next = self.sigmas[self.step_index], self.sigmas[self.step_index + 1]
@@ -434,8 +430,7 @@ def ambient_scale(s, t):
 
 
 def ambient_velocity_target(x_s, noise, s, t):
-    """Regression target v* of the fake score on x_t = a x_s + kappa n: Eq. 5's n - x_0 at s = 0. All (B,
-    ...)."""
+    """What the fake score learns at x_t = a x_s + kappa n: v*, (B, ...). At s = 0 it is n - x_0 of Eq. 5."""
     x_s, noise, s = fp32(x_s, noise, s)
     return -x_s / (1 - s) + ambient_scale(s, t) * noise
 
@@ -466,8 +461,7 @@ def reverse_step(x, v, t, t_next, noise, kernel="posterior", eta=None):
 
 
 def consistency_loss(fake, x, v, t, t_next, noise_1, noise_2, kernel="posterior", eta=None):
-    """Eq. 22 (App. F) -> scalar: |h(x', t') - E h(x'', t'')|^2 over two draws x'', h = x - t v the
-    x-prediction.
+    """Eq. 22 (App. F) -> scalar: |h(x', t') - E h(x'', t'')|^2 by two draws x''; h = x - t v predicts x_0.
 
     fake(x, t) -> v_phi;  x, v (B, ...) at level t' = t, v = fake(x, t) with its graph;  t, t_next numbers or
     (B, 1, ..);  noise_1, noise_2 (B, ...) independent;  kernel and eta as in reverse_step. The product of two
@@ -512,14 +506,12 @@ def dmd_loss(x_s, x_t, v_teacher, v_fake, s, t):
 # ------------------------------------------------------------------------------------------------------------
 
 def choose_steps(steps, subset_size, generator):
-    """S of 3.2: sorted list of subset_size of the stochastic steps {1 .. K-1}. generator: a
-    torch.Generator."""
+    """S of 3.2: a sorted list of subset_size of the stochastic steps {1 .. K-1}, drawn by a torch.Generator."""
     return sorted((torch.randperm(steps - 1, generator=generator)[:subset_size] + 1).tolist())
 
 
 def group_noise(shape, selected, group_size, steps, generator):
-    """Eq. 16: a group's noise, (K-1, N, *shape), independent at the steps in `selected`, shared at all
-    others."""
+    """Eq. 16: noise of a group (K-1, N, *shape), independent at the steps in `selected`, shared at the others."""
     noise = torch.randn(steps - 1, group_size, *shape, generator=generator)
     for k in range(1, steps):
         if k not in selected:
@@ -528,8 +520,7 @@ def group_noise(shape, selected, group_size, steps, generator):
 
 
 def gaussian_log_prob(x_next, mean, std):
-    """log pi of Eq. 13 (written out in App. H) over the number of dimensions (DEPARTURE 7), (B,). x_next,
-    mean (B, ...)."""
+    """log pi of Eq. 13 (App. H), divided by the dimensions (DEPARTURE 7): x_next, mean (B, ...) -> (B,)."""
     x_next, mean, std = fp32(x_next, mean, std)
     log_density = -0.5 * ((x_next - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)
     return log_density.flatten(1).mean(1)
@@ -564,8 +555,7 @@ def subgrpo_loss(log_prob, old_log_prob, advantages, steps, clip):
 
     (K-1)/M makes the sum over S an unbiased stand-in for the sum over all K-1 steps, Eq. 31, of naive GRPO (M
     = K-1), if what the advantages were divided by does not depend on S; a group's std does (README, departure
-    11). The clip is PPO's: it acts only once the ratio has left 1, i.e. from the second update of a rollout
-    on. """
+    11). The clip is PPO's: the ratio is 1 in the first update of a rollout, so it acts from the second. """
     ratio, A = torch.exp(log_prob.float() - old_log_prob.float()), advantages[:, None].float()
     surrogate = torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A)
     return -(steps - 1) / log_prob.shape[1] * surrogate.sum(1).mean()
@@ -575,8 +565,7 @@ def pathwise_loss(reward, scale=1.0, dims=1):
     """Loss whose gradient is minus Eq. 15 over dims, -> scalar. reward (B,) = r(G(x_{t_{K-1}})).
 
     x_{t_{K-1}} must enter detached: its dependence on theta is already in the policy term (App. G.2), and a
-    graph here would count it twice. scale (B,) and dims bring it into the units of the other terms (DEPARTURE
-    11). """
+    graph here would count it twice. scale (B,) and dims: the units of the other terms (DEPARTURE 11). """
     return -(reward.float() / scale).mean() / dims
 
 
@@ -632,8 +621,7 @@ def stage1(run):
     """Algorithm 1, lines 1-5: AC-DMD, the cold start.
 
     A rollout visits all K boundary states and each of them serves one fake update, so batch * fake_updates /
-    K trajectories feed all fake updates of an iteration. (The released code rolls out anew for every update
-    and keeps one state.) """
+    K trajectories feed all fake updates of an iteration. (The release rolls out anew for each of its states.) """
     cfg, K = run.cfg, run.cfg.steps
     trajectories = cfg.batch // K * cfg.fake_updates
     period = trajectories + cfg.batch                        # prompts per iteration: first line 2's, then line 4's
@@ -672,6 +660,20 @@ def states_of_update(cfg, update, ids):
             if (i // size - k - update) % cfg.fake_updates == 0]
     pick.sort(key=lambda one: (ids[one[0]] % size, one[1]))  # strata of consistency_rows stand together
     return [row for row, _ in pick], torch.tensor([k for _, k in pick], dtype=torch.long)
+
+
+def consistency_rows(cfg, it, update, ids, k, total):
+    """Which samples of a fake update get the consistency term: each with probability q.
+
+    Stratified, for less variance and for shapes that torch.compile knows: K samples, one of each step, are a
+    stratum. With u ~ U[0, 1) of its own, step k is taken where a whole number lies in ((k-1) q + u, k q + u],
+    and q K such intervals have one. With K = 4 and q = 1/4 that is one step of every four.
+    """
+    q, K = cfg.consistency_share, cfg.steps
+    strata = [i % (total // K) if cfg.stage == 1 else i // K for i in ids]  # stage 1: see states_of_update
+    u = [key(cfg.seed, cfg.stage, it, "share", update, stratum) / 2**63 for stratum in strata]
+    return [j for j, (x, step) in enumerate(zip(u, k))
+            if math.floor(step * q + x) > math.floor((step - 1) * q + x)]
 
 
 @tried_again
@@ -740,8 +742,7 @@ def boundary_states(run, states, predictions, k):
 
 
 def between(run, low, high, u):
-    """low + u (high - low), u ~ U[0, 1), rounded as the network rounds. u, low (B, 1, ..), high too or a
-    number."""
+    """low + u (high - low), u ~ U[0, 1), rounded as the network rounds levels: u, low, high (B, 1, ..)."""
     return run.backbone.quantise(low + u * (high - low)).clamp(low, torch.as_tensor(high, device=u.device))
 
 
@@ -751,8 +752,7 @@ def draw_level(run, s, u):
 
 
 def draw_next_level(run, t, u):
-    """t'' of Eq. 11: within delta below t' = t, no boundary level between them (DEPARTURE 4). t, u (B, 1,
-    ..)."""
+    """t'' of Eq. 11: at most delta below t, and no boundary level between (DEPARTURE 4). t, u (B, 1, ..)."""
     times = run.times.to(t)
     boundary = torch.where(times < t.view(-1, 1), times, 0.0).amax(1)
     return between(run, torch.maximum(t - run.cfg.delta, level(boundary, t)), t, u)
@@ -797,23 +797,8 @@ def update_fake(run, it, update, x_s, s, k, prompts, ids, total):
     optimizer_step(run, "fake")
 
 
-def consistency_rows(cfg, it, update, ids, k, total):
-    """Which samples of a fake update get the consistency term: each with probability q.
-
-    Stratified, for less variance and for shapes that torch.compile knows: K samples, one of each step, are a
-    stratum. With u ~ U[0, 1) of its own, step k is taken where a whole number lies in ((k-1) q + u, k q + u],
-    and q K such intervals have one. With K = 4 and q = 1/4 that is one step of every four.
-    """
-    q, K = cfg.consistency_share, cfg.steps
-    strata = [i % (total // K) if cfg.stage == 1 else i // K for i in ids]  # stage 1: see states_of_update
-    u = [key(cfg.seed, cfg.stage, it, "share", update, stratum) / 2**63 for stratum in strata]
-    return [j for j, (x, step) in enumerate(zip(u, k))
-            if math.floor(step * q + x) > math.floor((step - 1) * q + x)]
-
-
 def matching_loss(run, x_s, s, cond, u, noise):
-    """Eq. 9 at one t ~ U[s, 1] (Eq. 8) -> scalar. x_s (B, ...) with its graph; s, u (B, 1, ..), u ~ U[0,
-    1)."""
+    """Eq. 9 at one t ~ U[s, 1] (Eq. 8) -> scalar. x_s (B, ...) with its graph; s, u (B, 1, ..)."""
     with torch.no_grad():
         t = draw_level(run, s, u)
         x_t = renoise(x_s, s, t, noise)
@@ -868,8 +853,7 @@ def group_draws(run, it, groups):
 
 
 def fake_steps(cfg, it, update, ids):
-    """The step k after which each trajectory gives phi a state: one a trajectory, every k in equal parts or
-    nearly."""
+    """The step k after which each trajectory gives phi its state: all k in equal parts, or nearly equal."""
     return torch.tensor([1 + (i + it + update) % cfg.steps for i in ids])
 
 
@@ -928,8 +912,7 @@ def matched_slots(cfg, u):
     """Which of its M + 1 forwards each trajectory's DM term uses, -1 for none. u list of U[0, 1).
 
     Step K has probability 1/K, and each slot of S an equal part of the rest. S is uniform, so every k is
-    matched equally often, as in stage 1. With K = 4 and M = 2: slot 2 for u < 1/4, slot 0 for u < 5/8, slot 1
-    above. """
+    matched equally often, as in stage 1. With K = 4 and M = 2: slot 2 if u < 1/4, else slot 0 if u < 5/8, else 1. """
     K, M = cfg.steps, cfg.subset_size
     if cfg.dm_weight == 0:
         return [-1] * len(u)
@@ -949,12 +932,10 @@ def matching_pull(run, b, part, matched, u, noise):
 
 
 def reinforce_slot(run, b, slot, reward_term, rows, here, pull, fresh, total):
-    """Gradient of Eq. 18 through one step of each trajectory in rows; the DM term falls on rows[i], i in
-    here.
+    """Gradient of Eq. 18 through one step of each trajectory in rows; the DM term falls on rows[i], i in here.
 
-    All losses are taken down to the velocity first, and then through the network once: so the share of each
-    term in the gradient is known at no cost, and decoder and reward are freed before the network's backward
-    pass. """
+    All losses go back to the velocity first, and then through the network once. So the share of each term in the
+    gradient is known at no cost, and decoder and reward are freed before the network's backward pass. """
     cfg, K, M = run.cfg, run.cfg.steps, run.cfg.subset_size
     k = torch.full((len(rows),), K) if slot == M else b.subsets[rows, slot]
     x, x_next, prompts = b.states[k - 1, rows], b.states[k, rows], [b.prompts[r] for r in rows]
@@ -965,9 +946,8 @@ def reinforce_slot(run, b, slot, reward_term, rows, here, pull, fresh, total):
     gradient = torch.zeros_like(v)
 
     def push(name, loss, n):
-        """Adds the gradient at v of a loss, a mean over n samples that weighs n / total. "det" must come
-        last: it frees the graph of `mean`, which the others still need, and with it the decoder's
-        activations."""
+        """Adds the gradient at v of a loss, a mean over n samples that weighs n / total. "det" comes last: it frees
+        the graph of `mean`, which the others need, and the decoder's activations with it."""
         part, = torch.autograd.grad(loss * n / total, v, retain_graph=name != "det")
         note(run, n, **{f"push_{name}": total / n * part.flatten(1).norm(dim=1).sum()})
         gradient.add_(part)
@@ -989,8 +969,7 @@ def reinforce_slot(run, b, slot, reward_term, rows, here, pull, fresh, total):
 
 
 def pathwise_terms(run, x_0, prompts, scales):
-    """Eq. 15 for each differentiable reward, divided by the std of its own advantage, weighted and added
-    up."""
+    """Eq. 15, summed over the differentiable rewards: each has its weight, and the std of its advantage below."""
     images = run.backbone.decode(x_0)
     return sum(weight * pathwise_loss(rate(reward, images, prompts), scales[name], x_0[0].numel())
                for name, (reward, weight) in run.rewards.items() if reward.differentiable)
@@ -1007,9 +986,8 @@ CLIP_MEAN, CLIP_STD = (.48145466, .4578275, .40821073), (.26862954, .26130258, .
 
 
 def resize(images, height, width, mode="bicubic"):
-    """What PIL does, but differentiable: (B, C, H, W) -> (B, C, height, width), in fp32 whatever comes in.
-    Without antialias most pixels of a large image are never seen, and the gradient draws a grid on the
-    others."""
+    """Resizes as PIL does, but differentiably: (B, C, H, W) -> (B, C, height, width), in fp32. Without antialias
+    the reward would skip most pixels of a large image, and its gradient would draw a grid."""
     return F.interpolate(images.float(), (height, width), mode=mode, antialias=True, align_corners=False)
 
 
@@ -1049,8 +1027,7 @@ def open_clip_host(row, cfg):
 
 
 def transformers_host(row, cfg):
-    """CLIPScore and PickScore in transformers, with its tokenizer: open_clip's reads curly quotes
-    otherwise."""
+    """CLIPScore and PickScore by transformers: open_clip's tokenizer reads curly quotes differently."""
     from transformers import CLIPModel, CLIPTokenizer
     net = load_whole(CLIPModel, row["repo"], cfg, dtype=torch.float32).to(cfg.device)
     tokenizer = from_hub(CLIPTokenizer.from_pretrained, row["repo"], cfg, needs="tokenizer.json")
@@ -1127,9 +1104,8 @@ def parse_rewards(text, own=(), flag="--rewards"):
 
 
 def load_reward(name, cfg, own={}):
-    """The reward of that name: the backbone's own, one of REWARDS, or what module:attribute names: a function
-    or object called as (images, prompts) -> (B,), or a class of such objects, made by its load(cfg) if it has
-    one."""
+    """The reward of that name: the backbone's own, one of REWARDS, or what module:attribute names. That may be a
+    function (images, prompts) -> (B,), an object that is called so, or its class, made by load(cfg) if it has one."""
     if name in own:
         return own[name]
     row = REWARDS.get(name, name)
@@ -1168,9 +1144,8 @@ def depends_on(result, source):
 
 
 def rate(reward, images, prompts):
-    """reward(images, prompts), checked: (B,) fp32 on the images' device; nan and inf are left to the caller.
-    Whatever it raises becomes one sentence. A batch that fails is tried image by image, to name the
-    prompt."""
+    """reward(images, prompts), checked: (B,) fp32 on the images' device. It may be nan or inf. Whatever the reward
+    raises becomes one sentence; a batch that fails is tried image by image, to name the prompt."""
     name = getattr(reward, "name", type(reward).__name__)
     try:
         own = images.clone()  # with a copy of its own, no reward changes what the next one sees
@@ -1212,8 +1187,7 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 class Backbone:
-    """What the families below share: latents (B, 16, H/8, W/8), the shift of the scheduler's file, exact
-    levels."""
+    """What the families share: latents (B, 16, H/8, W/8), the shift of the scheduler's file, exact levels."""
 
     # pixels: of the side of a latent; unguided: the pipeline's guidance_scale that samples a student
     vae_class, channels, pixels, tokens, unguided = "AutoencoderKL", 16, 8, 512, 1.0
@@ -1347,8 +1321,7 @@ class Flux2Backbone(Backbone):
         return flux_velocity(self, net, x, t, cond["text"], 4)
 
     def decode(self, x):
-        """Latents (B,128,h,w) -> images (B,3,16h,16w): 2x2 patches of the VAE's, normalised by its batch
-        norm."""
+        """Latents (B,128,h,w), 2x2 patches of the VAE's in the units of its batch norm -> images (B,3,16h,16w)."""
         norm = self.vae.bn
         mean, variance = (row.float().view(-1, 1, 1) for row in (norm.running_mean, norm.running_var))
         return decode_chunks(self.vae, F.pixel_shuffle(x * torch.sqrt(variance + norm.eps) + mean, 2))
@@ -1430,8 +1403,7 @@ def build(cls, path, part, cfg):
 
 
 def text_pipeline(backbone):
-    """The pipeline of the repository with nothing but its text encoders, whose encode_prompt is used as it
-    is."""
+    """The repository's pipeline with its text encoders alone: its own encode_prompt makes the embeddings."""
     diffusers.utils.logging.set_verbosity_error()         # or each caption beyond 77 tokens prints a warning
     base, cfg = backbone.base, backbone.cfg
     index = from_hub(diffusers.DiffusionPipeline.load_config, base, cfg, "model_index.json")
@@ -1557,8 +1529,7 @@ def prompt_of(row):
 
 
 def prompt_rows(source):
-    """The rows of a known set, of module:attribute or of a file by its ending: strings, or dicts by column
-    names."""
+    """The rows of a known set, of module:attribute, or of a file by its ending: strings, or dicts by column."""
     kind = Path(source).suffix.lower()
     if source == "hpdv2":
         import hpsv2
@@ -1699,8 +1670,7 @@ def dist_info():
 
 
 def start_processes(device):
-    """Joins the processes that torchrun started: NCCL on GPUs, gloo on CPUs. Returns this process's
-    device."""
+    """Joins the processes of torchrun (NCCL on GPUs, gloo on CPUs); returns the device of this one."""
     rank, local, world = dist_info()
     device = f"cuda:{local}" if device == "cuda" else device
     if device.startswith("cuda"):
@@ -1717,8 +1687,7 @@ def start_processes(device):
 
 
 def everyone(value):
-    """The values of all processes, by rank, on each of them, so that all take the same decision. Tensors travel
-    through the host."""
+    """What all processes have, by rank, so that all decide alike. Tensors travel through the host."""
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size()
@@ -1741,8 +1710,7 @@ def log(text):
 
 
 def progress(iterable, total, label, start=0):
-    """Progress bar with the time left, on rank 0. A file instead of a terminal gets a line every ten
-    seconds."""
+    """Progress bar with the time left, on rank 0; in a file, where nobody watches, a line every ten seconds."""
     return tqdm(iterable, total=total, desc=label, initial=start, dynamic_ncols=True, disable=dist_info()[0] != 0,
                 mininterval=0.5 if sys.stderr.isatty() else 10)
 
@@ -1767,8 +1735,7 @@ def draw(keys, uniforms, normals, shape, device):
 
 
 def chunks(total, size):
-    """Slices of at most `size` that cover range(total), as equal as can be: 24 by tens are 8 + 8 + 8, one shape
-    for the compiler."""
+    """Slices of at most `size` that cover range(total), as equal as possible: 24 by tens are 8 + 8 + 8, one shape."""
     n = -(-total // size)
     return [slice(i * total // n, (i + 1) * total // n) for i in range(n)]
 
@@ -1900,14 +1867,12 @@ class Roles:
         return torch.utils.checkpoint.checkpoint(as_it_was, *args, use_reentrant=False)
 
     def velocity(self, role, x, t, cond):
-        """v_theta, v_phi or v_psi without guidance. x (B, ...) fp32, t (B,) or (B, 1, ..) -> (B, ...)
-        fp32."""
+        """v_theta, v_phi or unguided v_psi, (B, ...) fp32. x (B, ...) fp32; t (B,) or (B, 1, ..)."""
         self.attach(role)
         return self.backbone.velocity(self.nets[role], x, t.flatten(), cond).float()
 
     def teacher(self, x, t, cond, null):
-        """v_psi with classifier-free guidance, v_u + w (v_c - v_u), in one batch. null: cond of "", batch
-        1."""
+        """v_psi with classifier-free guidance: v_u + w (v_c - v_u), in one batch. null: cond of "", batch 1."""
         if "guidance" in cond:                                              # FLUX.1 reads w as an input
             guidance = torch.full_like(cond["guidance"], self.guidance)
             return self.velocity("teacher", x, t, cond | dict(guidance=guidance))
@@ -1919,9 +1884,8 @@ class Roles:
 
 
 def optimizer_step(run, role):
-    """Sums the gradient over processes, clips it, steps. Returns whether it did: it skips one that is not
-    finite. The sum carries one process's nan to all of them, so that they skip together without asking each
-    other."""
+    """Sums the gradient over the processes, clips it and steps; returns False if it is not finite and the step is
+    skipped. One process's nan is in the sum of all, so they skip together without asking each other."""
     p, optimizer = run.roles.flat[role], run.optimizers[role]
     p.grad = torch.zeros_like(p) if p.grad is None else p.grad              # a process may have had no sample
     if dist.is_initialized():
@@ -1945,8 +1909,7 @@ def optimizer_step(run, role):
 
 
 def update_ema(run):
-    """Average of the generator's adapter, in fp32. Its decay warms up, so that the start is forgotten
-    early."""
+    """Average of the generator's adapter, in fp32. The decay warms up, so that the start is soon forgotten."""
     run.ema_updates += 1
     decay = min(run.cfg.ema, (1 + run.ema_updates) / (10 + run.ema_updates))
     run.ema.lerp_(run.roles.flat["generator"].data, 1 - decay)
@@ -1960,8 +1923,7 @@ COUNTERS = ("iteration", "ema_updates", "bad", "skipped")
 
 
 def training_state(run):
-    """All tensors that a run goes on from, by their names in a checkpoint: to be saved, or to be copied
-    into."""
+    """All tensors that a run needs to go on, by their names in a checkpoint: to be saved, or copied into."""
     state = dict(ema=run.ema)
     for role, optimizer in run.optimizers.items():
         p = run.roles.flat[role]
@@ -2028,15 +1990,13 @@ def drop_old_checkpoints(run):
 
 
 def iteration_of(folder):
-    """The iteration in a checkpoint's name; None if it is no checkpoint of a run, such as a copy
-    checkpoint-best."""
+    """The iteration in a checkpoint's name. None for another folder, such as a copy called checkpoint-best."""
     found = re.fullmatch(r"checkpoint-(\d{6,})", Path(folder).name)
     return int(found[1]) if found else None
 
 
 def list_checkpoints(folder):
-    """Checkpoint folders below, newest first. OSError if the folder is there and may not be read (glob would
-    say that it is empty)."""
+    """Checkpoints in a folder, newest first. OSError if it may not be read: glob would call it empty."""
     names = os.listdir(folder) if Path(folder).is_dir() else []
     return sorted((Path(folder) / n for n in names if iteration_of(n) is not None), key=iteration_of, reverse=True)
 
@@ -2086,8 +2046,7 @@ def find_start(run):
 
 
 def load_start(run, start):
-    """Copies a checkpoint's tensors: all to resume; averaged generator and raw fake score to begin stage
-    2."""
+    """Copies a checkpoint: all of it to resume, the averaged generator and the fake score to begin stage 2."""
     wanted = lambda tensors: {n: p for n, p in tensors.items() if run.done or n in ("ema", "fake")}
     copy_tensors(wanted(load_file(start / STATE_FILE)), wanted(training_state(run)), start)
     if not run.done:
@@ -2234,8 +2193,7 @@ def phase(run, name):
 
 @contextlib.contextmanager
 def claim(cfg):
-    """Makes and locks the run folder: two runs in one would destroy each other's checkpoints. Sweeps up what
-    a killed run left half-written."""
+    """Makes and locks the run folder against other runs; deletes what a killed run left half-written in it."""
     folder = Path(cfg.out) / f"stage{cfg.stage}"
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a+") as lock:
@@ -2254,8 +2212,7 @@ def claim(cfg):
 
 
 def provenance():
-    """Versions of the packages; commit of the source, marked if it has changed since (none outside a
-    repository)."""
+    """Versions of the packages, and the commit of the source, marked as dirty if files have changed since."""
     versions, git = {}, None
     for name in ("torch", "diffusers", "transformers", "peft", "open_clip_torch", "hpsv2"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -2292,8 +2249,7 @@ def open_log(run):
 
 
 def record(run, row):
-    """Appends a JSON object to metrics.jsonl; returns the few numbers that tell a healthy run from
-    another."""
+    """Appends a row to metrics.jsonl; returns as text the few numbers that tell whether a run is healthy."""
     row = {n: float(f"{v:.6g}") if isinstance(v, float) else v for n, v in row.items() if math.isfinite(v)}
     if dist_info()[0] == 0:
         with open(run.folder / "metrics.jsonl", "a") as file:
@@ -2347,9 +2303,8 @@ def write_png(path, image):
 
 
 def watch_signals(run):
-    """SIGTERM and SIGINT end the run after this iteration, with a checkpoint and exit 0; a second SIGINT at
-    once. A second SIGTERM does not: a cluster sends it to every process, and torchrun sends it on to its
-    own."""
+    """SIGTERM and SIGINT end the run after this iteration, with a checkpoint and exit 0. A second SIGINT ends it at
+    once; a second SIGTERM does not, since torchrun passes on what the cluster sent to every process already."""
     def handler(number, _):
         run.stop = True
         if dist_info()[0] == 0:  # print may be what was interrupted

@@ -147,7 +147,7 @@ def test_the_file_stays_readable():
     lines, tree = source.splitlines(), ast.parse(source)
     functions = {n.name: n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)}
     longest = max(n.end_lineno - n.lineno + 1 for n in functions.values())
-    assert len(lines) <= 2445 and longest <= 60 and max(map(len, lines)) <= 119
+    assert len(lines) <= 2400 and longest <= 60 and max(map(len, lines)) <= 119
     assert functions["pathwise_terms"].end_lineno - functions["rollout_in_chunks"].lineno + 1 <= 250
 
 
