@@ -35,7 +35,7 @@ Symbols  theta generator | psi frozen teacher, guided with weight w | phi fake s
          the deterministic step K
 
 DEPARTURE n marks where the code departs from the paper, from its released code, or from both. docs/departures.md
-lists all 22 with the reasons; the main ones: kappa adds variances (1), the reverse kernel of Eq. 11 is the exact
+lists all 23 with the reasons; the main ones: kappa adds variances (1), the reverse kernel of Eq. 11 is the exact
 posterior (3), old and new log pi come from one forward (8), (K-1)/M of Eq. 17 is kept (9), matching acts on every k
 (13), adapters are fp32 (14), and one phi serves all k (18).
 """
@@ -663,7 +663,7 @@ def states_of_update(cfg, update, ids):
 
 
 def consistency_rows(cfg, it, update, ids, k, total):
-    """Which samples of a fake update get the consistency term: each with probability q.
+    """Which samples of a fake update get the consistency term: each with probability q (DEPARTURE 23).
 
     Stratified, for less variance and for shapes that torch.compile knows: K samples, one of each step, are a
     stratum. With u ~ U[0, 1) of its own, step k is taken where a whole number lies in ((k-1) q + u, k q + u],

@@ -1305,7 +1305,7 @@ def test_a_share_of_the_consistency_term_has_the_mean_of_all(monkeypatch):
 
 
 def test_a_quarter_of_the_samples_is_one_step_of_each_stratum():
-    """consistency_rows: q K samples of every stratum, each step with probability q, on whatever process."""
+    """DEPARTURE 23: q K samples of every stratum, each step with probability q, on whatever process."""
     for stage, q in ((1, 0.25), (1, 0.5), (2, 0.25), (1, 1.0), (2, 0.3)):
         cfg, K, n = rtdmd.Config(stage=stage, consistency_share=q, batch=32, fake_updates=5), 4, 32
         seen, steps = torch.zeros(n), torch.zeros(K)
