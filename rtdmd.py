@@ -60,6 +60,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -205,12 +206,10 @@ def resolve(flags):
 
 
 def find_named(name, what):
-    """What "module:attribute" names: a backbone, a reward, a list of prompts. The module may lie in the
-    current folder, beside this file, or among the packages. This is the one door between this file and code
-    outside of it."""
+    """What "module:attribute" names: a backbone, a reward or a list of prompts. The module may lie in the current
+    folder, beside this file, or among the packages."""
     module, _, attribute = name.partition(":")
-    # The program that runs is called __main__; a module that imports it by its own name would get a second
-    # copy.
+    # The running program is called __main__; a module that imports it by its own name would get a second copy.
     program = sys.modules["__main__"]
     sys.modules.setdefault(Path(getattr(program, "__file__", None) or "none").stem, program)
     sys.path += [p for p in (os.getcwd(), str(Path(__file__).resolve().parent)) if p not in sys.path]
@@ -1579,8 +1578,7 @@ def epoch_order(seed, epoch, n):
 class TextCache:
     """Text embeddings on disk, so that the encoders need not live beside the network while it trains.
     FOLDER/<hash of text_key>/<hash of prompt>.safetensors is encode([prompt]) of any backbone without batch
-    axis. One thread reads ahead of the network; the 512 rows that were used last stay in memory (1.4 GB for
-    SD3)."""
+    axis. One thread reads ahead of the network; the 512 latest rows stay in memory (1.4 GB for SD3)."""
 
     def __init__(self, backbone, folder):
         self.backbone, reader = backbone, concurrent.futures.ThreadPoolExecutor(1)
@@ -1601,8 +1599,7 @@ class TextCache:
 
     def prepare(self, prompts, batch=16):
         """Encode what is missing of `prompts` and "" (the null condition), split over ranks; then free_text.
-        A file with other shapes than most is missing too. All ranks list what is missing before any of them
-        writes."""
+        A file with other shapes than most is missing too. All ranks list what is missing before any writes."""
         rank, _, world = dist_info()
         found = {prompt: self.shapes(prompt) for prompt in dict.fromkeys(["", *prompts])}
         usual = collections.Counter(filter(None, found.values())).most_common(1)
@@ -1629,9 +1626,9 @@ class TextCache:
         """One row from its file. Cloned: load_file gives views of the open file, and 65,530 are allowed."""
         try:
             row = {name: x.clone() for name, x in load_file(self.path(prompt)).items()}
-            if all(x.isfinite().all() for x in row.values()):
+            if all(x.isfinite().all() for x in row.values()) and (not prompt or any(x.any() for x in row.values())):
                 return row
-            self.path(prompt).unlink()                     # no encoder makes nan
+            self.path(prompt).unlink()                     # no encoder makes nan, or of a text nothing but zeros
         except (OSError, SafetensorError):
             pass
         raise UsageError(f"{self.path(prompt)} cannot be read, or holds no embedding: start again, and it is "
@@ -1676,6 +1673,11 @@ def start_processes(device):
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
+        try:
+            socket.getaddrinfo(os.environ["MASTER_ADDR"], None)
+        except OSError as error:                           # torch would ask again for half an hour
+            raise UsageError(f"MASTER_ADDR {os.environ['MASTER_ADDR']} is unknown here ({error.strerror}): give the "
+                             "name or address of the node with rank 0.") from error
         # torchrun keeps one store over restarts, where a restarted gloo would find the addresses of the dead.
         life = f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
         store = dist.PrefixStore(life, next(dist.rendezvous("env://"))[0])

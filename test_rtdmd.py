@@ -3683,12 +3683,12 @@ def test_truncated_caches(cache, flags, tmp_path, capfd):
     rtdmd.main(flags(1, "--cache", tmp_path / "cache", "--sample_every", 1))
     rtdmd.main(flags(1, "--sample_every", 1, "--out", tmp_path / "whole"))
     same(tmp_path / "run/stage1", tmp_path / "whole/stage1")
-    for path in (tmp_path / "cache/text").rglob("*.safetensors"):                # whole files that no encoder makes
-        rows = {n: x.clone() for n, x in rtdmd.load_file(path).items()}
-        first = next(iter(rows))
-        rows[first] = torch.full_like(rows[first], torch.nan)
-        path.write_bytes(rtdmd.safetensors_bytes(rows))
-    refused(capfd, flags(1, "--cache", tmp_path / "cache", "--iterations", 4), "holds no embedding: start again")
+    files = {path: {n: x.clone() for n, x in rtdmd.load_file(path).items()}
+             for path in (tmp_path / "cache/text").rglob("*.safetensors")}
+    for value in (torch.nan, 0.0):                                               # whole files that no encoder makes
+        for path, rows in files.items():
+            path.write_bytes(rtdmd.safetensors_bytes({n: torch.full_like(x, value) for n, x in rows.items()}))
+        refused(capfd, flags(1, "--cache", tmp_path / "cache", "--iterations", 4), "holds no embedding: start again")
     cut(tmp_path / "cache/tiny-1.safetensors")
     refused(capfd, flags(1, "--cache", tmp_path / "cache"), "tiny-1.safetensors is damaged.*delete")
 
@@ -3836,6 +3836,9 @@ def test_other_wrong_input(flags, tmp_path, capfd, monkeypatch):
         refused(capfd, flags(1), "MASTER_PORT is not as torchrun sets it")
     monkeypatch.setenv("MASTER_PORT", "29500")
     refused(capfd, flags(2), "--groups 4 does not split over 3 processes: take 6")
+    with monkeypatch.context() as patch:                            # or it would wait for half an hour
+        patch.setenv("MASTER_ADDR", "nowhere.invalid")
+        refused(capfd, flags(1), "MASTER_ADDR nowhere.invalid is unknown here")
     for name, value in (("RANK", "3"), ("RANK", "x"), ("RANK", "-1"), ("WORLD_SIZE", ""), ("WORLD_SIZE", "0"),
                         ("WORLD_SIZE", "-1"), ("WORLD_SIZE", "abc"), ("LOCAL_RANK", "x")):
         with monkeypatch.context() as patch:
