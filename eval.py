@@ -51,8 +51,10 @@ import operator
 import random
 import re
 import sys
+import textwrap
 import time
 import weakref
+import zipfile
 from collections import namedtuple
 from pathlib import Path
 
@@ -933,14 +935,16 @@ def missing_weights(metrics, cfg):
 
 
 def look_at(path):
-    """UsageError where a file, or the weights beside a config.json, are empty, cut short (.safetensors), a web page
-    or what Git LFS leaves in place of a file. Only the beginning is read."""
+    """UsageError where a file, or the weights beside a config.json, are empty, cut short, a web page or what Git LFS
+    leaves in place of a file. Only the beginning is read, and the directory of a .safetensors or zip."""
     for file in sorted(path.parent.glob("*.safetensors")) if path.name == "config.json" else [path]:
         try:
             with open(file, "rb") as opened:
                 head = opened.read(32).strip().lower()
             if not head or head.startswith((b"<", b"version https://git-lfs")):
                 raise ValueError("it is empty, a web page or a pointer of Git LFS")
+            if head.startswith(b"pk") and not zipfile.is_zipfile(file):      # PyTorch's own format is a zip
+                raise ValueError("it is cut short")
             if file.suffix == ".safetensors":
                 with safe_open(file, "pt"):
                     pass
@@ -1326,8 +1330,8 @@ class Sampler:
         rtdmd.copy_tensors(tensors, self.roles.named["generator"], f"The adapter of {name}")
 
     @torch.no_grad()
-    def batch(self, row, prompts, keys):
-        """Images (B, 3, H, W) in [0, 1]. Noise belongs to a picture's key: no batch, rank or row changes it."""
+    def rollout(self, row, prompts, keys):
+        """States and x-predictions of all steps. Noise belongs to a picture's key: no batch, rank or row changes it."""
         shape, device = self.backbone.latent_shape, self.cfg.device
         _, (start,) = rtdmd.draw([rtdmd.key(k, "start") for k in keys], 0, 1, shape, device)
         steps = row["nfe"] - 1 if row["eta"] > 0 else 0
@@ -1338,7 +1342,12 @@ class Sampler:
         velocity = ((lambda x, t: self.roles.teacher(x, t, cond, null)) if row["role"] == "teacher" else
                     (lambda x, t: self.roles.velocity("generator", x, t, cond)))
         times = rtdmd.timestep_schedule(row["nfe"], self.backbone.shift_for(row["nfe"])).to(device)
-        x = rtdmd.rollout(velocity, start, noise, times, row["eta"])[0][-1]
+        return rtdmd.rollout(velocity, start, noise, times, row["eta"])
+
+    @torch.no_grad()
+    def batch(self, row, prompts, keys):
+        """Images (B, 3, H, W) in [0, 1]."""
+        x = self.rollout(row, prompts, keys)[0][-1]
         broken = ~x.isfinite().flatten(1).all(1).view(-1, 1, 1, 1)  # a decoder would clamp inf to white
         return self.backbone.decode(x).masked_fill(broken, math.nan)
 
@@ -1497,6 +1506,8 @@ def evaluate(flags, cfg):
     sampler = Sampler(cfg, rows, prompts)
     for name, row in rows.items():
         *pictures[name], seconds[name] = sampler.sample(name, row, captions, flags)
+    out = Path(flags.out)
+    trails = student_predictions(sampler, rows, prompts[:2]) if flags.run_folder else {}
     if cfg.model != "tiny":
         sampler.free()
     lost = {row: {*range(len(captions))} - gathered(zip(index, index)).keys()
@@ -1510,7 +1521,8 @@ def evaluate(flags, cfg):
             found = whole_set_metrics(sampler.backbone, index, images, captions, flags.per_prompt)
             results[name].update({m: found[m] for m in of_set})
         results[name]["seconds_per_image"] = (seconds[name], math.nan)
-    panels = grid_rows(pictures, range(0, len(captions), flags.per_prompt)[:12])
+    shown = range(0, len(captions), flags.per_prompt)[:8]
+    panels = for_people(sampler.backbone, grid_rows(pictures, shown))
     prompt_hash = f"{rtdmd.key(prompts):016x}"               # two reports compare only if it is the same
     note = (f"{len(prompts)} prompts x {flags.per_prompt} pictures, set {prompt_hash}, seed {cfg.seed}; ± is one "
             f"standard error. Pictures: {flags.out}/grid.png.")
@@ -1518,11 +1530,13 @@ def evaluate(flags, cfg):
            prompt_hash=prompt_hash, tasks=tasks, seed=cfg.seed, sampler=rows, resolution=cfg.resolution)
     if rtdmd.dist_info()[0] == 0:  # after the report: no picture is worth losing it for
         if len(panels):
-            save_grid(Path(flags.out) / "grid.png", panels, len(panels) // len(rows), [*labels.values()])
+            save_grid(out / "grid.png", panels, len(shown), [*labels.values()], [captions[i] for i in shown])
         if flags.run_folder:
-            draw_run_curves(Path(flags.run_folder), Path(flags.out) / "curves.png")
+            draw_run_curves(Path(flags.run_folder), out / "curves.png")
+            save_trajectories(out / "trajectory.png", trails, labels, prompts[:2])
+            save_film(flags.run_folder, out / "training.gif")
     if flags.save_images:
-        save_pictures(Path(flags.out) / "images", pictures, captions)
+        save_pictures(out / "images", pictures, captions)
     demand_scores(flags, scores, [labels[row] for row in rows if len(lost[row]) == len(captions)])
 
 
@@ -1548,16 +1562,68 @@ def grid_rows(pictures, shown):
     return torch.stack([row.get(i, blank) for row in found for i in shown]).float() / 255
 
 
-def save_grid(path, images, columns, names):
-    """Writes images (B, 3, H, W) in [0, 1] as one PNG, with the names left of its rows."""
+def for_people(backbone, images):
+    """Images (B, 3, H, W) in [0, 1] as they are shown: enlarged, if the backbone can."""
+    return getattr(backbone, "enlarge", lambda images: images)(images)
+
+
+def save_grid(path, images, columns, names, below=()):
+    """Writes images (B, 3, H, W) in [0, 1] as one PNG, with the names left of its rows and the texts `below` under
+    its columns, each cut after six lines."""
     canvas, font = rtdmd.grid(images, columns), ImageFont.load_default(13)
-    margin = max(int(font.getlength(name)) + 12 for name in names)
-    image = Image.new("RGB", (margin + canvas.width, canvas.height), "white")
+    margin, width = max(int(font.getlength(name)) + 12 for name in names), canvas.width // columns
+    texts = ["\n".join(textwrap.wrap(text, max(8, width // 7), max_lines=6, placeholder=" ...")) for text in below]
+    foot = 8 + 16 * max([text.count("\n") + 1 for text in texts], default=-0.5)
+    image = Image.new("RGB", (margin + canvas.width, canvas.height + int(foot)), "white")
     image.paste(canvas, (margin, 0))
+    pen = ImageDraw.Draw(image)
     for i, name in enumerate(names):
-        middle = (i + 0.5) * canvas.height / len(names)
-        ImageDraw.Draw(image).text((margin - 6, middle), name, "black", font, anchor="rm")
+        pen.text((margin - 6, (i + 0.5) * canvas.height / len(names)), name, "black", font, anchor="rm")
+    for i, text in enumerate(texts):
+        pen.multiline_text((margin + (i + 0.5) * width, canvas.height + 4), text, "black", font, anchor="ma",
+                           align="center")
     rtdmd.write_png(path, image)
+
+
+def student_predictions(sampler, rows, captions):
+    """{student: images}: for each caption what each of the student's steps predicts, h = x - t v, in this order. The
+    last prediction is its picture."""
+    found = {}
+    for name in (name for name, row in rows.items() if row["role"] != "teacher"):
+        sampler.load_adapter(name)
+        keys = [rtdmd.key("eval", sampler.cfg.seed, caption, 0) for caption in captions]
+        _, predictions = sampler.rollout(rows[name], captions, keys)
+        images = torch.stack([sampler.backbone.decode(h).float() for h in predictions], 1).flatten(0, 1)
+        found[name] = for_people(sampler.backbone, images.nan_to_num(1.0)).cpu()
+    return found
+
+
+def save_trajectories(path, predictions, labels, captions):
+    """One row for each student of student_predictions, if all of them take as many steps."""
+    if len({len(images) for images in predictions.values()}) == 1:
+        images = torch.cat([*predictions.values()])
+        columns = len(images) // len(predictions)
+        steps = columns // len(captions)
+        below = [f"step {k}" + f": {caption}" * (k == steps) for caption in captions for k in range(1, steps + 1)]
+        save_grid(path, images, columns, [labels[name] for name in predictions], below)
+
+
+def save_film(folder, path, width=800):
+    """The panels of both stages, one after the other, as a GIF that repeats: how the pictures of the same prompts and
+    noise change while the model trains."""
+    frames = []
+    for panel in sorted(Path(folder).glob("stage[12]/samples/*.png")):
+        with Image.open(panel) as image:
+            image.thumbnail((width, width))
+            frame = Image.new("RGB", (image.width, image.height + 20), "white")
+            frame.paste(image, (0, 20))
+        text = f"stage {panel.parts[-3][-1]}, iteration {int(panel.stem)}"
+        ImageDraw.Draw(frame).text((4, 2), text, "black", ImageFont.load_default(13))
+        frames.append(frame)
+    if frames:
+        film = io.BytesIO()
+        frames[0].save(film, "GIF", save_all=True, append_images=frames[1:], duration=400, loop=0)
+        rtdmd.write_atomic(path, film.getvalue())
 
 
 def save_pictures(folder, pictures, captions):
@@ -1691,7 +1757,8 @@ def one_picture(flags, cfg):
         raise UsageError("the picture is not finite: take another checkpoint or --dtype fp32.", code=1)
     if rtdmd.dist_info()[0] == 0:
         path = Path(flags.out) / "prompt.png"
-        rtdmd.write_png(path, Image.fromarray(as_bytes(image[0]).permute(1, 2, 0).cpu().numpy()))
+        image = for_people(sampler.backbone, image)[0]
+        rtdmd.write_png(path, Image.fromarray(as_bytes(image).permute(1, 2, 0).cpu().numpy()))
         print(f"{path}, {label(name, row)}: {flags.prompt}")
 
 
@@ -2273,8 +2340,14 @@ def ablation(out, cfg, stage, row, words, seed):
 
 def read_log(folder):
     """The whole lines of a stage's metrics.jsonl: a run that was killed, or is at work, may leave half of one."""
-    lines = (Path(folder) / "metrics.jsonl").read_text(errors="replace").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("}\n")]
+    path = Path(folder) / "metrics.jsonl"
+    lines = path.read_text(errors="replace").splitlines(keepends=True)
+    try:
+        rows = [json.loads(line) for line in lines if line.endswith("}\n")]
+        assert all(isinstance(row["iteration"], int) for row in rows)
+    except (ValueError, KeyError, AssertionError) as error:
+        raise UsageError(f"{path} has lines that no run wrote ({error!r}): restore it, or move it away.") from error
+    return rows
 
 
 def best_checkpoint(folder):
@@ -2643,14 +2716,15 @@ def parse_caption(caption):
             torch.tensor([layout, *itertools.chain(*objects[::-1 if swap else 1])]))
 
 
-def render(captions, generator):
-    """Pictures (B, 3, 12, 12) in [-1, 1] of captions: random place, size, shade and background; no two agree."""
+def render(captions, generator, side=TINY_SIDE, edge=0.9):
+    """Pictures (B, 3, side, side) in [-1, 1] of captions: random place, size, shade and background; no two agree.
+    A generator in the same state gives the same scenes at any side. edge: width of an outline, 16 being the side."""
     B, facts = len(captions), torch.stack([parse_caption(c)[1] for c in captions])
     rand = lambda *shape: torch.rand(B, *shape, generator=generator) * 2 - 1                    # U[-1, 1]
-    axis = (torch.arange(TINY_SIDE) + 0.5) * 16 / TINY_SIDE
+    axis = (torch.arange(side) + 0.5) * 16 / side
     y, x = axis.view(1, -1, 1), axis.view(1, 1, -1)
     tilt = rand(2, 1, 1) * 0.15
-    slope = (tilt[:, :1] * (x - 8) / 8 + tilt[:, 1:] * (y - 8) / 8).view(B, 1, TINY_SIDE, TINY_SIDE)
+    slope = (tilt[:, :1] * (x - 8) / 8 + tilt[:, 1:] * (y - 8) / 8).view(B, 1, side, side)
     image = 0.5 + 0.15 * rand(1, 1, 1) + slope + 0.04 * rand(3, 1, 1)
     palette = torch.tensor(list(TINY_COLOURS.values()))
     for which, (colour, shape) in enumerate(((1, 2), (3, 4))):
@@ -2665,7 +2739,7 @@ def render(captions, generator):
                                 torch.maximum(dx.abs(), dy.abs()) - radius,
                                 torch.maximum(0.87 * dx.abs() - 0.5 * dy, dy) - 0.62 * radius], 1)
         distance = distance[torch.arange(B), facts[:, shape].clamp_min(0)]
-        cover = (0.5 - distance / 0.9).clamp(0, 1) * present.view(B, 1, 1)  # soft edge, about one pixel
+        cover = (0.5 - distance / edge).clamp(0, 1) * present.view(B, 1, 1)  # soft edge, about one pixel
         paint = palette[facts[:, colour].clamp_min(0)] + 0.07 * rand(3)
         image = torch.lerp(image, paint.view(B, 3, 1, 1), cover[:, None])
     return image.clamp(0, 1) * 2 - 1
@@ -2702,6 +2776,45 @@ class TinyJudge(nn.Module):
         grid = torch.stack(torch.meshgrid(axis, axis, indexing="ij")).expand(len(images), -1, -1, -1)
         features = self.body(torch.cat([images, grid], 1))
         return [head(features) for head in self.heads]
+
+
+class TinyPainter(nn.Module):
+    """Draws pictures (B, 3, 12, 12) in [-1, 1] again at (B, 3, 48, 48), as the decoder of a real model draws its
+    latents. Only pictures for people pass through it: rewards, judges and distances see 12 x 12 pixels."""
+
+    ZOOM = 4
+
+    def __init__(self, width=48):
+        super().__init__()
+        conv = lambda i, o: [nn.Conv2d(i, o, 3, padding=1), nn.GELU()]
+        self.body = nn.Sequential(*conv(5, width), *conv(width, width), *conv(width, width), *conv(width, width),
+                                  *conv(width, 16 * self.ZOOM**2), nn.PixelShuffle(self.ZOOM),
+                                  *conv(16, 16), nn.Conv2d(16, 3, 3, padding=1))
+
+    def forward(self, images):
+        axis = torch.linspace(-1, 1, images.shape[-1], device=images.device)
+        place = torch.stack(torch.meshgrid(axis, axis, indexing="ij")).expand(len(images), -1, -1, -1)
+        smooth = F.interpolate(images, scale_factor=self.ZOOM, mode="bilinear")
+        return (smooth + self.body(torch.cat([images, place], 1))).clamp(-1, 1)
+
+
+def train_tiny_painter(painter, steps, seed):
+    """Absolute error on the same scenes, rendered small with some noise and large: it has to guess nothing but
+    outlines, and it never sees what a teacher or a student makes."""
+    generator, captions = torch.Generator().manual_seed(seed), tiny_captions()
+    optimizer = torch.optim.AdamW(painter.parameters(), 3e-3)
+    for step in rtdmd.progress(range(steps), steps, "tiny painter"):
+        lr = 3e-3 * min(1, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        optimizer.param_groups[0]["lr"] = lr
+        batch, state = pick_captions(captions, 32, generator), generator.get_state()
+        small = render(batch, generator)
+        generator.set_state(state)
+        large = render(batch, generator, TINY_SIDE * painter.ZOOM, edge=0.25)
+        amount = 0.12 * torch.rand(32, 1, 1, 1, generator=generator)
+        loss = (painter(small + amount * torch.randn(small.shape, generator=generator)) - large).abs().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
 
 
 def judge_scores(judge, images, captions):
@@ -2784,8 +2897,8 @@ def train_tiny_teacher(net, text, steps, seed):
 
 
 class TinyBackbone:
-    """The tiny world behind the interface of the real backbones, as any --model module:Class. Trains its teacher and
-    judges on first use: 2,000 updates of the teacher, or as many as --pretrained tiny-500 says."""
+    """The tiny world behind the interface of the real backbones, as any --model module:Class. Trains its teacher,
+    judges and painter on first use: 2,000 updates of the teacher, or as many as --pretrained tiny-500 says."""
 
     shift, latent_shape, rewards = 1.0, (3, TINY_SIDE, TINY_SIDE), dict.fromkeys(TINY_REWARDS)
     # Matching is divided by D (DEPARTURE 20), so the balance of Eq. 18 does not carry over from the paper's models:
@@ -2804,7 +2917,8 @@ class TinyBackbone:
                              "give --pretrained, if at all, as tiny-500: a teacher after 500 updates.")
         torch.manual_seed(rtdmd.key("tiny world"))  # the world is the same for every --seed
         net, text, A, B = tiny_transformer(), TinyText(), TinyJudge(32, nn.GELU), TinyJudge(24, nn.ReLU)
-        parts = nn.ModuleDict(dict(net=net, text=text, reward=A, heldout=B))
+        self.painter = TinyPainter()
+        parts = nn.ModuleDict(dict(net=net, text=text, reward=A, heldout=B, painter=self.painter))
         path, updates = Path(cfg.cache) / f"{name}.safetensors", int(name[5:])
         if not path.exists() and rtdmd.dist_info()[0] == 0:
             path.parent.mkdir(parents=True, exist_ok=True)  # what cannot be written is known before minutes
@@ -2812,10 +2926,15 @@ class TinyBackbone:
             train_tiny_judge(A, "tiny reward judge", steps, seed=1)
             train_tiny_judge(B, "tiny held-out judge", steps, seed=2)
             train_tiny_teacher(net, text, updates, seed=3)
+            train_tiny_painter(self.painter, steps, seed=4)
             rtdmd.write_atomic(path, safetensors_bytes({n: p.contiguous() for n, p in parts.state_dict().items()}))
         rtdmd.barrier()
         try:
             parts.load_state_dict(load_file(path))
+            matrices = [p for p in parts.parameters() if p.dim() > 1]
+            if 2 * sum(p.any().item() for p in matrices) < len(matrices) or \
+                    not all(p.isfinite().all() for p in matrices):
+                raise RuntimeError("zeros or nan")
         except (OSError, RuntimeError, SafetensorError) as error:
             raise UsageError(f"{path} is damaged ({type(error).__name__}): delete it, and the tiny world is made "
                              "anew.") from error
@@ -2846,6 +2965,11 @@ class TinyBackbone:
 
     def decode(self, x):
         return (x / 2 + 0.5).clamp(0, 1)
+
+    @torch.no_grad()
+    def enlarge(self, images):
+        """Pictures (B, 3, 12, 12) in [0, 1] for people to look at, (B, 3, 48, 48): see TinyPainter."""
+        return self.painter(images.to(self.text.places.device) * 2 - 1) / 2 + 0.5
 
 
 class TinyReward:

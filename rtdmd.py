@@ -1,10 +1,10 @@
-"""RTDMD in one file: a 50-step text-to-image flow model becomes a 4-step one and is tuned to human preference.
+"""RTDMD in one file: a 50-step text-to-image flow model becomes a 4-step one, tuned to human preference.
 
-Stage 1 distils (AC-DMD): the generator's noisy boundary states are matched to the teacher's, interval by interval.
-Stage 2 reinforces (hybrid policy gradient): SubGRPO on the stochastic steps, reward gradients through the last,
-deterministic step, and distribution matching to stay near the teacher. It follows "Reinforcing Few-step
-Generators via Reward-Tilted Distribution Matching" and is meant to be read beside it. Not a framework: copy what
-you need.
+Stage 1 distils (AC-DMD): the generator's noisy boundary states are matched to the teacher's, interval by
+interval. Stage 2 reinforces (hybrid policy gradient): SubGRPO on the stochastic steps, reward gradients
+through the last, deterministic step, and distribution matching to stay near the teacher. The file
+implements "Reinforcing Few-step Generators via Reward-Tilted Distribution Matching": read the two side by
+side. It is not a framework: copy what you need.
 
     laptop      bash train.sh  # the tiny world: both stages, a table, a picture
     1 GPU       python rtdmd.py --stage 1 --model sd3m
@@ -17,27 +17,29 @@ Map  section  paper                functions
      3        App. C               timestep_schedule, cps_mean_std, cps_step, rollout, CPSScheduler
      4        3.1, App. B, D-F     renoise_coefficients, renoise, ambient_velocity_target, ambient_dsm_loss,
                                    reverse_step, consistency_loss, boundary_mean, dmd_loss
-     5        3.2, App. G, H       choose_steps, group_noise, gaussian_log_prob, reward_scale, group_advantages,
-                                   subgrpo_loss, pathwise_loss
+     5        3.2, App. G, H       choose_steps, group_noise, gaussian_log_prob, reward_scale,
+                                   group_advantages, subgrpo_loss, pathwise_loss
      6        App. I, Algorithm 1  stage1, stage2
      1 is the configuration, 7 rewards, 8 backbones, 9 prompts, 10 plumbing, 11 the command line. This file
-     trains alone; eval.py has what training does not need: metrics, reports, costs, ablations, the tiny world.
+     trains alone; eval.py has what training does not need: metrics, costs, ablations, the tiny world.
 
-Symbols  theta generator | psi frozen teacher, guided with weight w | phi fake score
-         steps k = 1..K | t_k level after step k, t_0 = 1, t_K = 0 | eta randomness of the sampler, eps_k its noise
-         x_s state after step k ("boundary state"), s = t_k | x_t = a x_s + kappa n the same at level t in [s, 1],
-         n new noise | m = E[x_s | x_t] | t' > t'' two such levels, x', x'' states there, t' - t'' <= delta
-         (a, kappa: alpha_k(t), sigma_k(t) of 3.1) | v(x, t) = E[eps - x_0 | x_t = x] | h = x - t v the
-         x-prediction, G_theta of 3.1 | D = mean abs(x_s - m_psi) of a sample | gamma weight of Eq. 12's second term
-         S chosen stochastic steps, |S| = M | N group size | r reward, A advantage | d dimensions of a sample
-         beta reward strength: the target is p_psi exp(beta r) / Z (Eq. 6); the KL to it has the gradient of
-         distribution matching (DM) minus beta times that of E r (Eq. 7) | det, pathwise: the term of Eq. 15, through
-         the deterministic step K
+Symbols  theta, phi    generator, fake score; psi: frozen teacher, guided with weight w
+         k = 1..K      step; t_k: noise level after it, t_0 = 1, t_K = 0; eta: randomness of the sampler
+         x_s           state after step k ("boundary state"), at level s = t_k
+         x_t           x_s re-noised to a level t in [s, 1]: a x_s + kappa n, n new noise; a and kappa are
+                       alpha_k(t) and sigma_k(t) of 3.1
+         v, h          v(x, t) = E[eps - x_0 | x_t = x]; h = x - t v is the x-prediction, G_theta of 3.1
+         m_psi, m_phi  E[x_s | x_t] under teacher and fake score; D = mean abs(x_s - m_psi) of a sample
+         t', t''       levels of Eq. 11, t' - delta <= t'' <= t'; x', x'' are states there
+         gamma, q      weight of the consistency term (Eq. 12); share of the samples that get it
+         S, M, N       chosen stochastic steps, their number; trajectories per group (prompt)
+         r, A, beta    reward, advantage, reward strength: the target is p_psi exp(beta r) / Z (Eq. 6); the KL
+                       to it has the gradient of distribution matching (DM) less beta times E r's (Eq. 7)
+         det           the pathwise term: reward gradient through the deterministic step K (Eq. 15)
 
-DEPARTURE n marks where the code departs from the paper, from its released code, or from both. docs/departures.md
-lists all 23 with the reasons; the main ones: kappa adds variances (1), the reverse kernel of Eq. 11 is the exact
-posterior (3), old and new log pi come from one forward (8), (K-1)/M of Eq. 17 is kept (9), matching acts on every k
-(13), adapters are fp32 (14), and one phi serves all k (18).
+docs/departures.md numbers 23 departures from the paper or its released code, with reasons; DEPARTURE n marks
+those that belong to one place. The main ones: kappa adds variances (1), the reverse kernel of Eq. 11 is the
+Gaussian bridge at the x-prediction (3), one forward gives old and new log pi (8), every k is matched (13).
 """
 
 from __future__ import annotations
@@ -66,7 +68,6 @@ import sys
 import time
 import unicodedata
 import uuid
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -87,7 +88,7 @@ from tqdm import tqdm
 
 
 class UsageError(Exception):
-    """Bad input or a hopeless run: one sentence that says what to do. main prints it and exits with `code`."""
+    """Bad input, or a run that cannot go on: one sentence that says what to do. main prints it."""
 
     def __init__(self, message, code=2):
         super().__init__(message)
@@ -95,7 +96,7 @@ class UsageError(Exception):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 1. Configuration. One typed place; every default says its unit and where it comes from.
+# 1. Configuration. Each help text gives the unit of a setting and the source of its default.
 # ------------------------------------------------------------------------------------------------------------
 
 def opt(default, help, choices=None):
@@ -109,39 +110,39 @@ class Config:
 
     # ---- What to run
     stage: int = opt(1, "1 distils (AC-DMD), 2 reinforces (hybrid policy gradient)", (1, 2))
-    model: str = opt("tiny", "backbone: tiny, sd3m, sd35m, flux2-4b, flux2-9b, or module:Class for your own")
+    model: str = opt("tiny", "tiny, sd3m, sd35m, sd35l, flux1, flux2-4b, flux2-9b, zimage, or module:Class")
     out: str = opt("runs/MODEL", "run folder; stage 1 and stage 2 share it")
     init: str = opt("", "stage 2: checkpoint of stage 1 to start from (default: the newest under --out)")
     iterations: int = opt(0, "passes of Algorithm 1's loop; 0: the stage's own (paper 4.1: 1500, then 1000)")
     seed: int = opt(0, "the only source of randomness")
     device: str = opt("", "cuda or cpu; default: cuda if there is one")
-    prompts: str = opt("pickapic", "file (.txt .jsonl .csv .tsv .parquet), module:attribute, or pickapic (released; "
-                       "paper 4.1 for SD3-M: text-to-image-2M, 423 GB), drawbench, partiprompts, hpdv2")
-    max_prompts: int = opt(25000, "prompts taken from the set: their text embeddings go to disk, 2 to 8 MB each")
+    prompts: str = opt("pickapic", "file (.txt .jsonl .csv .tsv .parquet), module:attribute, or pickapic "
+                       "(released; paper 4.1 for SD3-M: text-to-image-2M), drawbench, partiprompts, hpdv2")
+    max_prompts: int = opt(25000, "prompts taken from the set; their embeddings go to disk, 2 to 8 MB each")
     cache: str = opt("runs/cache", "text embeddings, the tiny world's teacher and judges; shared by all runs")
     # ---- Network
     pretrained: str = opt("", "local folder or hub id instead of the model's own; FLUX.2: GENERATOR,TEACHER")
     weights_dir: str = opt("", "folder searched for models and reward checkpoints before the hub (offline)")
     resolution: int = opt(512, "pixels, width and height (paper 4.1; its Table 1 uses 1024)")
-    text_length: int = opt(0, "tokens of the long text encoder; 0: the stock pipeline's (SD3 256, FLUX.2 512)")
-    guidance: float = opt(1.0, "w of the teacher's guidance, 1 is none; MODELS has 7, 4.5, 4 (released), tiny 1.5")
+    text_length: int = opt(0, "tokens of the long text encoder; 0: the pipeline's (SD3 256, FLUX.2 512)")
+    guidance: float = opt(1.0, "w of the teacher's guidance, 1 is none; the table MODELS sets it (tiny: 1.5)")
     dtype: str = opt("", "of the frozen network; default: bf16 on cuda, fp32 on cpu", ("", "bf16", "fp32"))
     lora_rank: int = opt(64, "r (paper 4.1)")
     lora_alpha: int = opt(32, "alpha (paper 4.1): the update is scaled by alpha / r")
-    checkpointing: bool = opt(False, "recompute the network's activations going back: less memory, slower")
+    checkpointing: bool = opt(False, "recompute activations in the backward pass: less memory, slower")
     no_compile: bool = opt(False, "on cuda: do not torch.compile the network's blocks (minutes at the start)")
     # ---- Sampler (App. C)
     steps: int = opt(4, "K (paper 3.1)")
     eta: float = opt(0.9, "CPS randomness: 0 Euler ODE, 1 consistency sampler (paper 4.1, App. K)")
     # ---- AC-DMD (3.1)
     gamma: float = opt(0.01, "weight of the consistency term in Eq. 12 (paper 4.1); 0 is A-DMD")
-    consistency_share: float = opt(0.25, "q: the consistency term is evaluated on a share q of the samples, over "
-                                   "q: the same mean for a third less work (ours); 1: all of them")
+    consistency_share: float = opt(0.25, "q: the consistency term is evaluated on a share q of the samples "
+                                   "and divided by q: same mean, a third less work (ours); 1: on all")
     delta: float = opt(0.1, "largest t' - t'' of the consistency term, in noise level (ours; released: 0.2)")
-    batch: int = opt(72, "boundary states per update, over all processes (released: 9 x 8 GPUs)")
+    batch: int = opt(72, "samples per update in stage 1, over all processes (released: 9 x 8 GPUs)")
     fake_updates: int = opt(0, "fake updates per generator update; 0: the stage's own (released: 10, then 1)")
     # ---- Hybrid policy gradient (3.2)
-    rewards: str = opt("hpsv2=1,clipscore=1", "name=weight,... ; module:attribute=weight for your own (paper 4.1)")
+    rewards: str = opt("hpsv2=1,clipscore=1", "name=weight,...; own: module:attribute=weight (paper 4.1)")
     groups: int = opt(48, "prompts per iteration, over all processes (paper 4.1)")
     group_size: int = opt(24, "N, trajectories per prompt (paper 4.1)")
     subset_size: int = opt(2, "M, size of S (paper 4.3); K-1 is naive GRPO")
@@ -157,36 +158,36 @@ class Config:
     lr_fake: float = opt(0.0, "fake score; 0: the stage's own (3e-5; FLUX.2 1e-6)")
     weight_decay: float = opt(0.0, "AdamW's, generator (released stage 2: 1e-4)")
     grad_clip: float = opt(1.0, "gradient norm, per adapter (released)")
-    ema: float = opt(0.95, "decay per generator update of the exported weights (ours; released: .904, then .81)")
+    ema: float = opt(0.95, "decay per generator update of the exported weights (ours; released .904, .81)")
     micro_batch: int = opt(0, "samples per pass with gradient, per process: the memory knob, changes nothing "
                            "else; 0: what fits the GPU")
     max_bad_steps: int = opt(5, "stop after so many non-finite updates in a row")
     # ---- Records
     save_every: int = opt(50, "iterations between checkpoints")
-    keep: int = opt(2, "checkpoints that a run can go on from; of older ones the export is kept")
+    keep: int = opt(2, "checkpoints kept whole, to resume from; older ones keep their exported adapter")
     sample_every: int = opt(25, "iterations between fixed-seed panels")
-    watch: str = opt("", "rewards that are only looked at, on the panel (reward hacking shows there first)")
+    watch: str = opt("", "rewards measured on the panel, not trained on: they show reward hacking first")
     force_resume: bool = opt(False, "resume although settings that change the result have changed")
 
 
-# Differences from the defaults above; numbers under 1 and 2 hold for that stage only. (The tiny world's, like
-# those of any backbone that is found by module:Class, are the attribute `settings` of its class.)
-STAGES = {1: dict(iterations=1500, lr=3e-5, lr_fake=3e-5, fake_updates=10),  # iterations: paper 4.1, lr: App. J,
-          2: dict(iterations=1000, lr=3e-6, lr_fake=3e-5, fake_updates=1)}         # fake_updates: released
+# Differences from the defaults above; what stands under the key 1 or 2 holds for that stage only. The tiny
+# world and other classes that are given as module:Class have theirs in the attribute `settings`.
+STAGES = {  # iterations: paper 4.1; lr: App. J; fake_updates: released
+    1: dict(iterations=1500, lr=3e-5, lr_fake=3e-5, fake_updates=10),
+    2: dict(iterations=1000, lr=3e-6, lr_fake=3e-5, fake_updates=1)}
 MODELS = {
     "sd3m": {"guidance": 7.0},
     "sd35m": {"guidance": 4.5, "rewards": "hpsv2=1,clipscore=1,pickscore=1"},  # paper 4.3
-    "sd35l": {"guidance": 3.5, "rewards": "hpsv2=1,clipscore=1,pickscore=1"},  # ours; w: its model card, from memory
-    "flux1": {"guidance": 3.5, "rewards": "hpsv2=1,clipscore=1,pickscore=1", 2: dict(groups=64)},  # w, lr: released
+    "sd35l": {"guidance": 3.5, "rewards": "hpsv2=1,clipscore=1,pickscore=1"},  # ours; w from its model card
+    "flux1": {"guidance": 3.5, "rewards": "hpsv2=1,clipscore=1,pickscore=1",
+              2: dict(groups=64)},  # w: released
     "flux2-4b": {"guidance": 4.0, "rewards": "hpsv2=1,clipscore=1,pickscore=1,geneval=1",
                  1: dict(lr=1e-6, lr_fake=1e-6),  # App. J, paper 4.1
                  2: dict(lr_fake=1e-6, groups=64)},
-    "flux2-9b": {"guidance": 4.0, "rewards": "hpsv2=1,clipscore=1,pickscore=1,geneval=1",
-                 1: dict(lr=1e-6, lr_fake=1e-6),  # as the 4B: the paper has
-                 2: dict(lr_fake=1e-6, groups=64)},                                     # no number for the 9B
-    "zimage": {"guidance": 5.0, "rewards": "hpsv2=1,clipscore=1,pickscore=1",  # ours; w is the pipeline's 4 + 1
-               1: dict(lr=1e-6, lr_fake=1e-6), 2: dict(lr_fake=1e-6)},  # as FLUX.2: theta is distilled already
+    "zimage": {"guidance": 5.0, "rewards": "hpsv2=1,clipscore=1,pickscore=1",  # ours; w: the pipeline's 4 + 1
+               1: dict(lr=1e-6, lr_fake=1e-6), 2: dict(lr_fake=1e-6)},  # as FLUX.2: theta starts distilled
 }
+MODELS["flux2-9b"] = MODELS["flux2-4b"]  # the paper has no number for the 9B
 
 
 def resolve(flags):
@@ -197,7 +198,7 @@ def resolve(flags):
     row = MODELS.get(model) or getattr(backbone_class(model), "settings", {})
     values = dict(STAGES[stage], out=f"runs/{model.split(':')[-1]}")
     values.update({n: v for n, v in row.items() if isinstance(n, str)}, **row.get(stage, {}))
-    values.update({n: v for n, v in flags.items() if v != 0 or n not in STAGES[stage]})     # 0: the stage's own
+    values.update({n: v for n, v in flags.items() if v != 0 or n not in STAGES[stage]})  # 0: the default
     cfg = Config(**values)
     cfg.device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     cfg.dtype = cfg.dtype or ("fp32" if cfg.device == "cpu" else "bf16")
@@ -206,21 +207,21 @@ def resolve(flags):
 
 
 def find_named(name, what):
-    """What "module:attribute" names: a backbone, a reward or a list of prompts. The module may lie in the current
-    folder, beside this file, or among the packages."""
+    """What "module:attribute" names: a backbone, a reward or a list of prompts. The module may lie in the
+    current folder, beside this file, or among the packages."""
     module, _, attribute = name.partition(":")
-    # The running program is called __main__; a module that imports it by its own name would get a second copy.
+    # The running program is called __main__; a module that imports it by name would get a second copy.
     program = sys.modules["__main__"]
     sys.modules.setdefault(Path(getattr(program, "__file__", None) or "none").stem, program)
     sys.path += [p for p in (os.getcwd(), str(Path(__file__).resolve().parent)) if p not in sys.path]
     try:
         return getattr(importlib.import_module(module), attribute)
     except (Exception, SystemExit) as error:                                # foreign code raises anything
-        raise UsageError(f"{what} {name}: {error!r}; looked in {os.getcwd()}, beside {Path(__file__).name} and "
-                         f"among the packages: correct the name or the code, or put {module}.py there.") from error
+        raise UsageError(f"{what} {name}: {error!r}; looked in {os.getcwd()}, beside {Path(__file__).name} "
+                         f"and among the packages: correct it, or put {module}.py there.") from error
 
 
-# A whole number is at least 1 and at most 10^9, another number at least 0 and at most 10^6, but for these.
+# Bounds. Without an entry here whole numbers lie in 1 .. 10^9 and others in 0 .. 10^6.
 LEAST = dict(micro_batch=0, seed=0, text_length=0, steps=2, group_size=2, resolution=8)
 MOST = dict(eta=1, ema=1, delta=1, consistency_share=1, lora_rank=4096, steps=1000, batch=10**6, groups=10**5,
             group_size=10**4, fake_updates=10**4, inner_epochs=10**4, resolution=10**5, text_length=10**4)
@@ -245,19 +246,19 @@ def check(cfg):
             (not stage2 and cfg.batch % cfg.steps,
              f"--batch {cfg.batch} must be a multiple of --steps {cfg.steps}: every k gets an equal share."),
             (stage2 and cfg.subset_size >= cfg.steps,
-             f"--subset_size {cfg.subset_size}: there are only {cfg.steps - 1} stochastic steps to choose from."),
-            (stage2 and cfg.groups % world, f"--groups {cfg.groups} does not split over {world} processes: take "
-             f"{-(-cfg.groups // world) * world}."),
+             f"--subset_size {cfg.subset_size}: there are only {cfg.steps - 1} stochastic steps."),
+            (stage2 and cfg.groups % world, f"--groups {cfg.groups} does not split over {world} processes: "
+             f"take {-(-cfg.groups // world) * world}."),
             (stage2 and cfg.eta == 0 and cfg.policy_weight,
              "--eta 0 leaves no stochastic step to reinforce: give --eta above 0 or --policy_weight 0."),
             (stage2 and not (cfg.policy_weight or cfg.det_weight or cfg.dm_weight),
-             "--policy_weight, --det_weight and --dm_weight are all 0, which leaves nothing to train: give one."),
+             "--policy_weight, --det_weight and --dm_weight are all 0: nothing is left to train."),
             (stage2 and "geneval" in cfg.rewards and not cfg.prompts.endswith(".jsonl"),
-             "--rewards geneval must know what a picture has to show: give --prompts FILE.jsonl of GenEval's rows "
+             "--rewards geneval must know what pictures have to show: give --prompts FILE.jsonl of its rows "
              "(README says how to make one), or other --rewards."),
-            (not re.fullmatch(r"cpu|cuda(:\d+)?", cfg.device), f"--device {cfg.device} is unknown: take cuda or cpu."),
+            (not re.fullmatch(r"cpu|cuda(:\d+)?", cfg.device), f"--device {cfg.device}: take cuda or cpu."),
             (cfg.device.startswith("cuda") and gpus <= int(re.sub(r"\D", "", cfg.device) or local),
-             f"--device cuda needs a GPU for each process, and PyTorch sees {gpus} here: start fewer processes, "
+             f"--device cuda needs a GPU for each process, and PyTorch sees {gpus}: start fewer processes, "
              "or take --device cpu."),
             (not (cfg.out and cfg.cache), "--out and --cache must name a folder.")):
         if wrong:
@@ -267,12 +268,11 @@ def check(cfg):
 # ------------------------------------------------------------------------------------------------------------
 # 2. Flow algebra (paper 2.1). Rectified path x_t = (1-t) x_0 + t eps, velocity v = E[eps - x_0 | x_t].
 #
-# From here to section 5 all functions are pure: no globals, no configuration; noise, or the generator that
-# draws it, comes in as an argument; levels t, s are numbers or tensors that broadcast against x. All compute
-# in fp32 whatever comes in (the schedule: fp64): bf16 keeps fewer than three digits, so FLUX.2's t_1 = .9581
-# would become .957, and x - t v would be as coarse. A few are there for the reader, and to be copied:
-# consistency_loss, ambient_velocity_target, boundary_mean, eps_ and score_from_velocity. The loops and losses
-# have the same formulas in a cheaper form.
+# Sections 2 to 5 hold pure functions (CPSScheduler apart): no globals, no configuration; noise, or the
+# generator that draws it, is an argument. Levels t, s are numbers or tensors that broadcast against x. They
+# compute in fp32 (the schedule in fp64) whatever comes in: bf16 has less than three decimal digits, so
+# FLUX.2's t_1 = .9581 would become .957. Training does not call consistency_loss, ambient_velocity_target,
+# eps_from_velocity and score_from_velocity; they are here to be read and copied.
 # ------------------------------------------------------------------------------------------------------------
 
 def fp32(*values):
@@ -303,10 +303,9 @@ def score_from_velocity(x, v, t):
 # ------------------------------------------------------------------------------------------------------------
 
 def timestep_schedule(steps, shift=1.0):
-    """t_0 = 1 > ... > t_K = 0, (K+1,) float64: a uniform grid u (App. J), as shift u / (1 + (shift - 1) u).
+    """Levels t_0 = 1 > ... > t_K = 0, (K+1,) float64: shift u / (1 + (shift - 1) u), u a uniform grid.
 
-    shift 3 (SD3) gives 1, .9, .75, .5, 0 for K = 4.
-    """
+    shift 3 (SD3) gives 1, .9, .75, .5, 0 for K = 4."""
     u = 1 - torch.arange(steps + 1, dtype=torch.float64) / steps
     return shift * u / (1 + (shift - 1) * u)
 
@@ -314,9 +313,8 @@ def timestep_schedule(steps, shift=1.0):
 def cps_mean_std(x, v, t, t_next, eta):
     """Eqs. 20 and 21: mean (B, ...) and std of x_{t_next}, given x and v at level t, a number or (B, 1, ..).
 
-    eta 0 is an Euler step, eta 1 re-noises the x-prediction; the signal and noise coefficients are (1 -
-    t_next, t_next) for every eta, which is what "coefficient preserving" means. std, sigma_k of Eq. 13, has
-    the shape of t_next. """
+    eta 0 is an Euler step, eta 1 re-noises the x-prediction. For every eta the result has signal coefficient
+    1 - t_next and noise coefficient t_next: "coefficient preserving". std: sigma_k of Eq. 13, like t_next."""
     x, v, t, t_next = fp32(x, v, t, t_next)
     x0, eps = x - t * v, x + (1 - t) * v
     mean = (1 - t_next) * x0 + t_next * math.cos(eta * math.pi / 2) * eps
@@ -353,16 +351,16 @@ class CPSScheduler(diffusers.FlowMatchEulerDiscreteScheduler):
         image = pipe(prompt, num_inference_steps=4, guidance_scale=1).images[0]
 
     eta = 0 is the Euler step, eta = 1 fresh noise at every level (the parent's `stochastic_sampling=True`).
-    It is made by from_config or from_pretrained only. No pipeline hands its `generator` on to `step`, hence
-    the attribute; None means torch's global state. Put the old scheduler back before `pipe.save_pretrained`,
-    or diffusers cannot load what was saved. """
+    Create it with from_config or from_pretrained. Pipelines do not pass their `generator` to `step`, so that
+    of the steps' noise is an attribute; None means torch's global one. Put the old scheduler back before
+    `pipe.save_pretrained`, or diffusers cannot load what was saved."""
 
     eta = 0.9                # randomness of a step, 0 to 1   (paper 4.1)
     generator = None         # a torch.Generator, or a list with one per image
 
     @classmethod
     def from_config(cls, config, eta=None, **options):
-        """From any flow-matching scheduler's `config`, with its shift; eta defaults to its own, or .9."""
+        """Takes the config of any flow-matching scheduler. eta: argument, else the config's, else .9."""
         fields = dict(config)
         known = fields.pop("eta", cls.eta)             # the parent warns of fields that it does not know
         scheduler = super().from_config(fields, **options)
@@ -381,13 +379,14 @@ class CPSScheduler(diffusers.FlowMatchEulerDiscreteScheduler):
         super().set_timesteps(device=device, sigmas=sigmas, mu=mu, timesteps=timesteps)
 
     def step(self, model_output, timestep, sample, generator=None, return_dict=True, **unused):
-        """x_t -> x_{t_next}. model_output is the velocity v, sample is x_t of any shape; the result has v's dtype."""
+        """x_t -> x_{t_next}. model_output is the velocity v, sample is x_t; the result has v's dtype."""
         if self.step_index is None:
             self._init_step_index(timestep)
         t, t_next = self.sigmas[self.step_index], self.sigmas[self.step_index + 1]
         x, std = cps_mean_std(sample, model_output, t, t_next, self.eta)
         if self.eta > 0 and self.step_index < len(self.sigmas) - 2:      # the last step has no noise
-            x = x + std * diffusers.utils.torch_utils.randn_tensor(x.shape, generator or self.generator, x.device,
+            randn = diffusers.utils.torch_utils.randn_tensor
+            x = x + std * randn(x.shape, generator or self.generator, x.device,
                                                                    torch.float32)
         self._step_index += 1
         x = x.to(model_output.dtype)
@@ -395,15 +394,16 @@ class CPSScheduler(diffusers.FlowMatchEulerDiscreteScheduler):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 4. AC-DMD (3.1, App. B, D, E, F). s: level t_k of a boundary state x_s; t in [s, 1]: level it is re-noised to.
+# 4. AC-DMD (3.1, App. B, D, E, F). s: level t_k of a boundary state x_s; t in [s, 1]: level after re-noising.
 # ------------------------------------------------------------------------------------------------------------
 
 def renoise_coefficients(s, t):
     """a = alpha_k(t) and kappa = sigma_k(t) of 3.1 (above Eq. 8) and App. B: x_t = a x_s + kappa n brings
     level s to level t.
 
-    The new noise is independent of the old, so variances add: a^2 s^2 + kappa^2 = t^2 (DEPARTURE 1). The root
-    is written without the difference of squares, which would cancel as t -> s: t - a s = (t-s)/(1-s). """
+    DEPARTURE 1: new and old noise are independent, so variances add, a^2 s^2 + kappa^2 = t^2. The paper's
+    sigma_k = (t-s)/(1-s) adds standard deviations, and x_t would lie below level t. kappa^2 is written as
+    (t - a s)(t + a s) with t - a s = (t-s)/(1-s): a difference of squares loses its digits as t -> s."""
     s, t = fp32(s, t)
     a = (1 - t) / (1 - s)
     return a, ((t - s) / (1 - s) * (t + a * s)).clamp_min(0).sqrt()
@@ -417,12 +417,11 @@ def renoise(x_s, s, t, noise):
 
 
 def ambient_scale(s, t):
-    """c of the target v* = -x_s/(1-s) + c n: the velocity that Eq. 2 assigns to the conditional score of Eq.
-    10.
+    """c of the target v* = -x_s/(1-s) + c n: the velocity that Eq. 2 assigns to Eq. 10's score.
 
-    Derivation: put the conditional score -n/kappa into Eq. 2 and collect; c = (t - kappa^2) / ((1-t) kappa),
-    written so that it is finite at t = 1. c >= 1; c = 1 for s = 0 (flow matching), c -> infinity as t -> s.
-    """
+    Derivation: put that score, -n/kappa, into Eq. 2 and collect terms: c = (t - kappa^2) / ((1-t) kappa). The
+    code has the same value in a form that is finite at t = 1. c >= 1; c = 1 for s = 0 (flow matching), and
+    c -> infinity as t -> s."""
     s, t = fp32(s, t)
     a, kappa = renoise_coefficients(s, t)
     return (t + a * s * s / (1 - s)) / kappa
@@ -437,9 +436,9 @@ def ambient_velocity_target(x_s, noise, s, t):
 def ambient_dsm_loss(v_fake, x_s, noise, s, t):
     """Eq. 10 -> scalar. v_fake = v_phi(x_t, t), x_s, noise (B, ...).
 
-    |v_phi - v*|^2 is divided by the variance of v* given x_0, c^2 + s^2 / (1-s)^2: of order one at every (s,
-    t), exactly Eq. 5 at s = 0, and without singularity as t -> s, where v* grows like 1 / kappa. (In Eq. 10's
-    terms omega_k = (t/(1-t))^2 over that variance.) Its minimiser is the marginal score (App. D). """
+    |v_phi - v*|^2 is divided by the variance of v* given x_0, c^2 + b^2 with b = s / (1-s). The loss is of
+    order one at every (s, t), equals Eq. 5 at s = 0, and stays finite as t -> s, where v* grows as 1/kappa.
+    In Eq. 10, omega_k = (t/(1-t))^2 over that variance. The minimiser is the marginal score (App. D)."""
     v_fake, x_s, noise, s = fp32(v_fake, x_s, noise, s)
     c, b = ambient_scale(s, t), s / (1 - s)
     residual = (v_fake + x_s / (1 - s)) / c - noise                        # (v_phi - v*) / c
@@ -449,27 +448,28 @@ def ambient_dsm_loss(v_fake, x_s, noise, s, t):
 def reverse_step(x, v, t, t_next, noise, kernel="posterior", eta=None):
     """x'' ~ p_phi(x_t'' | x_t'), the reverse kernel of Eq. 11. x, v, noise (B, ...); t' = t >= t_next = t''.
 
-    "posterior": the Gaussian bridge q(x'' | x', x_0) at the x-prediction: Eq. 20 with cos = t''(1-t') /
-    (t'(1-t'')). The 1e-9 makes cos 1 instead of 0/0 at t' = t'' = 1, where a level that is rounded to bf16
-    may fall. "cps": Eq. 20 at a fixed eta, as released; the true score is then no fixed point of Eq. 11
-    (DEPARTURE 3). """
+    "posterior": the Gaussian bridge q(x'' | x', x_0) with the x-prediction for x_0, which is p(x'' | x') to
+    first order in t' - t''; it is Eq. 20 with cos = t''(1-t') / (t'(1-t'')). "cps": Eq. 20 at a fixed eta, as
+    released; even for t'' -> t' the true score then does not satisfy Eq. 11 (DEPARTURE 3). The 1e-9 avoids
+    0/0 at t' = t'' = 1, to which bf16 may round a level."""
     x, v, t, t_next, noise = fp32(x, v, t, t_next, noise)
-    cos = math.cos(eta * math.pi / 2) if kernel == "cps" else t_next * (1 - t + 1e-9) / (t * (1 - t_next + 1e-9))
+    posterior = t_next * (1 - t + 1e-9) / (t * (1 - t_next + 1e-9))
+    cos = math.cos(eta * math.pi / 2) if kernel == "cps" else posterior
     sin = torch.as_tensor(1 - cos * cos).clamp_min(0).sqrt()
     return (1 - t_next) * (x - t * v) + t_next * (cos * (x + (1 - t) * v) + sin * noise)
 
 
 def consistency_loss(fake, x, v, t, t_next, noise_1, noise_2, kernel="posterior", eta=None):
-    """Eq. 22 (App. F) -> scalar: |h(x', t') - E h(x'', t'')|^2 by two draws x''; h = x - t v predicts x_0.
+    """Eq. 22 (App. F) -> scalar: estimates |h(x', t') - E h(x'', t'')|^2 from two independent draws of x''.
 
     fake(x, t) -> v_phi;  x, v (B, ...) at level t' = t, v = fake(x, t) with its graph;  t, t_next numbers or
     (B, 1, ..);  noise_1, noise_2 (B, ...) independent;  kernel and eta as in reverse_step. The product of two
     draws is unbiased for the squared norm of the mean; the square of one draw would add the variance of
-    h(x''). It may be negative. The draws are constants: a gradient into x'' would teach the kernel, not the
-    prediction. (Training does not call this function: update_fake takes a gradient of the same expectation in
-    two halves.) """
+    h(x''). The estimate may be negative. The draws carry no gradient: only the prediction h is trained.
+    (Training does not call this: update_fake takes the same gradient in two halves.)"""
     x, v, t, t_next = fp32(x, v, t, t_next)
-    draws = (reverse_step(x.detach(), v.detach(), t, t_next, noise, kernel, eta) for noise in (noise_1, noise_2))
+    x_, v_ = x.detach(), v.detach()
+    draws = (reverse_step(x_, v_, t, t_next, noise, kernel, eta) for noise in (noise_1, noise_2))
     d_1, d_2 = (x0_from_velocity(x_next, fake(x_next, t_next), t_next) - (x - t * v) for x_next in draws)
     return (d_1 * d_2).mean()
 
@@ -477,26 +477,24 @@ def consistency_loss(fake, x, v, t, t_next, noise_1, noise_2, kernel="posterior"
 def boundary_mean(x_t, v, s, t):
     """E[x_s | x_t] under velocity v (Tweedie, App. B). x_t, v (B, ...).
 
-    (x_t + kappa^2 score) / a, written without the division by a, which is 0 at t = 1.
-    """
+    (x_t + kappa^2 score) / a, written without the division by a, which is 0 at t = 1."""
     x_t, v, s, t = fp32(x_t, v, s, t)
     a = (1 - t) / (1 - s)
     return (1 - s) * (x_t - t * v) + (a * s * s / t) * (x_t + (1 - t) * v)
 
 
 def dmd_loss(x_s, x_t, v_teacher, v_fake, s, t):
-    """Scalar whose gradient in x_s is g / numel: Eq. 9 with lambda_k alpha_k = kappa^2 / (a D), Eq. 4
-    (ordinary DMD) at s = 0.
+    """Eq. 9 -> scalar. Its gradient with respect to x_s is g / x_s.numel(), g = (m_phi - m_psi) / D: Eq. 9
+    with lambda_k alpha_k = kappa^2 / (a D), and ordinary DMD (Eq. 4) at s = 0.
 
     x_s (B, ...) with its graph; x_t = renoise(x_s); velocities at (x_t, t), treated as constants; s, t
-    numbers or (B, 1, ..). g = (m_phi - m_psi) / D points from the teacher's boundary mean to the fake's, so
-    descent moves x_s towards the teacher; D = mean abs(x_s - m_psi) of the sample is DMD's normaliser. (x_s -
-    stop(x_s - g))^2 / 2 has the gradient g; its value g^2 / 2 is half the squared relative gap. """
+    numbers or (B, 1, ..). g points from the teacher's boundary mean to the fake score's, so descent moves x_s
+    towards the teacher; D is DMD's normaliser. (x_s - stop(x_s - g))^2 / 2 has the gradient g."""
     x_s, = fp32(x_s)
     with torch.no_grad():
         m_fake, m_teacher = (boundary_mean(x_t, v, s, t) for v in (v_fake, v_teacher))
         D = (x_s - m_teacher).abs().mean(dim=tuple(range(1, x_s.dim())), keepdim=True)
-        g = (m_fake - m_teacher) / D.clamp_min(1e-3)  # a student on top of its target: no blow-up
+        g = (m_fake - m_teacher) / D.clamp_min(1e-3)  # no blow-up where the student is at its target
     return 0.5 * (x_s - (x_s - g).detach()).square().mean()
 
 
@@ -505,12 +503,13 @@ def dmd_loss(x_s, x_t, v_teacher, v_fake, s, t):
 # ------------------------------------------------------------------------------------------------------------
 
 def choose_steps(steps, subset_size, generator):
-    """S of 3.2: a sorted list of subset_size of the stochastic steps {1 .. K-1}, drawn by a torch.Generator."""
+    """S of 3.2: sorted list of subset_size of the stochastic steps {1 .. K-1}; generator: torch.Generator."""
     return sorted((torch.randperm(steps - 1, generator=generator)[:subset_size] + 1).tolist())
 
 
 def group_noise(shape, selected, group_size, steps, generator):
-    """Eq. 16: noise of a group (K-1, N, *shape), independent at the steps in `selected`, shared at the others."""
+    """Eq. 16: eps_k of a group (K-1, N, *shape): one draw per member at the steps in `selected`, one common
+    draw at the others. The start x_{t_0} is not covered by Eq. 16; it is independent for every member."""
     noise = torch.randn(steps - 1, group_size, *shape, generator=generator)
     for k in range(1, steps):
         if k not in selected:
@@ -526,10 +525,10 @@ def gaussian_log_prob(x_next, mean, std):
 
 
 def reward_scale(rewards, std="group", floor=1e-4):
-    """What rewards (G, N) are divided by, (G, 1) or (): their std (with N-1) over the group, over all, or 1.
+    """The divisor of centred rewards (G, N): their std (with N-1) per group, (G, 1), or over all, (); or
+    ones.
 
-    The floor: where all members of a group score the same, their std would blow rounding noise up to +-1.
-    """
+    The floor matters where all members of a group score the same: their std would be rounding noise only."""
     rewards, = fp32(rewards)
     if std == "none":
         return torch.ones_like(rewards[:, :1])
@@ -539,8 +538,7 @@ def reward_scale(rewards, std="group", floor=1e-4):
 def group_advantages(rewards, std="group", floor=1e-4):
     """A_i of 3.2 and App. H: (G, N) -> (G, N), rewards of N trajectories for each of G prompts.
 
-    std="none" compares each with the mean of the N-1 others, i.e. stretches by N/(N-1) (DEPARTURE 12).
-    """
+    std="none": the baseline is the mean of the N-1 others, which multiplies by N/(N-1) (DEPARTURE 12)."""
     rewards, = fp32(rewards)
     centred = rewards - rewards.mean(1, keepdim=True)
     if std == "none":
@@ -552,42 +550,45 @@ def subgrpo_loss(log_prob, old_log_prob, advantages, steps, clip):
     """Loss whose gradient is minus Eq. 17 (per dimension), -> scalar. log_prob, old_log_prob (B, M): a column
     per step of S; advantages (B,).
 
-    (K-1)/M makes the sum over S an unbiased stand-in for the sum over all K-1 steps, Eq. 31, of naive GRPO (M
-    = K-1), if what the advantages were divided by does not depend on S; a group's std does (README, departure
-    11). The clip is PPO's: the ratio is 1 in the first update of a rollout, so it acts from the second. """
+    (K-1)/M (DEPARTURE 9) makes the sum over S an unbiased estimate of the sum over all K-1 steps, which is
+    naive GRPO (Eq. 31, M = K-1), if the divisor of the advantages does not depend on S. The std of a group
+    does (docs/departures.md). The clip is PPO's; the ratio is 1 in a rollout's first update."""
     ratio, A = torch.exp(log_prob.float() - old_log_prob.float()), advantages[:, None].float()
     surrogate = torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A)
     return -(steps - 1) / log_prob.shape[1] * surrogate.sum(1).mean()
 
 
 def pathwise_loss(reward, scale=1.0, dims=1):
-    """Loss whose gradient is minus Eq. 15 over dims, -> scalar. reward (B,) = r(G(x_{t_{K-1}})).
+    """Loss whose gradient is minus Eq. 15 divided by dims, -> scalar. reward (B,) = r(G(x_{t_{K-1}})).
 
     x_{t_{K-1}} must enter detached: its dependence on theta is already in the policy term (App. G.2), and a
-    graph here would count it twice. scale (B,) and dims: the units of the other terms (DEPARTURE 11). """
+    graph here would count it twice. Dividing by scale (B,) and dims gives the units of the policy term:
+    rewards per std, log-densities per dimension (DEPARTURE 11)."""
     return -(reward.float() / scale).mean() / dims
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 6. The two stages: Algorithm 1 (App. I). The comments name its lines.
+# 6. The two stages: Algorithm 1 (App. I). "Line 3" in a comment is its line 3.
 #
 # `run` is what a stage works on (prepare, in section 10, makes it):
 #   cfg, device, backbone (section 8), times (K+1,), optimizers, ema
-#   roles            theta, phi and psi on one network: roles.velocity("generator" | "fake", x, t, cond), roles.teacher
+#   roles            theta, phi and psi on one network: roles.velocity("generator" | "fake", x, t, cond) and
+#                    roles.teacher
 #   prompts          prompts.at(i) is the i-th prompt of an endless stream
 #   text             text.batch(prompts, device) -> their cached embeddings; text.prefetch reads ahead
-#   rewards          {name: (reward, weight)}
-# Small helpers of section 10: share(n) are the global indices of this process; draw(keys, u, m, ...) gives u
-# uniforms and m normals a sample, which depend on its key alone; chunks(n, size) are slices; level(t, x) is t
-# shaped to broadcast against x; note(run, n, ...) adds means over n samples to the log; phase(run, name)
-# names a part of an iteration.
+#   rewards          {name: (reward, weight)}; rate (section 7) calls one and checks its result
+# Helpers of section 10: iterations(run) yields the iterations, and does log and checkpoints; share(n): the
+# global indices of this process; everyone(x): the list of x of all processes; key(...): a seed made of its
+# arguments; draw(keys, u, m, ...): u uniforms and m normals per sample, which depend on its key alone;
+# chunks(n, size): slices; level(t, x): t shaped to broadcast against x; rows_of(cond, rows): some rows of
+# cond; optimizer_step(run, role): sums the gradient over processes, clips, steps; note(run, n, ...): adds
+# means over n samples to the log; phase(run, name) names a part of an iteration.
 # ------------------------------------------------------------------------------------------------------------
 
 def tried_again(function):
-    """function(run, ...), done again if the machine fails it: with half the micro-batch if GPU memory runs out,
-    without the compiler if that does not work. No function that wears this changes anything before its last
-    line, so the numbers are those of a run without the failure.
-    """
+    """Decorator. If GPU memory runs out it calls function(run, ...) again with half the micro-batch; if
+    torch.compile fails, it calls it again uncompiled. Such a function changes weights only at its very end,
+    so the numbers are those of a run without the failure."""
     @functools.wraps(function)
     def wrapped(run, *arguments):
         terms = dict(run.terms)
@@ -605,7 +606,7 @@ def tried_again(function):
             optimizer.zero_grad(set_to_none=True)
         if reason:
             torch.compiler.set_stance("force_eager")
-            text = f"cannot compile the network ({reason}): it goes on without, slower"
+            text = f"cannot compile the network ({reason}): it goes on uncompiled, slower"
         else:
             run.cfg.micro_batch //= 2
             torch.cuda.empty_cache()
@@ -619,13 +620,13 @@ def tried_again(function):
 def stage1(run):
     """Algorithm 1, lines 1-5: AC-DMD, the cold start.
 
-    A rollout visits all K boundary states and each of them serves one fake update, so batch * fake_updates /
-    K trajectories feed all fake updates of an iteration. (The release rolls out anew for each of its states.) """
+    One rollout yields all K boundary states, and each is used in one fake update. So batch * fake_updates / K
+    trajectories are enough for an iteration. (The released code makes a new rollout for each state.)"""
     cfg, K = run.cfg, run.cfg.steps
     trajectories = cfg.batch // K * cfg.fake_updates
-    period = trajectories + cfg.batch                        # prompts per iteration: first line 2's, then line 4's
+    period = trajectories + cfg.batch   # prompts per iteration: first the fake updates', then the generator's
     for it in iterations(run):
-        # Line 2: roll out G_theta from noise. Lines 3 and 4 re-noise to x_t what they need.
+        # Line 2: rollouts of G_theta for line 3. Line 4 makes its own, with other prompts (see walk).
         ids = share(trajectories)
         prompts = [run.prompts.at(it * period + i) for i in ids]
         own = [*ids, *(trajectories + i for i in share(cfg.batch))]
@@ -639,7 +640,7 @@ def stage1(run):
             for update in range(cfg.fake_updates):
                 rows, k = states_of_update(cfg, update, ids)
                 x_s, s = boundary_states(run, states[:, rows], predictions[:, rows], k)
-                update_fake(run, it, update, x_s, s, k, [prompts[row] for row in rows], [ids[row] for row in rows],
+                update_fake(run, it, update, x_s, s, k, [prompts[i] for i in rows], [ids[i] for i in rows],
                             cfg.batch)
         # Line 4: update theta on Eq. 9.
         with phase(run, "generator"):
@@ -647,27 +648,25 @@ def stage1(run):
 
 
 def states_of_update(cfg, update, ids):
-    """Which boundary states feed this fake update: rows of `ids` (the trajectories here), and the step k of
-    each.
+    """Rows of `ids` (this process's trajectories) and steps k of the boundary states that this update uses.
 
-    Trajectory i is in block i // (batch / K), of fake_updates blocks. Its state after step k goes to update
-    (block - k) mod fake_updates. With 10 updates and K = 4, update 0 takes the states after step 1 of block
-    1, after step 2 of block 2, after step 3 of block 3 and after step 4 of block 4: every k in equal parts,
-    and no two states of one trajectory, as long as there are at least K updates. """
+    The trajectories form fake_updates blocks of batch / K; trajectory i is in block i // (batch / K). Its
+    state after step k goes to update (block - k) mod fake_updates: update 0 of 10 takes step 1 of block 1,
+    step 2 of block 2, and so on. All k are equally frequent; with K updates or more no
+    trajectory occurs twice."""
     size = cfg.batch // cfg.steps
     pick = [(row, k) for row, i in enumerate(ids) for k in range(1, cfg.steps + 1)
             if (i // size - k - update) % cfg.fake_updates == 0]
-    pick.sort(key=lambda one: (ids[one[0]] % size, one[1]))  # strata of consistency_rows stand together
+    pick.sort(key=lambda one: (ids[one[0]] % size, one[1]))  # a stratum of consistency_rows stands together
     return [row for row, _ in pick], torch.tensor([k for _, k in pick], dtype=torch.long)
 
 
 def consistency_rows(cfg, it, update, ids, k, total):
     """Which samples of a fake update get the consistency term: each with probability q (DEPARTURE 23).
 
-    Stratified, for less variance and for shapes that torch.compile knows: K samples, one of each step, are a
-    stratum. With u ~ U[0, 1) of its own, step k is taken where a whole number lies in ((k-1) q + u, k q + u],
-    and q K such intervals have one. With K = 4 and q = 1/4 that is one step of every four.
-    """
+    K samples, one of each step, form a stratum with one common u ~ U[0, 1). Step k gets the term if an
+    integer lies in ((k-1) q + u, k q + u], which happens for q K of the K steps (systematic sampling): less
+    variance, and constant shapes for torch.compile. With K = 4 and q = 1/4 it is one sample of every four."""
     q, K = cfg.consistency_share, cfg.steps
     strata = [i % (total // K) if cfg.stage == 1 else i // K for i in ids]  # stage 1: see states_of_update
     u = [key(cfg.seed, cfg.stage, it, "share", update, stratum) / 2**63 for stratum in strata]
@@ -677,11 +676,10 @@ def consistency_rows(cfg, it, update, ids, k, total):
 
 @tried_again
 def update_generator(run, it, first):
-    """Line 4: one AdamW step of theta on Eq. 9. Sample i trains step k = 1 + floor(i K / batch), on prompt
-    first + i.
+    """Line 4: one AdamW step of theta on Eq. 9. Sample i: prompt first + i, step k = 1 + floor(i K / batch).
 
-    So k ~ U{1..K} in exactly equal parts, and to within one sample on every process: with k = 1 + i mod K and
-    every world-th sample on a process, the same few processes would always have the longest walks. """
+    Every k gets exactly batch / K samples, and on each process the same number to within one. (With k = 1 +
+    i mod K a process, which takes every world-th sample, could get only long rollouts.)"""
     cfg, K, ids = run.cfg, run.cfg.steps, share(run.cfg.batch)
     k = torch.tensor([1 + i * K // cfg.batch for i in ids])
     prompts = [run.prompts.at(first + i) for i in ids]
@@ -703,8 +701,8 @@ def update_generator(run, it, first):
 
 @torch.no_grad()
 def walk(run, normal, k, prompts):
-    """x_{t_{k-1}} of each sample, k (B,) its own step: it takes its first k - 1 steps, then waits. normal
-    (K+1, B, ...): x_{t_0}, then the noise of step j at index j."""
+    """x_{t_{k-1}} of every sample, k (B,): k - 1 steps without gradient; samples that are done are left
+    alone. normal (K+1, B, ...): x_{t_0} at index 0, eps_j at index j."""
     x = normal[0].clone()
     for j in range(1, run.cfg.steps):
         live = (k > j).nonzero()[:, 0].tolist()
@@ -717,7 +715,7 @@ def walk(run, normal, k, prompts):
 
 
 def boundary_state(x, v, t, t_next, noise, eta):
-    """x_s and s: what is matched to the teacher after a step from x (B, ...). Its end x_{t_k}, and t_k (3.1)."""
+    """x_s and s, the state matched to the teacher after a step from x (B, ...): x_{t_k} and t_k (3.1)."""
     return cps_step(x, v, t, t_next, noise, eta), t_next
 
 
@@ -726,32 +724,35 @@ def boundary_state(x, v, t, t_next, noise, eta):
 def rollout_in_chunks(run, x, noise, prompts):
     """rollout, some samples at a time: x (L, ...), noise (K-1, L, ...) -> (K+1, L, ...), (K, L, ...)."""
     parts = [(x.new_zeros(run.cfg.steps + 1, 0, *x.shape[1:]), x.new_zeros(run.cfg.steps, 0, *x.shape[1:]))]
-    for rows in chunks(len(x), 4 * run.cfg.micro_batch):  # without activations: a fifth of the memory
+    for rows in chunks(len(x), 4 * run.cfg.micro_batch):  # without gradient: a fifth of the memory
         cond = run.text.batch(prompts[rows], run.device)
         velocity = lambda x, t: run.roles.velocity("generator", x, t, cond)
-        states, predictions = rollout(velocity, x[rows], noise[:, rows], run.times.to(run.device), run.cfg.eta)
+        times = run.times.to(run.device)
+        states, predictions = rollout(velocity, x[rows], noise[:, rows], times, run.cfg.eta)
         parts.append((torch.stack(states), torch.stack(predictions)))
     states, predictions = zip(*parts)
     return torch.cat(states, 1), torch.cat(predictions, 1)
 
 
 def boundary_states(run, states, predictions, k):
-    """The same of stored rollouts: states (K+1, B, ...), predictions (K, B, ...), k (B,) -> x_s, s (B,)."""
+    """boundary_state of stored rollouts: x_s, s. (predictions: for what eval.py's ablations put here.)"""
     return states[k, range(len(k))], run.times[k].float()
 
 
 def between(run, low, high, u):
-    """low + u (high - low), u ~ U[0, 1), rounded as the network rounds levels: u, low, high (B, 1, ..)."""
+    """low + u (high - low), rounded to what the network can be told, within [low, high]. All (B, 1, ..)."""
     return run.backbone.quantise(low + u * (high - low)).clamp(low, torch.as_tensor(high, device=u.device))
 
 
 def draw_level(run, s, u):
-    """t ~ U[s, 1] of Eqs. 8 and 10, 1 % off both ends (DEPARTURE 17): s, u (B, 1, ..), u ~ U[0, 1)."""
-    return between(run, s, 1.0, 0.01 + 0.98 * u)
+    """t ~ U[s, 1] of Eqs. 8 and 10, less 1 % at either end, where kappa or 1 - t is nearly 0, and less .0025
+    at least, which is more than bf16 rounds (DEPARTURE 17). s, u (B, 1, ..), u ~ U[0, 1)."""
+    margin = (0.0025 / (1 - s)).clamp(max=0.25)
+    return between(run, s, 1.0, torch.minimum(torch.maximum(0.01 + 0.98 * u, margin), 1 - margin))
 
 
 def draw_next_level(run, t, u):
-    """t'' of Eq. 11: at most delta below t, and no boundary level between (DEPARTURE 4). t, u (B, 1, ..)."""
+    """t'' of Eq. 11: at most delta below t, not beyond a boundary level (DEPARTURE 4). t, u (B, 1, ..)."""
     times = run.times.to(t)
     boundary = torch.where(times < t.view(-1, 1), times, 0.0).amax(1)
     return between(run, torch.maximum(t - run.cfg.delta, level(boundary, t)), t, u)
@@ -759,14 +760,14 @@ def draw_next_level(run, t, u):
 
 @tried_again
 def update_fake(run, it, update, x_s, s, k, prompts, ids, total):
-    """Lines 3 and 12: one AdamW step of phi on Eq. 12. x_s (B, ...) at levels s (B,), from step k (B,).
+    """Lines 3 and 12: one AdamW step of phi on Eq. 12. x_s (B, ...): states after steps k (B,), at levels s.
 
-    ids: trajectories, for the keys of the draws; total: the samples of all processes. The consistency term is an
-    expectation like any other: a share q of the samples, divided by q, estimates it too.
-    """
+    ids: their trajectories, for the keys of the draws; total: number of samples of all processes. The
+    consistency term is computed for a share q of the samples and divided by q: the same expectation."""
     cfg, q = run.cfg, run.cfg.consistency_share
     for rows in chunks(len(x_s), cfg.micro_batch):
-        keys = [key(cfg.seed, cfg.stage, it, "fake", update, i, j) for i, j in zip(ids[rows], k[rows].tolist())]
+        keys = [key(cfg.seed, cfg.stage, it, "fake", update, i, j)
+                for i, j in zip(ids[rows], k[rows].tolist())]
         uniform, (n, n_1, n_2) = draw(keys, 2, 3, x_s.shape[1:], run.device)
         x, s_x, cond = x_s[rows], level(s[rows], x_s), run.text.batch(prompts[rows], run.device)
         t = draw_level(run, s_x, level(uniform[0], x))
@@ -778,9 +779,9 @@ def update_fake(run, it, update, x_s, s, k, prompts, ids, total):
         if not some:
             (weight * loss).backward()
             continue
-        # Eq. 22 is E[d_1 d_2] with d = h'' - h. The two draws are alike, so its gradient is 2 E[d_1 grad d_2], and
-        # d_1 needs no graph. The two parts of d_2 go back one after the other, -h together with Eq. 10 and then
-        # h'': so one graph of the network is kept at a time.
+        # Eq. 22 is E[d_1 d_2], d_i = h(x''_i) - h(x'), for two draws with the same law. Its gradient is 2
+        # E[d_1 grad d_2], so d_1 needs no graph. The parts of d_2 are back-propagated one by one: -h(x') with
+        # Eq. 10, then h(x''_2), so that the graph of only one forward is in memory at a time.
         x_t, t, v, u, cond = x_t[some], t[some], v[some], level(uniform[1], x)[some], rows_of(cond, some)
         t_next, gamma = draw_next_level(run, t, u), cfg.gamma * len(some) / (q * len(x))
         fake = lambda x: run.roles.velocity("fake", x, t_next, cond)
@@ -809,9 +810,9 @@ def matching_loss(run, x_s, s, cond, u, noise):
 def stage2(run):
     """Algorithm 1, lines 6-14: the hybrid policy gradient, and stage 1's distribution matching beside it.
 
-    A group lives on one process. `b` holds its L = groups * N trajectories: ids and prompts (L); states and
-    predictions of rollout_in_chunks; subsets (L, M), the S of each; advantages (L,) and scales {reward:
-    (L,)}; old (L, M), log pi before the first update. """
+    A group lives on one process. `b` (for batch) holds the process's L trajectories, N for each of its
+    groups: ids and prompts (L); states and predictions of rollout_in_chunks; subsets (L, M), the S of each;
+    advantages (L,); scales {reward: (L,)}; old (L, M), log pi before the first update of theta."""
     cfg, N = run.cfg, run.cfg.group_size
     for it in iterations(run):
         groups = share(cfg.groups)
@@ -833,7 +834,7 @@ def stage2(run):
                 update_fake(run, it, update, x_s, s, k, b.prompts, b.ids, cfg.groups * N)
         # Line 13: update theta on Eq. 18.
         with phase(run, "generator"):
-            b.old = torch.zeros(len(b.ids), cfg.subset_size, device=run.device)    # set in the first epoch
+            b.old = torch.zeros(len(b.ids), cfg.subset_size, device=run.device)  # filled in epoch 0
             for epoch in range(cfg.inner_epochs):
                 reinforce(run, it, epoch, b)
 
@@ -852,15 +853,15 @@ def group_draws(run, it, groups):
 
 
 def fake_steps(cfg, it, update, ids):
-    """The step k after which each trajectory gives phi its state: all k in equal parts, or nearly equal."""
+    """The step k whose state each trajectory gives to this fake update; all are (nearly) equally frequent."""
     return torch.tensor([1 + (i + it + update) % cfg.steps for i in ids])
 
 
 @tried_again
 @torch.no_grad()
 def judge_groups(run, b):
-    """Line 10. b.advantages (L,): weight times A_i, summed over rewards; b.scales[name] (L,): what divides A_i.
-    A reward may have a floor under its std of its own (.std_floor), since its unit is its own."""
+    """Line 10. b.advantages (L,): the A_i of all rewards, weighted and summed; b.scales[name] (L,): the std
+    in A_i. A reward may have its own lower bound of the std, .std_floor, since its unit may differ."""
     cfg, (rank, _, world) = run.cfg, dist_info()
     values = {name: [] for name in run.rewards}
     for rows in chunks(len(b.ids), 4 * cfg.micro_batch):  # all images at once would be gigabytes
@@ -869,13 +870,12 @@ def judge_groups(run, b):
             values[name].append(rate(reward, images, b.prompts[rows]))
     b.advantages, b.scales = torch.zeros(len(b.ids), device=run.device), {}
     for name, (reward, weight) in run.rewards.items():
-        own = torch.cat(values[name]).view(-1, cfg.group_size)  # group g lives on process g mod world
+        own = torch.cat(values[name]).view(-1, cfg.group_size)  # group g is on process g mod world
         rewards = torch.stack(everyone(own), 1).flatten(0, 1).to(run.device)
         floor = getattr(reward, "std_floor", cfg.std_floor)
         scale = reward_scale(rewards, floor=floor).expand(rewards.shape)
         b.scales[name] = scale[rank::world].flatten()
-        advantages = group_advantages(rewards, floor=floor)
-        b.advantages = b.advantages + weight * advantages[rank::world].flatten()
+        b.advantages = b.advantages + weight * group_advantages(rewards, floor=floor)[rank::world].flatten()
         spread = rewards.std(1)
         note(run, 1, **{f"reward_{name}": rewards.mean(), f"std_{name}": spread.mean(),
                         f"flat_{name}": (spread <= floor).float().mean()})
@@ -886,11 +886,10 @@ def reinforce(run, it, epoch, b):
     """Line 13: one AdamW step of theta on Eq. 18, the gradient of Eq. 7 (the KL to Eq. 6).
 
     Its reward part is Eq. 14 (proved as Eqs. 23-30 in App. G). Each trajectory costs M + 1 forwards with
-    gradient, called slots: slot j < M is step S[j], slot M is step K. The policy term lives on S, the
-    pathwise term on K, the DM term on one slot of the M + 1, chosen so that every k is matched equally often.
-    """
-    cfg, M = run.cfg, run.cfg.subset_size
-    total, pathwise = cfg.groups * cfg.group_size, any(reward.differentiable for reward, _ in run.rewards.values())
+    gradient, called slots: slot j < M is step S[j], slot M is step K. The policy term is taken at all of S,
+    the pathwise term at K, and the DM term at one of the M + 1, so that every k is matched equally often."""
+    cfg, M, total = run.cfg, run.cfg.subset_size, run.cfg.groups * run.cfg.group_size
+    pathwise = any(reward.differentiable for reward, _ in run.rewards.values())
     for part in chunks(len(b.ids), cfg.micro_batch):
         keys = [key(cfg.seed, 2, it, "generator", epoch, i) for i in b.ids[part]]
         uniform, (noise,) = draw(keys, 2, 1, run.backbone.latent_shape, run.device)
@@ -898,8 +897,8 @@ def reinforce(run, it, epoch, b):
         pull = matching_pull(run, b, part, matched, uniform[1], noise) if cfg.dm_weight else noise
         for slot in range(M + 1):
             reward_term = bool(pathwise and cfg.det_weight) if slot == M else bool(cfg.policy_weight)
-            use = [i for i, m in enumerate(matched) if m == slot or reward_term]  # who of part needs a forward,
-            here = [j for j, i in enumerate(use) if matched[i] == slot]  # and which of these for DM
+            use = [i for i, m in enumerate(matched) if m == slot or reward_term]  # of part: with this forward
+            here = [j for j, i in enumerate(use) if matched[i] == slot]  # of use: matched here
             if use:
                 rows = [part.start + i for i in use]
                 reinforce_slot(run, b, slot, reward_term, rows, here, pull[use], epoch == 0, total)
@@ -908,10 +907,10 @@ def reinforce(run, it, epoch, b):
 
 
 def matched_slots(cfg, u):
-    """Which of its M + 1 forwards each trajectory's DM term uses, -1 for none. u list of U[0, 1).
+    """The slot at which each trajectory is distribution-matched, -1 if DM is off. u: one U[0, 1) for each.
 
     Step K has probability 1/K, and each slot of S an equal part of the rest. S is uniform, so every k is
-    matched equally often, as in stage 1. With K = 4 and M = 2: slot 2 if u < 1/4, else slot 0 if u < 5/8, else 1. """
+    matched equally often, as in stage 1. K = 4, M = 2: slot 2 if u < 1/4, else slot 0 if u < 5/8, else 1."""
     K, M = cfg.steps, cfg.subset_size
     if cfg.dm_weight == 0:
         return [-1] * len(u)
@@ -919,8 +918,8 @@ def matched_slots(cfg, u):
 
 
 def matching_pull(run, b, part, matched, u, noise):
-    """Gradient of Eq. 9 at the boundary state (B, ...) that each trajectory of part is matched at. It needs the
-    state's value alone, so teacher and fake score see all of part at once, before any slot."""
+    """Gradient of Eq. 9 in the boundary state (B, ...) at which each trajectory of part is matched. It
+    depends on the states' values alone, so one pass of teacher and fake score serves all slots."""
     k = torch.tensor([run.cfg.steps if m == run.cfg.subset_size else b.subsets[part.start + i, m]
                       for i, m in enumerate(matched)])
     x_s = b.states[k, range(part.start, part.stop)].requires_grad_()
@@ -931,10 +930,9 @@ def matching_pull(run, b, part, matched, u, noise):
 
 
 def reinforce_slot(run, b, slot, reward_term, rows, here, pull, fresh, total):
-    """Gradient of Eq. 18 through one step of each trajectory in rows; the DM term falls on rows[i], i in here.
-
-    All losses go back to the velocity first, and then through the network once. So the share of each term in the
-    gradient is known at no cost, and decoder and reward are freed before the network's backward pass. """
+    """Gradient of Eq. 18 through one step of each trajectory in rows; DM acts on rows[i] for i in here.
+    The losses are differentiated in the velocity first, and their sum is back-propagated through the network
+    once. So the size of each term's gradient is known for free, and decoder and rewards are freed by then."""
     cfg, K, M = run.cfg, run.cfg.steps, run.cfg.subset_size
     k = torch.full((len(rows),), K) if slot == M else b.subsets[rows, slot]
     x, x_next, prompts = b.states[k - 1, rows], b.states[k, rows], [b.prompts[r] for r in rows]
@@ -945,8 +943,8 @@ def reinforce_slot(run, b, slot, reward_term, rows, here, pull, fresh, total):
     gradient = torch.zeros_like(v)
 
     def push(name, loss, n):
-        """Adds the gradient at v of a loss, a mean over n samples that weighs n / total. "det" comes last: it frees
-        the graph of `mean`, which the others need, and the decoder's activations with it."""
+        """Adds the gradient at v of a loss, a mean over n of the `total` samples. "det" must come last: it
+        frees the graph of `mean`, which the others need, and with it the decoder's activations."""
         part, = torch.autograd.grad(loss * n / total, v, retain_graph=name != "det")
         note(run, n, **{f"push_{name}": total / n * part.flatten(1).norm(dim=1).sum()})
         gradient.add_(part)
@@ -954,11 +952,12 @@ def reinforce_slot(run, b, slot, reward_term, rows, here, pull, fresh, total):
     if slot < M and reward_term:                                            # Eq. 17
         log_prob = gaussian_log_prob(x_next, mean, std)
         if fresh:
-            b.old[rows, slot] = log_prob.detach()  # the same forward: the ratio is 1, not nearly 1
-        # One column of S at a time: the function's (K-1)/M is (K-1)/1 here, and / M makes it Eq. 17's.
-        policy = subgrpo_loss(log_prob[:, None], b.old[rows, slot][:, None], b.advantages[rows], K, cfg.clip) / M
+            b.old[rows, slot] = log_prob.detach()  # DEPARTURE 8: the same forward, so the ratio is exactly 1
+        # subgrpo_loss gets one column of S and uses (K-1)/1; dividing by M gives Eq. 17's (K-1)/M.
+        old = b.old[rows, slot]
+        policy = subgrpo_loss(log_prob[:, None], old[:, None], b.advantages[rows], K, cfg.clip) / M
         push("policy", cfg.beta * cfg.policy_weight * policy, len(rows))
-        note(run, len(rows), ratio_off=(log_prob.detach() - b.old[rows, slot]).expm1().abs().mean())
+        note(run, len(rows), ratio_off=(log_prob.detach() - old).expm1().abs().mean())
     if here:                                                                # Eq. 9
         push("dm", cfg.dm_weight * (pull * mean)[here].flatten(1).sum(1).mean(), len(here))
     if slot == M and reward_term:                                           # Eq. 15; mean is x_0 here
@@ -968,7 +967,7 @@ def reinforce_slot(run, b, slot, reward_term, rows, here, pull, fresh, total):
 
 
 def pathwise_terms(run, x_0, prompts, scales):
-    """Eq. 15, summed over the differentiable rewards: each has its weight, and the std of its advantage below."""
+    """Eq. 15, summed over the differentiable rewards: weight times reward over the std in its advantages."""
     images = run.backbone.decode(x_0)
     return sum(weight * pathwise_loss(rate(reward, images, prompts), scales[name], x_0[0].numel())
                for name, (reward, weight) in run.rewards.items() if reward.differentiable)
@@ -985,8 +984,8 @@ CLIP_MEAN, CLIP_STD = (.48145466, .4578275, .40821073), (.26862954, .26130258, .
 
 
 def resize(images, height, width, mode="bicubic"):
-    """Resizes as PIL does, but differentiably: (B, C, H, W) -> (B, C, height, width), in fp32. Without antialias
-    the reward would skip most pixels of a large image, and its gradient would draw a grid."""
+    """Resizes as PIL does, but differentiably: (B, C, H, W) -> (B, C, height, width), in fp32. Without
+    antialias the reward ignores most pixels of a large image, and its gradient has a grid pattern."""
     return F.interpolate(images.float(), (height, width), mode=mode, antialias=True, align_corners=False)
 
 
@@ -998,8 +997,8 @@ def normalise(images, mean=CLIP_MEAN, std=CLIP_STD):
 
 def square_crop(images, size=224, mode="bicubic", offset=round):
     """CLIP's view: short side to `size`, centre crop, normalise. (B, 3, H, W) -> (B, 3, size, size). Bicubic
-    overshoots to -.03 .. 1.03 where PIL clips at 8 bits, hence the clamp: 2/255 from PIL at most. offset: how
-    half a pixel is rounded (torchvision rounds, transformers truncates)."""
+    resizing overshoots to -.03 .. 1.03 where PIL clips, hence the clamp; PIL differs by at most 2/255.
+    offset: how half a pixel is rounded (torchvision rounds, transformers truncates)."""
     height, width = (int(size * side / min(images.shape[-2:])) for side in images.shape[-2:])
     top, left = offset((height - size) / 2), offset((width - size) / 2)
     return normalise(resize(images, height, width, mode).clamp(0, 1)[..., top:top + size, left:left + size])
@@ -1038,8 +1037,8 @@ def transformers_host(row, cfg):
     return net, lambda pixels: net.get_image_features(pixel_values=pixels).pooler_output, embed_text
 
 
-# All are better when higher. CLIP's own resize is bicubic; the paper's CLIPScore column is bilinear. A text
-# says where the reward is found.
+# All are better when higher. CLIP's own resize is bicubic; the paper's CLIPScore column is bilinear. A row
+# that is a string names, as module:attribute, the reward to import.
 REWARDS = {
     "hpsv2": dict(host=open_clip_host, repo="xswu/HPSv2", view=letterbox, logit_scale=False),
     "clipscore": dict(host=transformers_host, repo="openai/clip-vit-large-patch14", logit_scale=False,
@@ -1052,7 +1051,7 @@ REWARDS = {
 
 class ClipReward:
     """Cosine of image and prompt, times exp(logit_scale) where the row says so: the scale of the paper's
-    tables. Scoring and back-propagation run this same code: what is climbed is what is reported."""
+    tables. Training and evaluation call this same code."""
 
     differentiable = True
 
@@ -1060,7 +1059,7 @@ class ClipReward:
         self.name, self.row = name, row
         self.net, self.embed_image, self.embed_text = host
         self.net.eval().requires_grad_(False)  # gradients pass through, never into it
-        self.known = {}  # prompt -> (D,): a group asks 24 times
+        self.known = {}  # {prompt: (D,)}: all members of a group have one prompt
 
     @torch.no_grad()
     def text(self, prompts):
@@ -1103,8 +1102,8 @@ def parse_rewards(text, own=(), flag="--rewards"):
 
 
 def load_reward(name, cfg, own={}):
-    """The reward of that name: the backbone's own, one of REWARDS, or what module:attribute names. That may be a
-    function (images, prompts) -> (B,), an object that is called so, or its class, made by load(cfg) if it has one."""
+    """The reward of that name: the backbone's own, one of REWARDS, or what module:attribute names: a function
+    (images, prompts) -> (B,), such an object, or its class, which is made by load(cfg) if it has a load."""
     if name in own:
         return own[name]
     row = REWARDS.get(name, name)
@@ -1117,8 +1116,8 @@ def load_reward(name, cfg, own={}):
         raise
     except (Exception, SystemExit) as error:  # a file that is cut short or a web page, or foreign code
         reason = " ".join(repr(error).split())[:200]
-        raise UsageError(f"reward {name} cannot be loaded ({reason}): correct its code, or download its weights "
-                         "again.") from error
+        raise UsageError(f"reward {name} cannot be loaded ({reason}): correct its code, or download its "
+                         "weights again.") from error
     if not hasattr(reward, "name") or not hasattr(reward, "differentiable"):
         reward, found = functools.partial(reward), reward  # methods and builtins take no attributes
         reward.name, reward.differentiable = name, getattr(found, "differentiable", False)
@@ -1126,7 +1125,7 @@ def load_reward(name, cfg, own={}):
             reward.std_floor = found.std_floor
     floor = getattr(reward, "std_floor", 0)
     if not isinstance(floor, (int, float)) or not 0 <= floor < math.inf:
-        raise UsageError(f"{name}.std_floor is {floor!r}: give a number of at least 0, in the reward's own unit.")
+        raise UsageError(f"{name}.std_floor is {floor!r}: give a number >= 0, in the reward's own unit.")
     return reward
 
 
@@ -1143,23 +1142,24 @@ def depends_on(result, source):
 
 
 def rate(reward, images, prompts):
-    """reward(images, prompts), checked: (B,) fp32 on the images' device. It may be nan or inf. Whatever the reward
-    raises becomes one sentence; a batch that fails is tried image by image, to name the prompt."""
+    """reward(images, prompts), checked: (B,) fp32 on the images' device; nan, inf pass. An exception becomes
+    a UsageError that names the prompt: a batch that fails is tried again image by image."""
     name = getattr(reward, "name", type(reward).__name__)
     try:
         own = images.clone()  # with a copy of its own, no reward changes what the next one sees
         values = torch.as_tensor(reward(own, list(prompts)), device=images.device)
         if values.shape != (len(prompts),) or values.is_complex():
-            raise ValueError(f"the result is {values.dtype} of shape {tuple(values.shape)}, must be real, of shape "
-                             f"({len(prompts)},)")
+            raise ValueError(f"the result is {values.dtype} of shape {tuple(values.shape)}, must be real, of "
+                             f"shape ({len(prompts)},)")
         if images.requires_grad and reward.differentiable and not depends_on(values, images):
-            raise ValueError("it is said to be .differentiable, but its result has no gradient from the pictures")
+            raise ValueError("it says .differentiable, but its result has no gradient from the pictures")
     except (UsageError, torch.OutOfMemoryError):                            # main knows what to say
         raise
     except (Exception, SystemExit) as error:                                # foreign code raises anything
         for i in range(len(prompts) if len(prompts) > 1 else 0):
             rate(reward, images[i:i + 1], prompts[i:i + 1])
-        where = f"prompt {prompts[0]!r}" + (f" and {len(prompts) - 1} more at once" if len(prompts) > 1 else "")
+        more = f" and {len(prompts) - 1} more at once" if len(prompts) > 1 else ""
+        where = f"prompt {prompts[0]!r}{more}"
         raise UsageError(f"reward {name}, {where}: {error!r}; correct it, or leave it out.") from error
     return values.float()
 
@@ -1173,13 +1173,13 @@ def rate(reward, images, prompts):
 #   lora_targets     full names of the linears that get an adapter
 #   latent_shape     (C, H, W) of one sample
 #   shift            of the schedule for cfg.steps (see timestep_schedule); shift_for(steps) for others
-#   base, text_key   pipeline that an export is loaded into; all that the text embeddings depend on
+#   base, text_key   repository that an export is loaded into; a string of all that text embeddings depend on
 #   encode(prompts)  -> cond: dict of tensors, batch first, CPU. free_text() drops the text encoders
 #   velocity(net, x, t, cond)   v = eps - x0 (B,C,H,W) fp32 at levels t (B,); differentiable
 #   quantise(t)      the level that the network is really told when it is asked for t
 #   decode(x)        latents -> images (B,3,H,W) in [0,1]; differentiable
-#   optional         rewards, {name: reward} of its own (of the class: their names); text_length; settings of the
-#                    class, its defaults in the form of a row of MODELS
+#   optional         rewards, {name: reward} of its own (of the class: their names); text_length; settings of
+#                    the class: its defaults, as a row of MODELS; enlarge(images), for people to look at
 # ------------------------------------------------------------------------------------------------------------
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -1188,7 +1188,8 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 class Backbone:
     """What the families share: latents (B, 16, H/8, W/8), the shift of the scheduler's file, exact levels."""
 
-    # pixels: of the side of a latent; unguided: the pipeline's guidance_scale that samples a student
+    # pixels: along the side of a latent; tokens: of the text, by default; unguided: the guidance_scale with
+    # which the stock pipeline samples without guidance
     vae_class, channels, pixels, tokens, unguided = "AutoencoderKL", 16, 8, 512, 1.0
     # Linears that get an adapter: attention of both streams. SD3: 191; SD3.5: 243, with its second,
     # image-only attention attn2; FLUX.2: 80 and 112, whose single-stream blocks fuse q, k, v and the MLP into
@@ -1216,7 +1217,8 @@ class Backbone:
         so the length is part of the condition: sample with the same."""
         if self.text is None:
             self.text = text_pipeline(self).to(self.cfg.device)
-        return {name: rows.cpu() for name, rows in self.read(list(prompts)).items()}      # Z-Image's writes into it
+        return {name: rows.cpu() for name, rows in self.read(list(prompts)).items()}  # a copy:
+        # Z-Image's pipeline writes into the list that it has returned.
 
     def free_text(self):
         """Drop the text encoders: 10.4 GiB in bf16 (SD3), 5.8 (FLUX.2-4B)."""
@@ -1244,25 +1246,26 @@ class SD3Backbone(Backbone):
 
     def velocity(self, net, x, t, cond):
         """The timestep 1000 t stays fp32: bf16 would tell the network 752 for 750."""
-        return net(hidden_states=x.to(self.dtype), timestep=1000 * t.float(), encoder_hidden_states=cond["text"],
-                   pooled_projections=cond["pooled"], return_dict=False)[0].float()
+        return net(hidden_states=x.to(self.dtype), timestep=1000 * t.float(), return_dict=False,
+                   encoder_hidden_states=cond["text"], pooled_projections=cond["pooled"])[0].float()
 
 
 def flux_velocity(backbone, net, x, t, text, axes, **more):
-    """What FLUX.1 and FLUX.2 share: the network wants tokens (B, h w, C) with positions, (_, row, column,
-    word) or the first three. It takes t in [0, 1], rounded as the pipeline does: an exact t would train
-    levels nobody asks for."""
-    one, row, column, word = (torch.arange(size, device=x.device) for size in (1, *x.shape[2:], text.shape[1]))
+    """What FLUX.1 and FLUX.2 share: the network wants tokens (B, h w, C) with positions (0, row, column,
+    word), or the first three. t is rounded as in the pipeline: other levels are never asked for."""
+    sizes = 1, *x.shape[2:], text.shape[1]
+    one, row, column, word = (torch.arange(size, device=x.device) for size in sizes)
     grid = lambda *sizes: torch.cartesian_prod(*sizes)[:, :axes]
-    v = net(hidden_states=x.flatten(2).mT.to(backbone.dtype), timestep=(1000 * t.float()).to(backbone.dtype) / 1000,
-            encoder_hidden_states=text, img_ids=grid(one, row, column, one), txt_ids=grid(one, one, one, word),
-            return_dict=False, **more)[0]
+    told = (1000 * t.float()).to(backbone.dtype) / 1000
+    v = net(hidden_states=x.flatten(2).mT.to(backbone.dtype), timestep=told, encoder_hidden_states=text,
+            img_ids=grid(one, row, column, one), txt_ids=grid(one, one, one, word), return_dict=False,
+            **more)[0]
     return v.float().mT.unflatten(2, x.shape[2:])
 
 
 def flux_level(backbone, t):
-    """What becomes of t on its way into the network: 1000 t rounded, divided, multiplied: +-.003 in bf16.
-    Draw t, quantise it, then noise with the result: the mathematics uses what the network is told."""
+    """The level that the network receives for t: 1000 t rounded, divided, multiplied; +-.003 in bf16.
+    Re-noising levels are drawn, quantised and only then used, so that noise and network agree."""
     return ((1000 * t.float()).to(backbone.dtype) / 1000 * 1000).float() / 1000
 
 
@@ -1275,10 +1278,10 @@ class Flux1Backbone(Backbone):
     def __init__(self, cfg):
         super().__init__(cfg)
         if not self.nets["teacher"].config.guidance_embeds:
-            raise UsageError(f"--pretrained {cfg.pretrained}: FLUX.1-schnell ignores guidance, so it is no teacher.")
+            raise UsageError(f"--pretrained {cfg.pretrained}: FLUX.1-schnell ignores guidance: no teacher.")
 
     def shift_for(self, steps):
-        """e^mu, mu linear in the number of tokens: 1.88 at 512 pixels, 3.16 at 1024. FLUX.1-schnell's is 1."""
+        """e^mu, mu linear in the number of tokens: 1.88 at 512 pixels, 3.16 at 1024. FLUX.1-schnell: 1."""
         if not self.scheduler.get("use_dynamic_shifting", True):
             return self.scheduler["shift"]
         tokens = self.latent_shape[1] * self.latent_shape[2] // 4
@@ -1291,8 +1294,9 @@ class Flux1Backbone(Backbone):
     def velocity(self, net, x, t, cond):
         """A token is a patch of 2 x 2 latents. (FLUX.1-schnell reads no guidance.)"""
         guidance = cond["guidance"] if net.config.guidance_embeds else None
-        return F.pixel_shuffle(flux_velocity(self, net, F.pixel_unshuffle(x, 2), t, cond["text"], 3, guidance=guidance,
-                                             pooled_projections=cond["pooled"]), 2)
+        v = flux_velocity(self, net, F.pixel_unshuffle(x, 2), t, cond["text"], 3, guidance=guidance,
+                          pooled_projections=cond["pooled"])
+        return F.pixel_shuffle(v, 2)
 
 
 class Flux2Backbone(Backbone):
@@ -1314,13 +1318,14 @@ class Flux2Backbone(Backbone):
             qwen = self.text.text_encoder.model
             qwen.layers, qwen.norm = qwen.layers[:27], nn.Identity()  # states after layers 9, 18, 27 are read
             self.text.text_encoder = qwen
-        return {"text": self.text.encode_prompt(prompts, self.cfg.device, max_sequence_length=self.text_length)[0]}
+        text, _ = self.text.encode_prompt(prompts, self.cfg.device, max_sequence_length=self.text_length)
+        return {"text": text}
 
     def velocity(self, net, x, t, cond):
         return flux_velocity(self, net, x, t, cond["text"], 4)
 
     def decode(self, x):
-        """Latents (B,128,h,w), 2x2 patches of the VAE's in the units of its batch norm -> images (B,3,16h,16w)."""
+        """Latents (B,128,h,w): 2x2 patches, in units of the VAE's batch norm -> images (B,3,16h,16w)."""
         norm = self.vae.bn
         mean, variance = (row.float().view(-1, 1, 1) for row in (norm.running_mean, norm.running_var))
         return decode_chunks(self.vae, F.pixel_shuffle(x * torch.sqrt(variance + norm.eps) + mean, 2))
@@ -1379,15 +1384,15 @@ def load_networks(cfg, net_class, pipeline):
 
 
 def check_pipeline(path, pipeline, cfg, is_teacher):
-    """UsageError unless a repository is a whole `pipeline`. One that was saved without its T5 would work,
-    with zeros in its place; a distilled teacher would ignore w."""
+    """UsageError unless a repository is a whole `pipeline`: without T5, SD3 would run on zeros for
+    embeddings. A distilled teacher is refused too: it would ignore w."""
     index = from_hub(diffusers.DiffusionPipeline.load_config, path, cfg, "model_index.json")
     lacking = [part for part, origin in index.items() if origin == [None, None] and part.startswith("text_e")]
     found = " without ".join([str(index.get("_class_name")), *lacking])
     if found != pipeline or is_teacher and index.get("is_distilled"):
-        wrong = "distilled and ignores guidance, so it cannot be the teacher" if found == pipeline else f"a {found}"
-        raise UsageError(f"{path} is {wrong}: take a whole {pipeline} (GENERATOR,TEACHER if they differ) such as "
-                         f"{BACKBONES[cfg.model][1]}.")
+        wrong = f"a {found}" if found != pipeline else "distilled: it cannot be the teacher"
+        raise UsageError(f"{path} is {wrong}: take a whole {pipeline} (GENERATOR,TEACHER if "
+                         f"they differ) such as {BACKBONES[cfg.model][1]}.")
 
 
 def build(cls, path, part, cfg):
@@ -1395,7 +1400,7 @@ def build(cls, path, part, cfg):
     net = load_whole(cls, path, cfg, part, dtype=torch.bfloat16 if cfg.dtype == "bf16" else torch.float32)
     largest = 16 * net.config.get("pos_embed_max_size", 256)
     if cfg.resolution % 16 or not 0 < cfg.resolution <= largest:
-        raise UsageError(f"--resolution {cfg.resolution} is not possible: take a multiple of 16 up to {largest}.")
+        raise UsageError(f"--resolution {cfg.resolution}: take a multiple of 16 up to {largest}.")
     if part == "vae":
         net.enable_gradient_checkpointing()
     return net.to(cfg.device).eval().requires_grad_(False)
@@ -1407,13 +1412,13 @@ def text_pipeline(backbone):
     base, cfg = backbone.base, backbone.cfg
     index = from_hub(diffusers.DiffusionPipeline.load_config, base, cfg, "model_index.json")
     encoders = {part: load_whole(getattr(transformers, origin[1]), base, cfg, part, dtype=backbone.dtype)
-                for part, origin in index.items() if part.startswith("text_encoder") and origin != [None, None]}
-    return from_hub(diffusers.DiffusionPipeline.from_pretrained, base, cfg, "model_index.json", transformer=None,
-                    vae=None, **encoders)
+                for part, origin in index.items() if part.startswith("text_encoder") and all(origin)}
+    return from_hub(diffusers.DiffusionPipeline.from_pretrained, base, cfg, "model_index.json",
+                    transformer=None, vae=None, **encoders)
 
 
 def find_weights(repo, filename, cfg):
-    """Path of a file: of the folder `repo`, of WEIGHTS_DIR/<its last name>, of WEIGHTS_DIR, or of the hub."""
+    """Path of `filename`: in the folder `repo`, weights_dir/<its last part>, weights_dir, or of the hub."""
     own = Path(cfg.weights_dir or repo).expanduser()
     places = [folder / filename for folder in (Path(repo), own / Path(repo).name, own)]
     if found := next(filter(Path.is_file, places), None):
@@ -1423,17 +1428,18 @@ def find_weights(repo, filename, cfg):
     try:
         return Path(huggingface_hub.hf_hub_download(repo, filename))
     except (OSError, ValueError) as error:                # ValueError: a path, which is no name on the hub
-        remedy = "check name and network, or name a folder that has it by --pretrained or (rewards) --weights_dir"
+        remedy = "check name and network, or name a folder that has it: --pretrained or --weights_dir"
         if isinstance(error, huggingface_hub.errors.GatedRepoError):
             remedy = f"accept the licence on https://huggingface.co/{repo} and run `hf auth login`"
         where = f"neither in {own} nor" if cfg.weights_dir else "not"
-        raise UsageError(f"{filename} of {repo} is {where} on the hub ({type(error).__name__}): {remedy}.") from error
+        raise UsageError(f"{filename} of {repo} is {where} on the hub ({type(error).__name__}): "
+                         f"{remedy}.") from error
 
 
 def from_hub(load, repo, cfg, needs="config.json", **options):
     """load(repo), load being a from_pretrained, from where find_weights finds the file `needs`. It is looked
-    for first: transformers makes a tokenizer without its vocabulary in silence, and asks a hub that cannot be
-    reached for every file in turn, 20 s each."""
+    for first, since transformers silently makes a tokenizer without a vocabulary, and asks a hub out of
+    reach for every file in turn, 20 s each."""
     found = find_weights(repo, needs, cfg)
     if cfg.weights_dir and found.is_relative_to(Path(cfg.weights_dir).expanduser()):
         repo = str(found.parents[needs.count("/")])        # the folder in which `needs` was found
@@ -1450,18 +1456,19 @@ def load_whole(cls, repo, cfg, part="", **options):
     """cls.from_pretrained of a repository, or of its component `part`. UsageError if the files lack a tensor:
     it would be filled with random numbers, and only a log would say so."""
     options |= dict(subfolder=part) if part else {}
-    net, info = from_hub(cls.from_pretrained, repo, cfg, f"{part}/config.json".lstrip("/"), output_loading_info=True,
-                         **options)
+    net, info = from_hub(cls.from_pretrained, repo, cfg, f"{part}/config.json".lstrip("/"),
+                         output_loading_info=True, **options)
     if lacking := sorted(info["missing_keys"]):
-        raise UsageError(f"{repo} {part} lacks {len(lacking)} tensors of {cls.__name__}, such as {lacking[0]}: "
-                         "get the whole of it again.")
+        raise UsageError(f"{repo} {part} lacks {len(lacking)} tensors of {cls.__name__}, such as "
+                         f"{lacking[0]}: get the whole of it again.")
     return net
 
 
 def matching_linears(net, pattern):
-    """Full names of the linears whose name matches. Full, because PEFT reads others as suffixes: `attn.to_q`
-    misses attn2, `to_out` hits lists as well."""
-    return [name for name, part in net.named_modules() if isinstance(part, nn.Linear) and re.fullmatch(pattern, name)]
+    """Full names of the linears whose name matches. Full, because PEFT takes others as suffixes: attn.to_q
+    would miss attn2.to_q, and to_out also match the list that holds it."""
+    linears = [name for name, part in net.named_modules() if isinstance(part, nn.Linear)]
+    return [name for name in linears if re.fullmatch(pattern, name)]
 
 
 def decode_chunks(vae, z, pixels=2**20):
@@ -1488,7 +1495,7 @@ LONGEST_PROMPT = 20_000          # characters; the encoders read some 2,000, mor
 def read_prompts(source, seed=None):
     """--prompts as list[str]: a .txt, .jsonl (GenEval's too), .csv, .tsv or .parquet file, a known name, or
     module:attribute, a list of texts or a function that returns one. Stripped, without blank lines and
-    duplicates; in an order by `seed` and each text alone (a new line moves no other), or without seed in the
+    duplicates; in an order by seed and text alone (a new line moves no other), or without a seed in the
     file's. UsageError names the line that is wrong."""
     texts, known = [], ", ".join([*KNOWN_PROMPTS, "module:attribute"])
     done = int(source.lower().endswith((".csv", ".tsv")))                   # lines read: a table has a header
@@ -1497,17 +1504,18 @@ def read_prompts(source, seed=None):
             texts.append(prompt_of(row))
             done = getattr(rows, "line_num", i)
     except OSError as error:
-        raise UsageError(f"--prompts {source} cannot be read ({error.strerror or error}): give a file, or one of "
+        raise UsageError(f"--prompts {source} cannot be read ({error.strerror or error}): give a file, or "
                          f"{known}.") from error
-    except (ValueError, RuntimeError, csv.Error) as error:                  # pyarrow's are subclasses of the first two
+    except (ValueError, RuntimeError, csv.Error) as error:                  # pyarrow's are the first two
         reason = " ".join(str(getattr(error, "msg", error)).split())[:150]
-        raise UsageError(f"--prompts {source}, line {done + 1}: {reason}; correct it, or give {known}.") from error
+        raise UsageError(f"--prompts {source}, line {done + 1}: {reason}; correct it, or give {known}.") \
+            from error
     prompts = list(dict.fromkeys(filter(None, texts)))
     if not prompts:
         raise UsageError(f"--prompts {source} holds no prompt: give a file with one prompt a line.")
     blank = texts.count("")
-    log(f"prompts: {len(prompts):,} from {source}, less {blank} blank lines and {len(texts) - len(prompts) - blank} "
-        "duplicates")
+    twice = len(texts) - len(prompts) - blank
+    log(f"prompts: {len(prompts):,} from {source}, less {blank} blank lines and {twice} duplicates")
     return prompts if seed is None else sorted(prompts, key=lambda text: key("prompt order", seed, text))
 
 
@@ -1515,7 +1523,7 @@ def prompt_of(row):
     """The stripped prompt of a row: a text, or a dict with one of PROMPT_COLUMNS. Raises ValueError."""
     if isinstance(row, dict):
         if None in row:                                    # csv's name for cells beyond the header's columns
-            raise ValueError("more cells than the header has columns; write a text with a comma or tab in quotes")
+            raise ValueError("more cells than the header has; write a text with a comma or tab in quotes")
         row = {str(name).strip().lower(): text for name, text in row.items()}
         if not (found := [row[name] or "" for name in PROMPT_COLUMNS if name in row]):
             raise ValueError(f"no column or key called {', '.join(PROMPT_COLUMNS)}")
@@ -1528,7 +1536,7 @@ def prompt_of(row):
 
 
 def prompt_rows(source):
-    """The rows of a known set, of module:attribute, or of a file by its ending: strings, or dicts by column."""
+    """The rows of a known set, of module:attribute or of a file: strings, or dicts by column."""
     kind = Path(source).suffix.lower()
     if source == "hpdv2":
         import hpsv2
@@ -1545,7 +1553,8 @@ def prompt_rows(source):
     if kind == ".parquet":
         from pyarrow.parquet import ParquetFile
         file = ParquetFile(source)
-        return file.read([name for name in file.schema_arrow.names if name.lower() in PROMPT_COLUMNS]).to_pylist()
+        columns = [name for name in file.schema_arrow.names if name.lower() in PROMPT_COLUMNS]
+        return file.read(columns).to_pylist()
     lines = (line.decode("utf-8-sig") for line in Path(source).read_bytes().splitlines(keepends=True))
     if kind in (".csv", ".tsv"):
         # strict: or a quote that is never closed swallows the rows after it, in silence.
@@ -1599,7 +1608,7 @@ class TextCache:
 
     def prepare(self, prompts, batch=16):
         """Encode what is missing of `prompts` and "" (the null condition), split over ranks; then free_text.
-        A file with other shapes than most is missing too. All ranks list what is missing before any writes."""
+        A file with other shapes than most counts as missing. Ranks list before any of them writes."""
         rank, _, world = dist_info()
         found = {prompt: self.shapes(prompt) for prompt in dict.fromkeys(["", *prompts])}
         usual = collections.Counter(filter(None, found.values())).most_common(1)
@@ -1609,9 +1618,9 @@ class TextCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(self.folder).free / 1e9
             need = sum(row.nbytes for row in self.backbone.encode([""]).values()) * len(missing) / 1e9
-            log(f"text embeddings: {len(missing):,} prompts, {need:.2f} GB in {self.folder} (free: {free:.0f})")
+            log(f"text embeddings: {len(missing):,} prompts, {need:.2f} GB in {self.folder}, {free:.0f} free")
             if 1.1 * need > free:
-                raise UsageError(f"{need:.1f} GB of text embeddings, {free:.1f} GB free: --cache needs more room.")
+                raise UsageError(f"{need:.1f} GB of embeddings, {free:.1f} GB free: --cache needs more room.")
         parts = [missing[i:i + batch] for i in range(rank * batch, len(missing), world * batch)]
         for part in progress(parts, len(parts), "text embeddings") if parts else ():
             cond = self.backbone.encode(part)
@@ -1623,12 +1632,13 @@ class TextCache:
         barrier()
 
     def read(self, prompt):
-        """One row from its file. Cloned: load_file gives views of the open file, and 65,530 are allowed."""
+        """One row from its file. Cloned: load_file maps files into memory, and Linux allows 65,530 maps."""
         try:
             row = {name: x.clone() for name, x in load_file(self.path(prompt)).items()}
-            if all(x.isfinite().all() for x in row.values()) and (not prompt or any(x.any() for x in row.values())):
+            empty = prompt and not any(x.any() for x in row.values())
+            if not empty and all(x.isfinite().all() for x in row.values()):
                 return row
-            self.path(prompt).unlink()                     # no encoder makes nan, or of a text nothing but zeros
+            self.path(prompt).unlink()                     # no encoder gives nan, or a text nothing but zeros
         except (OSError, SafetensorError):
             pass
         raise UsageError(f"{self.path(prompt)} cannot be read, or holds no embedding: start again, and it is "
@@ -1645,7 +1655,7 @@ class TextCache:
         rows = [future.result() for future in [self.row(prompt) for prompt in prompts]]
         cond = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
         pin = torch.device(device).type == "cuda"         # a copy from pinned memory does not stop the host
-        return {name: (x.pin_memory() if pin else x).to(device, non_blocking=True) for name, x in cond.items()}
+        return {n: (x.pin_memory() if pin else x).to(device, non_blocking=True) for n, x in cond.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1661,8 +1671,8 @@ def dist_info():
         rank = local = world = -1
     meeting = world == 1 or "MASTER_ADDR" in os.environ and os.environ.get("MASTER_PORT", "").isdigit()
     if not (meeting and 0 <= rank < world and local >= 0):
-        raise UsageError("RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR or MASTER_PORT is not as torchrun sets it: start "
-                         "with torchrun, or unset them.")
+        raise UsageError("RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR or MASTER_PORT is not torchrun's: "
+                         "start with torchrun, or unset them.")
     return rank, local, world
 
 
@@ -1676,20 +1686,20 @@ def start_processes(device):
         try:
             socket.getaddrinfo(os.environ["MASTER_ADDR"], None)
         except OSError as error:                           # torch would ask again for half an hour
-            raise UsageError(f"MASTER_ADDR {os.environ['MASTER_ADDR']} is unknown here ({error.strerror}): give the "
+            raise UsageError(f"MASTER_ADDR {os.environ['MASTER_ADDR']} is unknown here: give the "
                              "name or address of the node with rank 0.") from error
-        # torchrun keeps one store over restarts, where a restarted gloo would find the addresses of the dead.
+        # torchrun keeps one store over restarts; the prefix hides the addresses of the processes before.
         life = f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
         store = dist.PrefixStore(life, next(dist.rendezvous("env://"))[0])
-        # One node may download 20 GB, or encode its prompts, for longer than another: ten minutes, the default of
-        # NCCL, would end the run. A process that dies is noticed by torchrun, which ends the others at once.
+        # One node may download 20 GB, or encode its prompts, for longer than another: ten minutes, the
+        # default of NCCL, would end the run. A process that dies is noticed by torchrun, which ends all.
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", store=store, rank=rank,
                                 world_size=world, timeout=datetime.timedelta(days=1))
     return device
 
 
 def everyone(value):
-    """What all processes have, by rank, so that all decide alike. Tensors travel through the host."""
+    """The list of every process's value, by rank, the same for all. Tensors travel through host memory."""
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size()
@@ -1697,37 +1707,38 @@ def everyone(value):
     return values
 
 
-barrier = functools.partial(everyone, None)  # nobody goes on before all are here
+barrier = functools.partial(everyone, None)  # no process goes on before all have come here
 
 
 def share(total):
-    """Global indices of this process: every world-th. What is computed for one never depends on its owner."""
+    """This process's part of range(total): every world-th index. No result depends on who computes it."""
     return list(range(dist_info()[0], total, dist_info()[2]))
 
 
 def log(text):
-    """One line on rank 0, beside a progress bar instead of through it."""
+    """Prints one line, on rank 0, without breaking a progress bar."""
     if dist_info()[0] == 0:
         tqdm.write(text, file=sys.stderr)
 
 
 def progress(iterable, total, label, start=0):
-    """Progress bar with the time left, on rank 0; in a file, where nobody watches, a line every ten seconds."""
-    return tqdm(iterable, total=total, desc=label, initial=start, dynamic_ncols=True, disable=dist_info()[0] != 0,
+    """Progress bar with the time left, on rank 0; in a file, a line every ten seconds."""
+    return tqdm(iterable, label, total, initial=start, dynamic_ncols=True, disable=dist_info()[0] > 0,
                 mininterval=0.5 if sys.stderr.isatty() else 10)
 
 
 def key(*parts):
-    """A 63-bit seed from anything printable.
+    """A 63-bit seed made of the parts, which may be anything that has a repr.
 
     Every draw names its purpose, so there is no random state to save: the same numbers come out after a
-    restart, with any number of processes and with any micro-batch. """
+    restart, with any number of processes and with any micro-batch."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
 
 
 def draw(keys, uniforms, normals, shape, device):
-    """One generator per sample -> U[0,1) (uniforms, B) on the CPU, N(0,1) (normals, B, *shape) on `device`.
-    Drawn on the CPU, and so equal on all devices."""
+    """Random numbers of B samples, each by a generator of its own that is seeded with one of the B keys:
+    U[0, 1) (uniforms, B) on the CPU, N(0, 1) (normals, B, *shape) on `device`. They are drawn on the CPU, so
+    that they are the same for every device."""
     u, n = torch.empty(uniforms, len(keys)), torch.empty(normals, len(keys), *shape)
     for i, seed in enumerate(keys):
         generator = torch.Generator().manual_seed(seed)
@@ -1737,7 +1748,7 @@ def draw(keys, uniforms, normals, shape, device):
 
 
 def chunks(total, size):
-    """Slices of at most `size` that cover range(total), as equal as possible: 24 by tens are 8 + 8 + 8, one shape."""
+    """Slices of at most `size`, nearly equal, that cover range(total): chunks(24, 10) are 8 + 8 + 8."""
     n = -(-total // size)
     return [slice(i * total // n, (i + 1) * total // n) for i in range(n)]
 
@@ -1748,12 +1759,12 @@ def rows_of(cond, rows):
 
 
 def level(values, like):
-    """Noise levels (B,) as (B, 1, ..., 1), to broadcast against like (B, ...)."""
+    """Noise levels (B,) as fp32 (B, 1, ..., 1), which broadcasts against `like` (B, ...)."""
     return values.to(like.device, torch.float32).view(-1, *[1] * (like.dim() - 1))
 
 
 def write_atomic(path, data):
-    """Writes bytes or text beside the target, flushes, renames: a reader sees all of it or the old file."""
+    """Writes to a file beside `path` and renames it: a reader sees the old file or the whole new one."""
     path = Path(path)
     beside = path.with_name(f".{path.name[:200]}.{uuid.uuid4().hex[:8]}.partial")
     try:
@@ -1765,8 +1776,8 @@ def write_atomic(path, data):
         os.replace(beside, path)
     except OSError as error:
         with contextlib.suppress(OSError):
-            beside.unlink()                                                 # it would fill the disk further
-        raise UsageError(f"Cannot write {path} ({error.strerror}): make room, or take another folder.") from error
+            beside.unlink()                                    # a half-written file still fills the disk
+        raise UsageError(f"Cannot write {path} ({error.strerror}): make room or change folder.") from error
 
 
 class AdaptedLinear(nn.Linear):
@@ -1781,16 +1792,16 @@ class AdaptedLinear(nn.Linear):
         y = F.linear(x, self.weight, self.bias)
         if self.A is None:
             return y
-        # Rounded as the deployed pipeline rounds; addmm would round once less, and the pictures differ in bf16.
+        # Rounded as the deployed pipeline rounds: addmm would round once less, and pictures differ in bf16.
         return y + F.linear(F.linear(x, self.A), self.B) * self.scale
 
 
 def compile_blocks(net):
-    """torch.compile for every transformer block by itself, in place; the first pass of each kind compiles.
+    """Has torch.compile compile every transformer block by itself, in place, when it is first called.
 
-    Blocks that are alike share a graph; shape, gradient or none, adapter or none make another. Fixed shapes:
-    with a second shape, torch would compile for all shapes, which is slower and took longer (docs/costs.md).
-    """
+    Blocks of one kind share a graph. Another shape, a pass with or without gradient, with or without adapter
+    makes a further graph. dynamic=False: at the second shape torch would otherwise compile for any shape,
+    which takes longer and gives slower code (docs/costs.md)."""
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 256
     for part in net.children():
         for block in part if isinstance(part, nn.ModuleList) else ():
@@ -1804,11 +1815,10 @@ def compiled():
 
 
 class Roles:
-    """theta, phi and psi on frozen base networks: two LoRA adapters, and none at all for the teacher.
+    """theta, phi and psi on frozen base networks: theta and phi are LoRA adapters, psi is the base alone.
 
-    All matrices of a role are parts of one flat fp32 tensor. That is what its optimizer knows, so adapters,
-    gradients, Adam's moments and the EMA are fp32 whatever the base is (DEPARTURES 14, 15).
-    """
+    All matrices of a role are views of one flat fp32 tensor, the only parameter that its optimizer sees. So
+    adapters, gradients, Adam's moments and the EMA are fp32, whatever the base is (DEPARTURES 14, 15)."""
 
     def __init__(self, backbone, cfg):
         self.backbone, self.guidance, self.active = backbone, cfg.guidance, None
@@ -1833,7 +1843,7 @@ class Roles:
                 compile_blocks(net)
 
     def adopt(self, role, matrices):
-        """flat[role], which is what an optimizer trains, made of the matrices; named[role] are its parts."""
+        """Makes flat[role], the parameter to train, of the matrices, and named[role], the views of it."""
         flat = torch.cat([matrix.flatten() for matrix in matrices.values()])
         self.flat[role] = nn.Parameter(flat.to(self.layers[role][0].weight.device))
         self.shapes[role] = {name: matrix.shape for name, matrix in matrices.items()}
@@ -1846,10 +1856,8 @@ class Roles:
         return {name: piece.view(shape) for (name, shape), piece in zip(shapes.items(), pieces)}
 
     def attach(self, role, matrices=None):
-        """Gives the layers the A and B of a role, cast to the dtype of the network: one cast for all of them.
-
-        It belongs to the forward pass that follows, so every graph has the matrices that it was made with.
-        """
+        """Gives the layers the A and B of a role, all cast to the network's dtype at once. Every forward pass
+        begins with it, so the graph of a pass keeps the very matrices that it was computed with."""
         layers = self.layers[role]
         if role != "teacher" and matrices is None:
             matrices = list(self.parts(role, self.flat[role].to(layers[0].weight.dtype)).values())
@@ -1859,8 +1867,8 @@ class Roles:
         self.active, self.matrices = role, matrices
 
     def checkpoint(self, module, *args):
-        """Gradient checkpointing that computes again with the matrices of the forward pass. With those of the
-        latest forward pass the gradients would be wrong, without an error."""
+        """Gradient checkpointing: the backward pass computes the block again, with the matrices of its own
+        forward pass. Those of the latest attach may be another role's: wrong gradients, and no error."""
         role, matrices = self.active, self.matrices
 
         def as_it_was(*args):
@@ -1874,7 +1882,7 @@ class Roles:
         return self.backbone.velocity(self.nets[role], x, t.flatten(), cond).float()
 
     def teacher(self, x, t, cond, null):
-        """v_psi with classifier-free guidance: v_u + w (v_c - v_u), in one batch. null: cond of "", batch 1."""
+        """v_psi with classifier-free guidance, v_u + w (v_c - v_u). null: cond of "", batch 1."""
         if "guidance" in cond:                                              # FLUX.1 reads w as an input
             guidance = torch.full_like(cond["guidance"], self.guidance)
             return self.velocity("teacher", x, t, cond | dict(guidance=guidance))
@@ -1886,10 +1894,10 @@ class Roles:
 
 
 def optimizer_step(run, role):
-    """Sums the gradient over the processes, clips it and steps; returns False if it is not finite and the step is
-    skipped. One process's nan is in the sum of all, so they skip together without asking each other."""
+    """Sums the gradient over the processes, clips it and steps. If the sum, the same for all of them, is not
+    finite, every process skips the step, and the result is False."""
     p, optimizer = run.roles.flat[role], run.optimizers[role]
-    p.grad = torch.zeros_like(p) if p.grad is None else p.grad              # a process may have had no sample
+    p.grad = torch.zeros_like(p) if p.grad is None else p.grad           # this process may have had no sample
     if dist.is_initialized():
         dist.all_reduce(p.grad)
     norm = p.grad.norm()
@@ -1903,15 +1911,15 @@ def optimizer_step(run, role):
     if not good:
         # Terms of all processes: one of them has the culprit.
         source = ", ".join(n for n, v in gather(run).items() if not math.isfinite(v)) or "its backward pass"
-        log(f"Iteration {run.done + 1}: the {role}'s gradient is not finite ({source}); this update is skipped.")
+        log(f"Iteration {run.done + 1}: the {role}'s gradient is not finite ({source}); it is skipped.")
         if run.bad[role] >= run.cfg.max_bad_steps:
-            raise UsageError(f"{run.bad[role]} updates of the {role} in a row were not finite ({source}): look at "
+            raise UsageError(f"{run.bad[role]} updates of the {role} in a row are not finite ({source}): see "
                              "what is named, or go on from the last checkpoint with a lower --lr.", code=1)
     return good
 
 
 def update_ema(run):
-    """Average of the generator's adapter, in fp32. The decay warms up, so that the start is soon forgotten."""
+    """Average of the generator's adapter. Its decay rises from 2/11 to cfg.ema, to forget the start soon."""
     run.ema_updates += 1
     decay = min(run.cfg.ema, (1 + run.ema_updates) / (10 + run.ema_updates))
     run.ema.lerp_(run.roles.flat["generator"].data, 1 - decay)
@@ -1925,7 +1933,7 @@ COUNTERS = ("iteration", "ema_updates", "bad", "skipped")
 
 
 def training_state(run):
-    """All tensors that a run needs to go on, by their names in a checkpoint: to be saved, or copied into."""
+    """The tensors of a checkpoint by name, live: save_checkpoint writes them, load_start copies into them."""
     state = dict(ema=run.ema)
     for role, optimizer in run.optimizers.items():
         p = run.roles.flat[role]
@@ -1935,11 +1943,10 @@ def training_state(run):
 
 
 def save_lora(folder, state_dict, rank, alpha, targets, info):
-    """Write an adapter for `pipe.load_lora_weights(folder)`, which then computes exactly what was trained.
-    state_dict {"transformer_blocks.0.attn.to_q.lora_A.weight": (r, in), ...}; targets full module names; info
-    any JSON (how to sample). The loader knows alpha from this metadata alone: without, the update would be r
-    / alpha times too strong. A field unknown to its PEFT stops it: hence only three, and our facts under
-    another key."""
+    """Writes an adapter for `pipe.load_lora_weights(folder)`, which then computes exactly what was trained.
+    state_dict {"transformer_blocks.0.attn.to_q.lora_A.weight": (r, in), ...}; targets: full module names;
+    info: how to sample, any JSON. The loader reads alpha from this metadata: without it the update would be
+    r / alpha times too strong. A field that its PEFT does not know stops it, so ours have another key."""
     names = sorted(targets)
     adapter = {"transformer.r": rank, "transformer.lora_alpha": alpha, "transformer.target_modules": names}
     facts = info | {"rank": rank, "alpha": alpha, "targets": names}
@@ -1949,18 +1956,19 @@ def save_lora(folder, state_dict, rank, alpha, targets, info):
 
 
 def save_checkpoint(run):
-    """OUT/stageN/checkpoint-000100: the averaged generator for diffusers, and state/ with all that resuming
-    needs. Rank 0 writes, since all processes hold the same numbers.
+    """Writes OUT/stageN/checkpoint-000100: the averaged generator for diffusers, and state/ with all that
+    resuming needs. Rank 0 writes; all processes hold the same numbers.
 
-    Built beside under another name, flushed, renamed: a kill at any moment leaves whole checkpoints only.
-    There is no random state in it because there is none (see key). """
+    The folder is made under another name and then renamed, so a kill at any moment leaves whole checkpoints
+    only. It holds no state of a random generator: every draw is keyed (see key)."""
     cfg, backbone = run.cfg, run.backbone
     if dist_info()[0] == 0:
         target = run.folder / f"checkpoint-{run.done:06d}"
         beside = run.folder / f".{target.name}.partial"
         sampling = {n: getattr(cfg, n) for n in ("model", "stage", "steps", "eta", "resolution")}
-        sampling.update(iteration=run.done, base=backbone.base, shift=backbone.shift, sigmas=run.times[:-1].tolist(),
-                        guidance=getattr(backbone, "unguided", 1.0), text_length=getattr(backbone, "text_length", 0))
+        sampling.update(iteration=run.done, base=backbone.base, shift=backbone.shift,
+                        sigmas=run.times[:-1].tolist(), guidance=getattr(backbone, "unguided", 1.0),
+                        text_length=getattr(backbone, "text_length", 0))
         average = run.roles.parts("generator", run.ema)
         save_lora(beside, average, cfg.lora_rank, cfg.lora_alpha, backbone.lora_targets, sampling)
         write_atomic(beside / STATE_FILE, safetensors_bytes(training_state(run)))
@@ -1974,7 +1982,7 @@ def save_checkpoint(run):
 
 
 def digest(folder, facts):
-    """SHA-256 of all that a checkpoint holds."""
+    """SHA-256 of everything in a checkpoint, which tells a damaged one."""
     found = hashlib.sha256(json.dumps(facts).encode())
     for name in (LORA_FILE, STATE_FILE):
         found.update((Path(folder) / name).read_bytes())
@@ -1982,63 +1990,65 @@ def digest(folder, facts):
 
 
 def drop_old_checkpoints(run):
-    """Keeps all that resuming needs of the cfg.keep newest checkpoints up to where the run is, and every export: one
-    may turn out to be the best. A newer one is damaged: find_checkpoint has passed over it."""
+    """Deletes state/ of all but the cfg.keep newest checkpoints. Every export stays, as any may be the best.
+    Those beyond run.done do not count: find_checkpoint has passed over them, so they are damaged."""
     whole = [path for path in list_checkpoints(run.folder) if (path / "state").exists()]
     for old in [path for path in whole if iteration_of(path) <= run.done][run.cfg.keep:]:
-        with contextlib.suppress(OSError):                                  # NFS refuses while somebody reads it
+        with contextlib.suppress(OSError):                              # NFS refuses while it is read
             os.replace(old / "state", old / ".state.partial")               # a kill leaves no half of a state
         shutil.rmtree(old / ".state.partial", ignore_errors=True)
 
 
 def iteration_of(folder):
-    """The iteration in a checkpoint's name. None for another folder, such as a copy called checkpoint-best."""
+    """The iteration in a checkpoint's name; None for other folders, such as a copy checkpoint-best."""
     found = re.fullmatch(r"checkpoint-(\d{6,})", Path(folder).name)
     return int(found[1]) if found else None
 
 
 def list_checkpoints(folder):
-    """Checkpoints in a folder, newest first. OSError if it may not be read: glob would call it empty."""
+    """Checkpoints in a folder, newest first. OSError if it may not be read (glob would find nothing)."""
     names = os.listdir(folder) if Path(folder).is_dir() else []
-    return sorted((Path(folder) / n for n in names if iteration_of(n) is not None), key=iteration_of, reverse=True)
+    found = (Path(folder) / n for n in names if iteration_of(n) is not None)
+    return sorted(found, key=iteration_of, reverse=True)
 
 
 def find_checkpoint(path):
-    """The newest whole checkpoint at or below a path, None if there is no checkpoint at all. A damaged one is
-    named and passed over. UsageError if all are damaged: to begin again from nothing would overwrite what may
-    be all that is left of a run. A file that is there but cannot be read (no permission, a passing fault of
-    the disk) is no damage either: its OSError ends the program."""
+    """The newest whole checkpoint at or below a path; None if there is no checkpoint at all. A damaged one is
+    named and passed over. If all are damaged it raises UsageError: a new start would overwrite what may
+    be all that is left of the run. A file that exists but cannot be read (permissions, a passing
+    fault of the disk) is not called damaged: its OSError ends the program."""
     path = Path(path)
     candidates = [path] if path.name.startswith("checkpoint-") and path.exists() else list_checkpoints(path)
-    for folder in (path for path in candidates if (path / "state").exists()):        # of others the export is left
-        with contextlib.suppress(FileNotFoundError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    for folder in (path for path in candidates if (path / "state").exists()):  # of others the export is left
+        with contextlib.suppress(FileNotFoundError, ValueError, TypeError, KeyError, AttributeError,
+                                 RecursionError):
             facts = json.loads((folder / FACTS_FILE).read_text())
             if facts.pop("sha256") == digest(folder, facts):
                 return folder
         log(f"Checkpoint {folder} is damaged and is passed over.")
     if candidates:
-        raise UsageError(f"All checkpoints at {path} are damaged or have no state/, and none was touched: restore "
-                         "one, or move them away to start from the beginning.")
+        raise UsageError(f"All checkpoints at {path} are damaged or have no state/, and none was touched: "
+                         "restore one, or move them away to start from the beginning.")
     return None
 
 
 def find_start(run):
-    """The checkpoint to go on from: the run's own newest, else for stage 2 stage 1's. Sets the counters.
-    Refuses one that was made with other settings, if they change the result: before a weight is loaded."""
+    """The checkpoint to go on from: the run's own newest one, or, to begin stage 2, that of stage 1. Sets the
+    counters. UsageError, before any weight is loaded, if settings that change the result are not the same."""
     cfg, init = run.cfg, Path(run.cfg.init or Path(run.cfg.out) / "stage1")
     own = find_checkpoint(run.folder)
     start = own or (find_checkpoint(init) if cfg.stage == 2 else None)
     if not start and cfg.stage == 2:
-        raise UsageError(f"No stage-1 checkpoint at {init}: run --stage 1 with the same --out, or give --init.")
+        raise UsageError(f"No stage-1 checkpoint at {init}: run --stage 1 with this --out, or give --init.")
     if start:
         saved = json.loads((start / FACTS_FILE).read_text())
         if missing := {"config", "prompts", *COUNTERS} - set(saved):
-            raise UsageError(f"{start} is not of this version of rtdmd.py (no {', '.join(sorted(missing))}): take "
+            raise UsageError(f"{start} is not of this version (no {', '.join(sorted(missing))}): take "
                              "another --out or --init.")
         then, now = dict(saved["config"], prompts=saved["prompts"]), dict(vars(cfg), prompts=run.prompt_hash)
-        # To resume, all that changes the result must agree; to begin stage 2, what makes the network.
+        # To resume, all settings that change the result must agree; to begin stage 2, the network's.
         matter = now.keys() - FREE_SETTINGS if own else {"model", "pretrained", "lora_rank", "lora_alpha"}
-        changed = [f"{n} {then.get(n)!r} -> {v!r}" for n, v in now.items() if n in matter and then.get(n) != v]
+        changed = [f"{n} {then.get(n)!r} -> {now[n]!r}" for n in now if n in matter and then.get(n) != now[n]]
         if changed and not cfg.force_resume:
             raise UsageError(f"{start} was made with other settings ({'; '.join(changed)}): take those, or "
                              "another --out or --init, or --force_resume.")
@@ -2048,7 +2058,7 @@ def find_start(run):
 
 
 def load_start(run, start):
-    """Copies a checkpoint: all of it to resume, the averaged generator and the fake score to begin stage 2."""
+    """Copies a checkpoint: all of it to resume, the average and the fake score to begin stage 2."""
     wanted = lambda tensors: {n: p for n, p in tensors.items() if run.done or n in ("ema", "fake")}
     copy_tensors(wanted(load_file(start / STATE_FILE)), wanted(training_state(run)), start)
     if not run.done:
@@ -2061,15 +2071,15 @@ def load_start(run, start):
 def copy_tensors(source, target, folder):
     """Copies tensors by name. Raises UsageError if those of `folder` belong to another network or rank."""
     if source.keys() != target.keys() or any(source[n].shape != p.shape for n, p in target.items()):
-        raise UsageError(f"{folder} does not fit: take the --model, --pretrained and --lora_rank of its training.")
+        raise UsageError(f"{folder} does not fit: take the --model, --pretrained and --lora_rank it has.")
     for name, tensor in target.items():
         tensor.copy_(source[name])
 
 
 def prepare(cfg):
-    """All that a stage needs, in one namespace. What can be refused is refused before a weight is loaded."""
-    run = SimpleNamespace(cfg=cfg, folder=Path(cfg.out) / f"stage{cfg.stage}", done=0, ema_updates=0, skipped=0,
-                          bad=dict(generator=0, fake=0), terms={}, stop=False, board=None)
+    """Everything that a stage needs, as `run`. What can be refused is refused before weights are loaded."""
+    run = SimpleNamespace(cfg=cfg, folder=Path(cfg.out) / f"stage{cfg.stage}", done=0, ema_updates=0,
+                          skipped=0, bad=dict(generator=0, fake=0), terms={}, stop=False, board=None)
     own = getattr(backbone_class(cfg.model), "rewards", ())
     rewards, watched = parse_rewards(cfg.rewards, own), parse_rewards(cfg.watch, own, "--watch")
     run.prompts = PromptStream(cfg)
@@ -2077,7 +2087,7 @@ def prepare(cfg):
     start = find_start(run)
     run.device = start_processes(cfg.device)
     if len(set(everyone(key(vars(cfg), run.prompt_hash, start and start.name)))) > 1:
-        raise UsageError("The processes differ in flags, prompts or the newest checkpoint: start all of them with "
+        raise UsageError("The processes differ in flags, prompts or newest checkpoint: start all with "
                          "one command, and give an --out that all nodes see.")
     cfg.device = run.device
     # TF32 for what is fp32, i.e. the rewards: 2 % of the std within a group on CLIP ViT-L/14 (docs/costs.md).
@@ -2104,13 +2114,14 @@ def prepare(cfg):
 
 
 def micro_batch_of_card(run, most=16):
-    """--micro_batch 0: the number of samples for which the GPU has memory, with 15 % to spare, but no more than
-    pay (docs/costs.md). If 8 samples fit without it, the decoder's activations are not computed twice."""
+    """--micro_batch 0: as many samples as the GPU has memory for, less 15 %, and at most 16: more is no
+    faster (docs/costs.md). The decoder computes activations twice only if fewer than 8 fit otherwise."""
     if not run.device.startswith("cuda"):
         return 4
-    switches = [run.backbone.vae.disable_gradient_checkpointing, run.backbone.vae.enable_gradient_checkpointing]
-    for switch in switches if run.cfg.stage == 2 and hasattr(run.backbone, "vae") else [lambda: None]:
-        switch()
+    vae = getattr(run.backbone, "vae", None) if run.cfg.stage == 2 else None
+    for switch in ("disable", "enable") if vae else [None]:
+        if switch:
+            getattr(vae, f"{switch}_gradient_checkpointing")()
         one, two = (peak_bytes(run, n) for n in (1, 2))
         free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         each = max(two - one, 1)
@@ -2122,8 +2133,8 @@ def micro_batch_of_card(run, most=16):
 
 
 def peak_bytes(run, n):
-    """GPU memory that n samples take in the pass that takes most: through network, decoder and rewards at once
-    in stage 2, through the network in stage 1."""
+    """GPU memory in bytes that n samples take in the largest pass with gradient: through network, decoder and
+    rewards in stage 2, through the network in stage 1."""
     cfg, prompts = run.cfg, [run.prompts.at(i) for i in range(n)]
     states = torch.randn(cfg.steps + 1, n, *run.backbone.latent_shape, device=run.device)
     torch.cuda.empty_cache()
@@ -2143,7 +2154,7 @@ def peak_bytes(run, n):
 
 
 def note(run, n, **values):
-    """Adds means over n samples to this iteration's log. Tensors stay on the device: nothing waits for it."""
+    """Adds values, means over n samples, to this iteration's log. Tensors stay on the GPU: no wait for it."""
     for name, value in values.items():
         total, count = run.terms.get(name, (0.0, 0))
         run.terms[name] = (total + n * (value.detach() if torch.is_tensor(value) else value), count + n)
@@ -2157,9 +2168,8 @@ def gather(run):
 
 
 def iterations(run):
-    """Yields the iterations that are left; after each a line in the log, a look at signals, if due a panel
-    and a checkpoint. A run that diverges must not push its last good checkpoint out: none is saved while
-    updates are not finite."""
+    """Yields the iterations that are left. After each it logs, looks for signals and, if due, makes a panel
+    and a checkpoint; none while updates are not finite: it would displace a good one."""
     cfg, last, due = run.cfg, run.cfg.iterations, False
     bar = progress(range(run.done, last), last, f"stage {cfg.stage}", start=run.done)
     for it in bar:
@@ -2184,7 +2194,7 @@ def iterations(run):
             log(f"Stopped by a signal after iteration {run.done}; the same command goes on from {where}.")
             return
         if streak and run.done == last:
-            raise UsageError("the last update was not finite, so its checkpoint is not saved: go on from the one "
+            raise UsageError("the last update was not finite, so no checkpoint is saved: go on from the one "
                              "before with a lower --lr.", code=1)
 
 
@@ -2195,7 +2205,7 @@ def phase(run, name):
 
 @contextlib.contextmanager
 def claim(cfg):
-    """Makes and locks the run folder against other runs; deletes what a killed run left half-written in it."""
+    """Makes the run folder, locks it against other runs, and deletes what a killed run left half-written."""
     folder = Path(cfg.out) / f"stage{cfg.stage}"
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a+") as lock:
@@ -2203,7 +2213,7 @@ def claim(cfg):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             owner = (folder / ".lock").read_text() or "unknown"
-            raise UsageError(f"Another run (process {owner}) is writing to {folder}: wait for it or end it, or take "
+            raise UsageError(f"Another run (process {owner}) writes to {folder}: wait, end it, or take "
                              "another --out.") from None
         lock.truncate(0)
         lock.write(f"{os.getpid()} on {os.uname().nodename}")
@@ -2226,15 +2236,16 @@ def provenance():
 
 
 def open_log(run):
-    """The run folder begins with what made it: settings, versions, and the source. metrics.jsonl loses the
-    lines that a resumed run will write again."""
+    """Writes what made the run into its folder: settings, versions, sources. Drops the lines of metrics.jsonl
+    that a resumed run will write again."""
     facts = dict(config=vars(run.cfg), processes=dist_info()[2], prompts=run.prompt_hash, **provenance(),
                  device=torch.cuda.get_device_name() if "cuda" in run.device else run.device)
     made_by = {"run.json": json.dumps(facts, indent=1).encode()}
-    parts = [run.roles, run.backbone, *(getattr(reward, "func", reward) for reward, _ in run.rewards.values())]
+    rewards = [getattr(reward, "func", reward) for reward, _ in run.rewards.values()]
+    parts = [run.roles, run.backbone, *rewards]
     for module in {sys.modules.get(part.__module__) for part in parts}:
         source = Path(getattr(module, "__file__", None) or "/")
-        if source.parent in (Path.cwd(), Path(__file__).resolve().parent):   # ours and the user's, no package's
+        if source.parent in (Path.cwd(), Path(__file__).resolve().parent):  # ours and the user's
             made_by[source.name] = source.read_bytes()
     for name, content in made_by.items():
         path = run.folder / name
@@ -2243,7 +2254,8 @@ def open_log(run):
             os.replace(path, path.with_name(f"{path.stem}-until-{run.done:06d}{path.suffix}"))
         write_atomic(path, content)
     path = run.folder / "metrics.jsonl"
-    lines = re.findall(r'({"iteration": (\d+), .*}\n)', path.read_text(errors="replace") if path.exists() else "")
+    text = path.read_text(errors="replace") if path.exists() else ""
+    lines = re.findall(r'({"iteration": (\d+), .*}\n)', text)
     write_atomic(path, "".join(line for line, iteration in lines if int(iteration) <= run.done))
     with contextlib.suppress(ImportError):  # the same numbers as curves, if it is installed
         from torch.utils.tensorboard import SummaryWriter
@@ -2251,7 +2263,7 @@ def open_log(run):
 
 
 def record(run, row):
-    """Appends a row to metrics.jsonl; returns as text the few numbers that tell whether a run is healthy."""
+    """Appends a row to metrics.jsonl. Returns the few numbers that the progress bar shows, as text."""
     row = {n: float(f"{v:.6g}") if isinstance(v, float) else v for n, v in row.items() if math.isfinite(v)}
     if dist_info()[0] == 0:
         with open(run.folder / "metrics.jsonl", "a") as file:
@@ -2264,11 +2276,12 @@ def record(run, row):
 
 @torch.no_grad()
 def panel(run):
-    """Fixed prompts and noise through the averaged generator: 16 pictures in OUT/stageN/samples/000100.png,
-    and of 64 the watched rewards, and numbers that move when a reward is hacked: saturation (max - min over
-    channels), contrast (std of grey), edges (mean difference of neighbours)."""
+    """Samples the averaged generator with fixed prompts and noise: 16 pictures in
+    OUT/stageN/samples/000100.png, and over 64 the watched rewards and numbers that move when a reward is
+    hacked: saturation (max - min over channels), contrast (std of grey), edges (mean step to neighbours)."""
     prompts = sorted(run.prompts, key=lambda prompt: key("panel", prompt))[:64]
-    _, normal = draw([key("panel", p) for p in prompts], 0, run.cfg.steps, run.backbone.latent_shape, run.device)
+    keys, shape = [key("panel", p) for p in prompts], run.backbone.latent_shape
+    _, normal = draw(keys, 0, run.cfg.steps, shape, run.device)
     theta = run.roles.flat["generator"].data
     raw = theta.clone()
     theta.copy_(run.ema)
@@ -2276,10 +2289,11 @@ def panel(run):
     theta.copy_(raw)
     parts = chunks(len(prompts), run.cfg.micro_batch)
     images = torch.cat([run.backbone.decode(states[-1][rows]).float() for rows in parts])
-    score = lambda reward: torch.cat([rate(reward, images[rows], prompts[rows]) for rows in parts]).mean().item()
-    watched = {f"watch_{name}": score(reward) for name, reward in run.watched.items()}
+    rated = lambda reward: torch.cat([rate(reward, images[rows], prompts[rows]) for rows in parts])
+    watched = {f"watch_{name}": rated(reward).mean().item() for name, reward in run.watched.items()}
     if dist_info()[0] == 0:
-        write_png(run.folder / "samples" / f"{run.done:06d}.png", grid(images[:16], columns=8))
+        shown = getattr(run.backbone, "enlarge", lambda images: images)(images[:16])
+        write_png(run.folder / "samples" / f"{run.done:06d}.png", grid(shown, columns=8))
     grey = images.mean(1)
     edges = grey.diff(dim=1).abs().mean() + grey.diff(dim=2).abs().mean()
     return dict(watched, saturation=(images.amax(1) - images.amin(1)).mean().item(), edges=edges.item(),
@@ -2287,8 +2301,8 @@ def panel(run):
 
 
 def grid(images, columns):
-    """Images (B, 3, H, W) in [0, 1] as one PIL image; small ones are enlarged to 64 pixels."""
-    zoom = max(1, 64 // images.shape[-1])
+    """Images (B, 3, H, W) in [0, 1] as one PIL image; small ones are enlarged to some 96 pixels."""
+    zoom = max(1, 96 // images.shape[-1])
     images = F.pad(images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3), (1, 1, 1, 1), value=1.0)
     blank = images.new_ones(-len(images) % columns, *images.shape[1:])
     B, _, H, W = (images := torch.cat([images, blank])).shape
@@ -2298,15 +2312,15 @@ def grid(images, columns):
 
 
 def write_png(path, image):
-    """A PIL image as a file that is whole or not there."""
+    """Saves a PIL image by write_atomic."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     write_atomic(path, buffer.getvalue())
 
 
 def watch_signals(run):
-    """SIGTERM and SIGINT end the run after this iteration, with a checkpoint and exit 0. A second SIGINT ends it at
-    once; a second SIGTERM does not, since torchrun passes on what the cluster sent to every process already."""
+    """SIGTERM and SIGINT end the run after this iteration, with a checkpoint and exit 0. A second SIGINT ends
+    it at once; a second SIGTERM does not: torchrun repeats what the cluster sent to every process."""
     def handler(number, _):
         run.stop = True
         if dist_info()[0] == 0:  # print may be what was interrupted
@@ -2326,7 +2340,7 @@ HELP_TITLES = dict(stage="what to run", pretrained="network", steps="sampler (Ap
 
 
 class FlagParser(argparse.ArgumentParser):
-    """argparse whose errors are UsageErrors."""
+    """argparse that raises UsageError."""
 
     def error(self, message):
         raise UsageError(f"{message}: see --help.")
@@ -2334,9 +2348,8 @@ class FlagParser(argparse.ArgumentParser):
 
 def parse_flags(argv, fields=None, titles=HELP_TITLES, usage="rtdmd.py --stage 1|2 --model NAME [flags]",
                 about=__doc__, shown={}):
-    """The flags that were given, by name; an unknown one is an error. The dataclass fields are the only list
-    of them. shown: {field: default in --help} where it is not the field's. (eval.py's flags come from here
-    too.)"""
+    """The flags that were given, by name; an unknown one is an error. The dataclass fields are their only
+    list, here and in eval.py. shown: {field: default in --help} where it is not the field's."""
     parser = group = FlagParser(
         description=about.split("\n")[0], usage=usage, allow_abbrev=False, argument_default=argparse.SUPPRESS,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=25, width=115))
@@ -2355,7 +2368,7 @@ def parse_flags(argv, fields=None, titles=HELP_TITLES, usage="rtdmd.py --stage 1
 
 @contextlib.contextmanager
 def one_sentence(program):
-    """What a user can correct ends the program with one sentence instead of a traceback."""
+    """Ends the program with one sentence, and no traceback, for all that a user can correct."""
     def end(text, code):
         print(f"{program}: {text}", file=sys.stderr)
         sys.exit(code)
@@ -2369,18 +2382,18 @@ def one_sentence(program):
         end("out of memory: lower --micro_batch or --batch.", 1)
     except OSError as error:  # a disk is full, a folder vanished
         end(f"{error}: correct that, or choose another folder, and give the same command again.", 2)
-    finally:                                                                # after the sentence: it may wait
+    finally:                                                           # last: it may wait for other processes
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 def train(cfg):
-    """One stage, in a folder that no other run may write to meanwhile."""
+    """Trains one stage, with its run folder locked."""
     with claim(cfg) if dist_info()[0] == 0 else contextlib.nullcontext():
         run = prepare(cfg)
         if dist_info()[0] == 0:
             open_log(run)
-            drop_old_checkpoints(run)  # a kill may have left one too many
+            drop_old_checkpoints(run)  # a run that was killed may have left one too many
         watch_signals(run)
         (stage1 if cfg.stage == 1 else stage2)(run)
 
@@ -2392,8 +2405,13 @@ def main(argv=None):
         try:
             train(cfg)
         except torch.OutOfMemoryError:
-            raise UsageError(f"out of GPU memory: lower --micro_batch (was {cfg.micro_batch}; it changes nothing "
-                             "else), or add --checkpointing.", code=1) from None
+            raise UsageError(f"out of GPU memory: lower --micro_batch (was {cfg.micro_batch}; it changes "
+                             "nothing else), or add --checkpointing.", code=1) from None
+        except RuntimeError as error:
+            if "backward through the graph a second time" not in str(error):
+                raise
+            raise UsageError("a reward has freed the graph of its result: it may not call backward, and "
+                             "torch.autograd.grad only with retain_graph=True.") from error
 
 
 if __name__ == "__main__":

@@ -76,4 +76,4 @@ if reached < json.loads((stage / "run.json").read_text())["config"]["iterations"
     sys.exit(f"train.sh: {stage} was stopped: the same command goes on with it.")' "$out/stage$stage"
 done
 timed "evaluation" "${run[@]}" eval.py --model "$model" --run_folder "$out"
-echo "Everything is in $out: report.json, grid.png, curves.png, stage1/, stage2/."
+echo "Everything is in $out: report.json, grid.png, trajectory.png, curves.png, training.gif, stage1/, stage2/."
