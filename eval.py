@@ -2184,6 +2184,8 @@ LAG = "--fake_updates 1 --lr_fake 3e-4"
 BEHIND = "--iterations 75 @fake_from_zero"
 LONG = "--iterations 150 --save_every 25 --keep 6"
 STAGE2_FLAGS = "--fake_updates 2"    # of all rows of stage 2; MODELS has 4, because of the row "base, 4 fake updates"
+RELEASED_2 = ("--weight_decay 1e-4 --dm_weight 1e-3 --policy_weight .667 --ema .81 "
+              "@released_kernel @std_over_all @unscaled_log_prob @matching_last")
 STAGE1_ROWS = {
     "Table 3: the consistency term": {
         BASE: "", "gamma 0 (A-DMD)": "--gamma 0", "gamma .001": "--gamma .001", "gamma .005": "--gamma .005",
@@ -2241,11 +2243,62 @@ STAGE2_ROWS = {
     # weight min(1, 10 kappa^2), its clamps of t and of the advantages (+-5), one S per iteration, bf16 adapters.
     "The constants and functions of the released code": {
         BASE_2: "",
-        "released constants, stage 2": "--weight_decay 1e-4 --dm_weight 1e-3 --policy_weight .667 --ema .81 "
-                                       "@released_kernel @std_over_all @unscaled_log_prob @matching_last"},
+        "released constants, stage 2": RELEASED_2},
     "Beyond the paper: when to stop": {
         BASE_2: "", "150 iterations": LONG, "150 iterations, stopped by the held-out judge": f"{LONG} @held_out_stop"},
 }
+# Table 1 in small (--only "Table 1"): the methods that the paper compares itself with, each by its own rule,
+# from one teacher. The rows of a block spend the same number of network forwards, to within 5 %: samples that
+# go through the network as generator, fake score, teacher or surrogate; guidance makes two of one; rewards
+# and panels do not count (see `counted`). The number of iterations is chosen for that. Distillation has the
+# 126,000 forwards of AC-DMD's 150 iterations; a row with a reward starts from that student and has the 38,400
+# of RTDMD's 50 iterations; a row that needs no start has both. What a method leaves open, or asks for what is
+# not here, is decided in its favour:
+#   DMD        four steps instead of one, trained on its own rollouts as DMD2 introduced it, and the sampler
+#              that x-predictions suit (eta 1)
+#   DMD2       no GAN, as in App. K: it takes real pictures, which no other row sees
+#   TDM        its fake score learns from Eq. 10 (no importance weights) and three times per update, not once
+#   DMDR       its ReFL variant, the reward's gradient, since Table 4 finds that as good as both terms here,
+#              with DMD2's matching; not its warm-up of guidance and noise levels, whose constants we do not
+#              have
+#   Flow-GRPO  on the distilled student and without a KL to it, which would hold it back
+#   TDM-R1     on the AC-DMD student, with AC-DMD's matching; one reward for the picture, sent back through
+#              all steps, where TDM-R1 has a reward for each of them
+# Not here: Hyper-SD (trajectory-segmented consistency, then ReFL, with guidance) and Flash Diffusion
+# (adversarial, on real pictures) are families of their own, which share no loss with these rows; of GDMD
+# (forward-process RL beside DMD) and R_dm (distribution matching as the reward of GRPO) App. A has a sentence
+# each, and rules that we guess would be no comparison.
+FLOW_GRPO = "--det_weight 0 --dm_weight 0 --subset_size 3 --iterations 114"
+TABLE1 = [
+    (0, "Table 1 in small: not trained", {
+        "teacher, 50 steps, guidance 1.5": "--nfe 50 --cfg 1.5", "teacher, 50 steps": "--nfe 50",
+        "untrained student, 4 steps": ""}),
+    (1, "Table 1 in small: distillation, 126,000 forwards", {
+        BASE: "",
+        "DMD": "--gamma 0 --eta 1 --fake_updates 1 --iterations 313 @dmd2_renoising @dmd_regression",
+        "DMD2": "--gamma 0 --eta 1 --fake_updates 5 --iterations 169 @dmd2_renoising",
+        "TDM": "--gamma 0 --eta 0 --iterations 228 @tdm_intervals",
+        "A-DMD": "--gamma 0 --iterations 228",
+        "AC-DMD, the budget of both stages": "--iterations 196"}),
+    (2, "Table 1 in small: a reward with gradient, 126,000 + 38,400 forwards", {
+        BASE_2: "",
+        "DMDR": "--policy_weight 0 --gamma 0 --eta 1 --fake_updates 5 --iterations 249 @dmd2_renoising "
+                "@from_the_teacher",
+        "reward alone, last step": "--policy_weight 0 --dm_weight 0 --iterations 160",
+        "Flow-GRPO": FLOW_GRPO,
+        "SubGRPO M=2": "--det_weight 0",
+        "pathwise through all steps": "--policy_weight 0 --iterations 44 @pathwise_4",
+        "released constants, stage 2": RELEASED_2}),
+    (2, "Table 1 in small: a reward without gradient, 126,000 + 38,400 forwards", {
+        "strict, SubGRPO M=2": "--rewards strict=1",
+        "strict, naive GRPO": "--rewards strict=1 --subset_size 3",
+        "strict, Flow-GRPO": f"--rewards strict=1 {FLOW_GRPO}",
+        "strict, TDM-R1": "--rewards strict=1 --policy_weight 0 --gamma 0 --iterations 40 @tdm_r1 "
+                          "@pathwise_4"})]
+TABLE1_NAMES = {                                           # of rows that other tables have under another name
+    BASE: "AC-DMD (ours)", BASE_2: "RTDMD (ours)", "SubGRPO M=2": "SubGRPO, matching",
+    "released constants, stage 2": "RTDMD, released constants", "strict, SubGRPO M=2": "RTDMD (ours)",
+    "strict, naive GRPO": "RTDMD, naive GRPO", "strict, Flow-GRPO": "Flow-GRPO", "strict, TDM-R1": "TDM-R1"}
 QUICK = {1: "Table 3: the consistency term", 2: "Table 4: the hybrid policy gradient"}
 
 
@@ -2258,12 +2311,14 @@ def ablations(flags, cfg):
     train.
     """
     out, seeds = Path(flags.out), range(flags.seeds or (2 if flags.quick else 5))
-    tables = [(stage, name, rows) for stage, table in ((1, STAGE1_ROWS), (2, STAGE2_ROWS))
-              for name, rows in table.items() if not flags.quick or name == QUICK[stage]]
+    tables = [*TABLE1, *((stage, name, rows) for stage, table in ((1, STAGE1_ROWS), (2, STAGE2_ROWS))
+                         for name, rows in table.items())]
+    tables = [table for table in tables if not flags.quick or table[1] in QUICK.values()]
     jobs = {}
     for seed in seeds:
-        for stage, _, rows in tables:
-            chosen = [row for row in rows if flags.only in f"stage {stage}: {row}"]
+        for stage, name, rows in tables:
+            whole = flags.only and name.startswith(flags.only)
+            chosen = [row for row in rows if whole or flags.only in f"stage {stage}: {row}"]
             for row in [*list(rows)[:1], *chosen] if chosen else []:
                 jobs[row, seed] = (stage, row, f"{STAGE2_FLAGS} {rows[row]}" if stage == 2 else rows[row], seed)
     starting = {seed for stage, row, words, seed in jobs.values() if stage == 2 or "@fake_from_zero" in words}
@@ -2278,7 +2333,8 @@ def ablations(flags, cfg):
         train_rows(list(jobs.values()), out, cfg, flags.jobs)
     files = {row: [result_of(out, row, seed) for seed in seeds] for _, _, rows in tables for row in rows}
     results = {row: [json.loads(file.read_text()) for file in found if file.exists()] for row, found in files.items()}
-    parts = [f"### {name}\n\n{ablation_table(rows, results)}" for _, name, rows in tables
+    names_in = lambda table: TABLE1_NAMES if table.startswith("Table 1") else {}
+    parts = [f"### {name}\n\n{ablation_table(rows, results, names_in(name))}" for _, name, rows in tables
              if any(results[row] for row in rows)]
     if lacking := sum(not found for found in results.values()):
         parts.append(f"{lacking} row{'s' if lacking > 1 else ''} without a result.")
@@ -2313,29 +2369,51 @@ def result_of(out, row, seed):
 
 
 def ablation(out, cfg, stage, row, words, seed):
-    """One row for one seed, in a process of its own: trains it, evaluates it, writes its result."""
-    target, start = result_of(out, row, seed), result_of(out, BASE, seed).with_suffix("") / "stage1"
-    folder, names = target.with_suffix(""), [word[1:] for word in words.split() if word[0] == "@"]
+    """One row for one seed, in a process of its own: trains it (but for stage 0), evaluates it, writes its
+    result."""
+    target, quiet = result_of(out, row, seed), io.StringIO()
+    folder, names, facts = target.with_suffix(""), [word[1:] for word in words.split() if word[0] == "@"], {}
     world = ["--cache", cfg.cache, "--pretrained", cfg.pretrained, "--device", cfg.device]
-    options = ["--stage", str(stage), "--out", str(folder), "--seed", str(seed), "--keep", "1", *world,
-               *(word for word in words.split() if word[0] != "@"), *(["--init", str(start)] if stage == 2 else [])]
-    last, quiet = rtdmd.resolve(rtdmd.parse_flags(options)).iterations, io.StringIO()
     try:
-        with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet), replaced(names, start):
-            rtdmd.main(options)
-        found = rtdmd.find_checkpoint(folder / f"stage{stage}")
-        if found is None or found.name != f"checkpoint-{last:06d}":
-            raise UsageError(f"The ablation {row!r} was stopped: the same command goes on from there.")
-        found = best_checkpoint(found.parent) if "held_out_stop" in names else found
         with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
-            main(["--lora", str(found), "--out", str(folder), *world])
+            if stage:
+                found, facts = train_row(out, stage, row, words, names, seed, world)
+                main(["--lora", str(found), "--out", str(folder), *world])
+            else:                                            # its seed is that of the pictures
+                given = ["--teacher", *words.split(), "--out", str(folder), "--seed", str(seed), *world]
+                plain, own = parse(given)
+                plain.teacher = row.startswith("teacher")    # else it is the student as it begins
+                evaluate(plain, own)
     except SystemExit:
         raise UsageError(f"The ablation {row!r} failed: {quiet.getvalue().strip().splitlines()[-1]}") from None
     scores, = json.loads((folder / "report.json").read_text())["rows"].values()
-    gaps = [line["dm"] for line in read_log(found.parent)[-20:] if "dm" in line]
-    facts = dict(stage=stage, seed=seed, words=words, iterations=rtdmd.iteration_of(found))
     scores = {metric: score for metric, score in scores.items() if score is not None}
-    rtdmd.write_atomic(target, json.dumps(scores | ({"dm": float(np.mean(gaps))} if gaps else {}) | facts))
+    rtdmd.write_atomic(target, json.dumps(scores | facts | dict(stage=stage, seed=seed, words=words)))
+
+
+def train_row(out, stage, row, words, names, seed, world):
+    """Trains a row with its variants -> the checkpoint to evaluate, and what the training tells about
+    itself."""
+    base, folder = result_of(out, BASE, seed), result_of(out, row, seed).with_suffix("")
+    start = base.with_suffix("") / "stage1"
+    options = ["--stage", str(stage), "--out", str(folder), "--seed", str(seed), "--keep", "1", *world,
+               *(word for word in words.split() if word[0] != "@"),
+               *(["--init", str(start)] if stage == 2 else [])]
+    last = rtdmd.resolve(rtdmd.parse_flags(options)).iterations
+    with replaced([*names, "counted"], start):
+        rtdmd.main(options)
+    found = rtdmd.find_checkpoint(folder / f"stage{stage}")
+    if found is None or found.name != f"checkpoint-{last:06d}":
+        raise UsageError(f"The ablation {row!r} was stopped: the same command goes on from there.")
+    log = read_log(found.parent)
+    found = best_checkpoint(found.parent) if "held_out_stop" in names else found
+    gaps = [line["dm"] for line in log[-20:] if "dm" in line]
+    facts = dict(iterations=rtdmd.iteration_of(found)) | (dict(dm=float(np.mean(gaps))) if gaps else {})
+    started = (stage == 2 or "fake_from_zero" in names) and "from_the_teacher" not in names
+    before = json.loads(base.read_text()).get("forwards") if started else 0
+    if before is not None:                                   # the start's version may not have counted
+        facts["forwards"] = before + sum(line["forwards"] for line in log)
+    return found, facts
 
 
 def read_log(folder):
@@ -2357,20 +2435,27 @@ def best_checkpoint(folder):
     return max(rtdmd.list_checkpoints(folder), key=lambda path: near(rtdmd.iteration_of(path)))
 
 
-def ablation_table(rows, results):
-    """Markdown: mean ± standard error over the seeds that are done; then the same of the difference to the first row,
-    over the seeds that both have. dm: mean of the last 20 iterations. Rows without a seed are left out."""
-    columns, compared = [*TINY_COLUMNS, "dm"], ("heldout_strict", "distance", "diversity")
-    by_seed = {row: {scores["seed"]: scores for scores in results[row]} for row in rows}
+def ablation_table(rows, results, names={}):
+    """Markdown: mean ± standard error over the seeds that are done; then the same of the difference to the
+    first row, over the seeds that both have. dm: mean of the last 20 iterations; kforwards: thousands of
+    samples that all of the training sent through the network. Rows without a seed are left out; names: {row:
+    another name}."""
+    columns, compared = [*TINY_COLUMNS, "dm", "kforwards"], ("heldout_strict", "distance", "diversity")
+    in_thousands = lambda scores: {"kforwards": scores["forwards"] / 1000} if "forwards" in scores else {}
+    by_seed = {row: {scores["seed"]: scores | in_thousands(scores) for scores in results[row]}
+               for row in rows}
     first = by_seed[next(iter(rows))]
     head = ["", "seeds", *(TINY_COLUMNS.get(m, m) for m in columns), *(f"{TINY_COLUMNS[m]} - row 1" for m in compared)]
     lines = [head, ["---"] * len(head)]
     for row, runs in ((row, runs) for row, runs in by_seed.items() if runs):
         both = runs.keys() & first.keys() if runs is not first else ()
         values = [[scores[m] for scores in runs.values() if m in scores] for m in columns]
-        values += [[runs[seed][m] - first[seed][m] for seed in both if m in runs[seed] and m in first[seed]]
-                   for m in compared]
-        lines.append([row, str(len(runs)), *(number(*mean_and_error(v)) if v else "" for v in values)])
+        cells = [number(*mean_and_error(v)) if v else "" for v in values]
+        cells[-1] = f"{np.mean(values[-1]):.1f}" if values[-1] else ""      # hardly differs between seeds
+        values = [[runs[seed][m] - first[seed][m] for seed in both if m in runs[seed] and m in first[seed]]
+                  for m in compared]
+        cells += [number(*mean_and_error(v)) if v else "" for v in values]
+        lines.append([names.get(row, row), str(len(runs)), *cells])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
@@ -2399,14 +2484,77 @@ def paper_std(start):
 
 
 def dmd2_renoising(start):
-    """App. K: DMD2 takes the x-prediction of a step for a clean sample, s = 0, and re-noises it over [0, 1]. Stage
-    1."""
+    """App. K: DMD2 takes the x-prediction of a step for a clean sample, s = 0, and re-noises it over [0, 1].
+    In stage 2 only at --eta 1: there a step's mean is 1 - t_k times its x-prediction, and hands the gradient
+    on."""
     def boundary_state(x, v, t, t_next, noise, eta):
         return rtdmd.x0_from_velocity(x, v, t), torch.zeros_like(t_next)
 
     def boundary_states(run, states, predictions, k):
         return predictions[k - 1, range(len(k))], torch.zeros(len(k))
-    return {(rtdmd, "boundary_state"): boundary_state, (rtdmd, "boundary_states"): boundary_states}
+
+    def matching_pull(run, b, part, matched, u, noise):
+        k = torch.tensor([run.cfg.steps if m == run.cfg.subset_size else b.subsets[part.start + i, m]
+                          for i, m in enumerate(matched)])
+        x = b.predictions[k - 1, range(part.start, part.stop)].requires_grad_()
+        cond, u = run.text.batch(b.prompts[part], run.device), rtdmd.level(u, x)
+        dm = rtdmd.matching_loss(run, x, torch.zeros_like(u), cond, u, noise)
+        rtdmd.note(run, len(x), dm=dm)
+        return len(x) * torch.autograd.grad(dm, x)[0] / (1 - rtdmd.level(run.times[k], x))
+    return {(rtdmd, "boundary_state"): boundary_state, (rtdmd, "boundary_states"): boundary_states,
+            (rtdmd, "matching_pull"): matching_pull}
+
+
+def dmd_regression(start, pairs=240, steps=20, weight=.25):
+    """DMD's other loss: from noise, the x-prediction of step 1 learns the picture at which the teacher's
+    guided ODE arrives from the same noise. The pairs are made once, before the first update; the weight is
+    DMD's, the distance that of pixels instead of LPIPS. A row that was stopped makes the pairs, and counts
+    them, again."""
+    original, kept = rtdmd.update_generator, []
+
+    @torch.no_grad()
+    def make_pairs(run):
+        prompts = [run.prompts.at(i) for i in range(pairs)]
+        keys = [rtdmd.key(run.cfg.seed, "pair", i) for i in range(pairs)]
+        _, (noise,) = rtdmd.draw(keys, 0, 1, run.backbone.latent_shape, run.device)
+        times, null, ends = rtdmd.timestep_schedule(steps, run.backbone.shift_for(steps)), [""], []
+        for rows in rtdmd.chunks(pairs, 4 * run.cfg.micro_batch):
+            cond, none = run.text.batch(prompts[rows], run.device), run.text.batch(null, run.device)
+            velocity = lambda x, t: run.roles.teacher(x, t, cond, none)
+            ends.append(rtdmd.rollout(velocity, noise[rows], [0.0] * steps, times.to(run.device), 0.0)[0][-1])
+        return prompts, noise, torch.cat(ends)
+
+    def update_generator(run, it, first):
+        prompts, noise, ends = kept or kept.extend(make_pairs(run)) or kept
+        chance = random.Random(rtdmd.key(run.cfg.seed, it, "pairs"))
+        drawn = chance.sample(range(pairs), run.cfg.batch // run.cfg.steps)
+        x, one = noise[drawn], torch.ones(len(drawn), device=run.device)
+        v = run.roles.velocity("generator", x, one, run.text.batch([prompts[i] for i in drawn], run.device))
+        regression = (rtdmd.x0_from_velocity(x, v, 1.0) - ends[drawn]).square().mean()
+        (weight * regression).backward()                     # the step that follows takes both gradients
+        rtdmd.note(run, len(x), regression=regression)
+        original(run, it, first)
+    return {(rtdmd, "update_generator"): update_generator}
+
+
+def tdm_intervals(start):
+    """TDM: the state after step k is re-noised inside that step's own interval [t_k, t_{k-1}] instead of up
+    to 1; for the fake score as for matching."""
+    def draw_level(run, s, u):
+        times = run.times.to(s)
+        above = torch.where(times > s.view(-1, 1), times, 1.0).amin(1)
+        return rtdmd.between(run, s, rtdmd.level(above, s), 0.01 + 0.98 * u)
+    return {(rtdmd, "draw_level"): draw_level}
+
+
+def from_the_teacher(start):
+    """Stage 2 without a cold start: the student and the fake score begin as the teacher."""
+    original = rtdmd.load_start
+
+    def load_start(run, checkpoint):
+        if run.done:
+            original(run, checkpoint)
+    return {(rtdmd, "load_start"): load_start}
 
 
 def released_kernel(start):
@@ -2573,9 +2721,84 @@ def pathwise_through(start, steps):
     return {(rtdmd, "reinforce_slot"): reinforce_slot}
 
 
+def tdm_r1(start, updates=2):
+    """TDM-R1's idea for a reward without gradient: a surrogate that has one learns from the rewards of the
+    student's own groups, and the student climbs it. As in DPO the surrogate is a denoiser, here a third
+    adapter that begins as the teacher: r(x_0) is how much better than the teacher it denoises x_0, half the
+    difference of their squared errors at a random t. It learns which pictures of a group score above the
+    group's mean (Bradley-Terry on the means of those above and of those below; t and noise are the group's).
+    It is in no checkpoint: a row that was stopped goes on with a new one."""
+    prepare, judge = rtdmd.prepare, rtdmd.judge_groups
+
+    def begin(cfg):
+        run = prepare(cfg)
+        roles = run.roles
+        roles.layers["surrogate"], roles.nets["surrogate"] = roles.layers["fake"], roles.nets["fake"]
+        roles.adopt("surrogate", {name: torch.zeros_like(p) if ".lora_B" in name else p.clone()
+                                  for name, p in roles.named["fake"].items()})
+        run.surrogate = torch.optim.AdamW([roles.flat["surrogate"]], cfg.lr_fake, weight_decay=0)
+        for reward, _ in run.rewards.values():
+            reward.differentiable = True                     # by its surrogate: pathwise_terms is ours
+        return run
+
+    def surrogate_reward(run, x, prompts, t, noise):
+        cond, x_t = run.text.batch(prompts, run.device), rtdmd.renoise(x, 0.0, t, noise)
+        wrong = lambda role: (run.roles.velocity(role, x_t, t, cond) - (noise - x)).square().flatten(1).sum(1)
+        return (wrong("teacher") - wrong("surrogate")) / 2
+
+    def draws(run, name, number, n):
+        keys = [rtdmd.key(run.cfg.seed, run.done, "surrogate", name, number, i) for i in range(n)]
+        u, (noise,) = rtdmd.draw(keys, 1, 1, run.backbone.latent_shape, run.device)
+        return rtdmd.level(0.01 + 0.98 * u[0], noise), noise
+
+    def judge_groups(run, b):
+        judge(run, b)
+        N = run.cfg.group_size
+        A = b.advantages.view(-1, N)
+        mean_of = lambda some: some / some.sum(1, keepdim=True).clamp_min(1)
+        compare = mean_of((A > 0).float()) - mean_of((A < 0).float())
+        for update in range(updates):
+            t, noise = (x.repeat_interleave(N, 0) for x in draws(run, "learns", update, len(A)))
+            r = surrogate_reward(run, b.states[-1], b.prompts, t, noise).view(-1, N)
+            margin = (compare * r).sum(1)[A.any(1)]               # groups that differ
+            if len(margin):
+                run.surrogate.zero_grad()                    # the student's update left a gradient here, too
+                (-F.logsigmoid(margin).mean()).backward()
+                run.surrogate.step()
+                rtdmd.note(run, len(margin), surrogate_right=(margin > 0).float().mean())
+
+    def pathwise_terms(run, x_0, prompts, scales):
+        t, noise = draws(run, "teaches", len(x_0), len(x_0))
+        return rtdmd.pathwise_loss(surrogate_reward(run, x_0, prompts, t, noise), 1.0, x_0[0].numel())
+    return {(rtdmd, "prepare"): begin, (rtdmd, "judge_groups"): judge_groups,
+            (rtdmd, "pathwise_terms"): pathwise_terms}
+
+
+def counted(start):
+    """Changes nothing: each line of metrics.jsonl says how many samples its iteration sent through the
+    network, with whatever adapter. Guidance makes two of one; those of the panel are not part of the
+    training."""
+    velocity, panel, record, seen = rtdmd.Roles.velocity, rtdmd.panel, rtdmd.record, [0]
+
+    def counting(self, role, x, t, cond):
+        seen[0] += len(x)
+        return velocity(self, role, x, t, cond)
+
+    def uncounted(run):
+        before, row = seen[0], panel(run)
+        seen[0] = before
+        return row
+
+    def recorded(run, row):
+        row["forwards"], seen[0] = seen[0], 0
+        return record(run, row)
+    return {(rtdmd.Roles, "velocity"): counting, (rtdmd, "panel"): uncounted, (rtdmd, "record"): recorded}
+
+
 VARIANTS = {function.__name__: function for function in (
     paper_std, dmd2_renoising, released_kernel, app_f_times, unscaled_log_prob, matching_last, independent_noise,
-    shared_start, antithetic, pairs_across, fake_knows_k, fake_from_zero)}
+    shared_start, antithetic, pairs_across, fake_knows_k, fake_from_zero, dmd_regression, tdm_intervals,
+    from_the_teacher, tdm_r1, counted)}
 VARIANTS |= dict(std_over_all=functools.partial(another_std, std="global"),
                  no_std=functools.partial(another_std, std="none"),
                  held_out_stop=lambda start: {},                            # ablation() does that

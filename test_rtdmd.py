@@ -1701,7 +1701,10 @@ ABLATIONS = [
     "2 @released_kernel", "2 @app_f_times", "2 @paper_std", "2 @no_std", "2 --std_floor 1e-4 @std_over_all",
     "2 @matching_last", "2 @unscaled_log_prob", "2 --inner_epochs 2",
     "2 --weight_decay 1e-4 @released_kernel @std_over_all @unscaled_log_prob @matching_last",
-    "2 --rewards strict=1,attributes=-.5", "2 --checkpointing", "2 --policy_weight 0 @pathwise_4"]
+    "2 --rewards strict=1,attributes=-.5", "2 --checkpointing", "2 --policy_weight 0 @pathwise_4",
+    "1 --eta 1 @dmd2_renoising @dmd_regression", "1 --eta 0 @tdm_intervals",
+    "2 --eta 1 --policy_weight 0 @dmd2_renoising @from_the_teacher",
+    "2 --rewards strict=1 --policy_weight 0 @tdm_r1 @pathwise_4"]
 
 
 @pytest.mark.parametrize("switch", ABLATIONS)
@@ -5872,12 +5875,16 @@ def test_a_dry_run_keeps_nothing_but_its_report(folders, tmp_path, monkeypatch, 
 
 def test_every_row_of_the_ablations_parses():
     """Flags that rtdmd.py knows and variants that exist; a row of two tables is one, others share no result file."""
-    tables = ((1, ev.STAGE1_ROWS), (2, ev.STAGE2_ROWS))
-    rows = {(stage, row, words) for stage, table in tables for question in table.values()
-            for row, words in question.items()}
+    tables = [*ev.TABLE1, *((stage, name, rows) for stage, table in ((1, ev.STAGE1_ROWS), (2, ev.STAGE2_ROWS))
+                            for name, rows in table.items())]
+    rows = {(stage, row, words) for stage, _, question in tables for row, words in question.items()}
+    assert ev.TABLE1_NAMES.keys() <= {row for _, row, _ in rows}
     assert len({ev.result_of(Path(), row, 0) for _, row, _ in rows}) == len(rows)
     for stage, _, words in rows:
         known = [word for word in words.split() if word[0] != "@"]
+        if stage == 0:
+            ev.parse(["--teacher", *known])
+            continue
         rtdmd.resolve(rtdmd.parse_flags(["--stage", str(stage), *known]))
         assert all(word[1:] in ev.VARIANTS for word in words.split() if word[0] == "@")
 
@@ -5893,18 +5900,29 @@ def test_a_row_is_compared_with_the_first_seed_by_seed():
 
 
 def test_ablations_go_on_where_they_were_stopped(flags, tmp_path, monkeypatch, cache, capsys):
-    """A second call trains nothing, and a row that fails is one sentence."""
+    """A second call trains nothing, and a row that fails is one sentence. Each row has its forwards, stage 2's with
+    those of its start; a row that is not trained has none, and pictures of its own seed."""
     small = " ".join(SMALL[2:])                                   # without --device, which the runner hands on
     first, second = "Table 3: the consistency term", "Table 4: the hybrid policy gradient"
     monkeypatch.setattr(ev, "STAGE1_ROWS", {first: {ev.BASE: small}})
     monkeypatch.setattr(ev, "STAGE2_ROWS", {second: {"DM only": f"{small} --policy_weight 0 --det_weight 0"}})
+    monkeypatch.setattr(ev, "TABLE1", [(0, "Table 1, here", {"untrained": "", "teacher": "--nfe 2 --cfg 1.5"})])
     line = ["--ablations", "--seeds", "1", "--jobs", "2", "--cache", str(cache), "--pretrained", "tiny-1",
             "--device", "cpu", "--out", str(tmp_path / "abl")]
     ev.main(line)
     table = capsys.readouterr().out
     assert f"### {first}" in table and re.search(r"\| DM only \| 1 \| -\d", table)
     results = json.loads((tmp_path / "abl/results.json").read_text())
-    assert set(results) == {ev.BASE, "DM only"} and all(len(rows) == 1 for rows in results.values())
+    assert set(results) == {ev.BASE, "DM only", "untrained", "teacher"}
+    assert all(len(rows) == 1 for rows in results.values())
+    reports = {row: json.loads((tmp_path / f"abl/{row}_0/report.json").read_text()) for row in ("untrained", "teacher")}
+    assert {row: (list(report["rows"]), *report["sampler"].values()) for row, report in reports.items()} == {
+        "untrained": (["student_init"], dict(role="generator", nfe=4, eta=.9, guidance=1.0, lora=None)),
+        "teacher": (["teacher"], dict(role="teacher", nfe=2, eta=0.0, guidance=1.5, lora=None))}
+    # Stage 1: 8 rollout, 24 fake, 12 + 8 generator, 16 + 8 matching. Stage 2: 48 rollout, 36 fake, 24 + 12 matching,
+    # and a forward with gradient for each of the 12 trajectories. Three iterations each.
+    assert [results[row][0].get("forwards") for row in (ev.BASE, "DM only", "teacher")] == [228, 228 + 396, None]
+    assert f"| {0.228 + 0.396:.1f} |" in table
     assert Image.open(tmp_path / "abl/curves.png").size[0] == 2 * 560
     result = ev.result_of(tmp_path / "abl", ev.BASE, 0)
     trained = result.stat().st_mtime_ns
@@ -5918,7 +5936,10 @@ def test_ablations_go_on_where_they_were_stopped(flags, tmp_path, monkeypatch, c
 @pytest.mark.parametrize("only, base, rows", [
     ("nonsense", None, None), ("lag, gamma 0", [], ["lag, gamma 0"]), ("stage 1: eta 0", [], [ev.BASE, "eta 0"]),
     ("behind, gamma 1", [ev.BASE], ["behind, gamma 0", "behind, gamma 1"]),
-    ("strict, SubGRPO M=1", [ev.BASE], ["strict, naive GRPO", "strict, SubGRPO M=1"])])
+    ("strict, SubGRPO M=1", [ev.BASE], ["strict, naive GRPO", "strict, SubGRPO M=1"]),
+    ("Table 1 in small: not", [], ["teacher, 50 steps, guidance 1.5", "teacher, 50 steps",
+                                   "untrained student, 4 steps"]),
+    ("Table 1", [ev.BASE], list(dict.fromkeys(row for _, _, rows in ev.TABLE1 for row in rows)))])
 def test_ablations_train_what_is_asked_for(only, base, rows, tmp_path, monkeypatch, capsys):
     """And what it starts from or is compared with. Nothing, said in one line, where --only names nothing."""
     trained = []
@@ -6005,6 +6026,145 @@ def test_pathwise_through_more_steps_is_the_gradient_with_fixed_noise(steps, fla
         return cfg.beta * cfg.det_weight * value / b.states[0, 0].numel()
     truth = (reward(0.02) - reward(-0.02)) / 0.04
     assert abs(slope - truth) < 0.01 * abs(truth), (slope, truth)
+
+
+TABLE1_BUDGETS = {"distillation": (126_000, 0), "with gradient": (38_400, 126_000),
+                  "without gradient": (38_400, 126_000)}
+
+
+@pytest.mark.parametrize("row", [row for stage, _, rows in ev.TABLE1 if stage for row in rows])
+def test_the_rows_of_table_1_spend_the_same_forwards(row, cache, begun, tmp_path):
+    """Every row trains, at its own size, and its iterations take the budget of its block to within 5 %. From the second
+    iteration on all cost the same, but for the draw of the step that is matched in stage 2."""
+    (stage, name, words), = [(stage, name, rows[row]) for stage, name, rows in ev.TABLE1 if row in rows]
+    words = f"{ev.STAGE2_FLAGS} {words}".split() if stage == 2 else words.split()
+    flags = [word for word in words if word[0] != "@"]
+    line = ["--stage", str(stage), "--device", "cpu", "--pretrained", "tiny-1", "--cache", str(cache),
+            "--out", str(tmp_path), *flags]
+    iterations = rtdmd.resolve(rtdmd.parse_flags(line)).iterations
+    if stage == 2:                                                           # a start of full rank, as it begins
+        rtdmd.main([*line[2:10], "--stage", "1", "--iterations", "1", "--batch", "4", "--fake_updates", "1"])
+    tried = 2 if "@dmd_regression" in words else 1                           # it makes its pairs in the first
+    with ev.replaced([*(word[1:] for word in words if word[0] == "@"), "counted"], None):
+        rtdmd.main([*line, "--iterations", str(tried)])
+    found = [line["forwards"] for line in rows_of(tmp_path / f"stage{stage}")]
+    own, start = next(budget for part, budget in TABLE1_BUDGETS.items() if part in name.split(",")[0])
+    whole = "@from_the_teacher" in words or "both stages" in row
+    wanted = own if not whole else own + start if start else own + 38_400
+    assert abs(found[0] + (iterations - 1) * found[-1] - wanted) < 0.05 * wanted
+    assert all(math.isfinite(v) for line in rows_of(tmp_path / f"stage{stage}") for v in line.values())
+
+
+# Stage 1: as in the ablations' test above. Stage 2: 48 rollout, 12 fake, 24 + 12 matching, 12 generator.
+@pytest.mark.parametrize("stage, forwards", [(1, 76), (2, 108)])
+def test_forwards_are_counted(stage, forwards, flags, tmp_path):
+    """Each sample of each pass, 2 for the guided teacher; the panel's are left out, and nothing else changes."""
+    words = ["--sample_every", 2, *(["--policy_weight", 0, "--det_weight", 0, "--gamma", 0] if stage == 2 else [])]
+    rtdmd.main(flags(stage, *words, "--out", tmp_path / "plain"))
+    with ev.replaced(["counted"], None):
+        rtdmd.main(flags(stage, *words))
+    plain, rows = (rows_of(tmp_path / f"{run}/stage{stage}") for run in ("plain", "run"))
+    counts = [row.pop("forwards") for row in rows]
+    assert rows == plain and counts == [forwards] * 3
+
+
+def test_tdm_draws_levels_from_the_steps_own_interval():
+    """TDM: t = s + (t_{k-1} - s) (.01 + .98 u), where the paper's Eq. 8 has 1 for t_{k-1}."""
+    run = SimpleNamespace(times=rtdmd.timestep_schedule(4, 3.0), backbone=SimpleNamespace(quantise=lambda t: t))
+    s, u = (x.float().view(-1, 1, 1) for x in (run.times[[1, 2, 3, 4]], torch.tensor([0.0, 0.5, 0.75, 1.0])))
+    with ev.replaced(["tdm_intervals"], None):
+        t = rtdmd.draw_level(run, s, u)
+    above = run.times[[0, 1, 2, 3]].view(-1, 1, 1)
+    close(t, s + (above - s) * (0.01 + 0.98 * u))
+    assert (rtdmd.draw_level(run, s, u)[1:] > t[1:]).all() and rtdmd.draw_level(run, s, u)[0] == t[0]
+
+
+def test_dmd2_matches_the_x_prediction_in_stage_2_too(flags, monkeypatch):
+    """At eta 1. The pull on a step's mean is the gradient at the x-prediction: through v it is -t_{k-1} times it."""
+    run = prepared(flags(2, "--eta", 1, "--policy_weight", 0))
+    b = SimpleNamespace(ids=list(range(12)), prompts=[p for p in run.prompts[:4] for _ in range(3)])
+    start, noise, b.subsets = rtdmd.group_draws(run, 0, range(4))
+    b.states, b.predictions = rtdmd.rollout_in_chunks(run, start, noise, b.prompts)
+    slots = [0, 1, 2] * 2                                                    # of the trajectories 3 to 8
+    k = torch.tensor([b.subsets[3 + i, m] if m < 2 else 4 for i, m in enumerate(slots)])
+    weights = torch.randn(6, *run.backbone.latent_shape, generator=rng())
+
+    def matching_loss(run, x_s, s, cond, u, noise):
+        assert torch.equal(x_s, b.predictions[k - 1, range(3, 9)]) and not s.any() and s.shape == (6, 1, 1, 1)
+        return (weights * x_s).flatten(1).sum(1).mean()
+
+    monkeypatch.setattr(rtdmd, "matching_loss", matching_loss)
+    with ev.replaced(["dmd2_renoising"], None):
+        pull = rtdmd.matching_pull(run, b, slice(3, 9), slots, torch.rand(6), torch.zeros(6))
+    x, t, t_next = b.states[k - 1, range(3, 9)], *(rtdmd.level(run.times[j], b.states[0]) for j in (k - 1, k))
+    v = torch.randn(x.shape, generator=rng(1)).requires_grad_()
+    mean, _ = rtdmd.cps_mean_std(x, v, t, t_next, 1.0)
+    close(torch.autograd.grad((pull * mean).sum(), v)[0], -t * weights, 1e-4)
+
+
+def test_dmd_regresses_on_the_teachers_pictures(flags, monkeypatch):
+    """Its gradient beside the matching term's is that of .25 times the mean square of G(z) - y, where y is the end of
+    the guided teacher's Euler steps from z, written out."""
+    run = prepared(flags(1))
+    monkeypatch.setattr(rtdmd, "update_generator", lambda run, it, first: None)     # leaves the gradient alone
+    with ev.standing_in(ev.dmd_regression(None, pairs=2, steps=3)):
+        rtdmd.update_generator(run, 0, 0)                                    # batch / K is 2: both pairs
+    found = run.roles.flat["generator"].grad.clone()
+    prompts = [run.prompts.at(i) for i in range(2)]
+    keys = [rtdmd.key(run.cfg.seed, "pair", i) for i in range(2)]
+    _, (z,) = rtdmd.draw(keys, 0, 1, run.backbone.latent_shape, "cpu")
+    cond, null, y = run.text.batch(prompts, "cpu"), run.text.batch(["", ""], "cpu"), z
+    with torch.no_grad():
+        for t in (1.0, 2 / 3, 1 / 3):
+            level = torch.full((2,), t)
+            v_c, v_u = (run.roles.velocity("teacher", y, level, c) for c in (cond, null))
+            y = y - (v_u + 1.5 * (v_c - v_u)) / 3
+    x_0 = z - run.roles.velocity("generator", z, torch.ones(2), cond)
+    truth, = torch.autograd.grad(0.25 * (x_0 - y).square().mean(), run.roles.flat["generator"])
+    assert found.norm() > 0 and (found - truth).norm() < 1e-4 * truth.norm()
+
+
+def test_a_stage_2_without_a_cold_start(flags, tmp_path):
+    """Student and fake score begin as the teacher; a run that was stopped goes on from its own checkpoint."""
+    words = ["--policy_weight", 0, "--iterations", 1]
+    with ev.replaced(["from_the_teacher"], None):
+        run = prepared(flags(2, *words))
+        for role in ("generator", "fake"):
+            assert not any(p.any() for n, p in run.roles.named[role].items() if "lora_B" in n)
+        assert torch.equal(run.ema, run.roles.flat["generator"])
+        rtdmd.main(flags(2, *words))
+        again = prepared(flags(2, *words))
+    assert again.done == 1 and torch.equal(again.ema, state_of(tmp_path / "run/stage2")["ema"])
+    assert not torch.equal(again.ema, run.ema)
+
+
+def test_a_surrogate_learns_a_reward_without_gradient(flags, monkeypatch):
+    """TDM-R1: at first it is 0; then it ranks the pictures of a group as the reward does; what the student is told is
+    half the difference of the squared errors of teacher and surrogate, with its gradient in the picture. The gradient
+    that the student's update leaves in it is thrown away."""
+    run = prepared(flags(2, "--rewards", "strict=1", "--policy_weight", 0, "--lr_fake", .003))
+    prompts, x = [p for p in run.prompts[:4] for _ in range(3)], torch.randn(12, 3, 12, 12, generator=rng())
+    b = SimpleNamespace(states=x[None], prompts=prompts, advantages=torch.tensor([1., -1, 0] * 3 + [0., 0, 0]))
+    monkeypatch.setattr(rtdmd, "prepare", lambda cfg: run)
+    monkeypatch.setattr(rtdmd, "judge_groups", lambda run, b: None)
+    with ev.replaced(["tdm_r1"], None):
+        assert rtdmd.prepare(run.cfg) is run and all(reward.differentiable for reward, _ in run.rewards.values())
+        tell = lambda: rtdmd.pathwise_terms(run, x, prompts, {})
+        assert tell() == 0
+        for run.done in range(40):
+            run.terms, run.roles.flat["surrogate"].grad = {}, torch.full_like(run.roles.flat["surrogate"], 1e6)
+            rtdmd.judge_groups(run, b)
+        assert rtdmd.gather(run)["surrogate_right"] > 0.99
+        x.requires_grad_()
+        told = tell()
+    keys = [rtdmd.key(run.cfg.seed, run.done, "surrogate", "teaches", 12, i) for i in range(12)]
+    u, (noise,) = rtdmd.draw(keys, 1, 1, run.backbone.latent_shape, "cpu")
+    t, cond = rtdmd.level(0.01 + 0.98 * u[0], x), run.text.batch(prompts, "cpu")
+    teacher, surrogate = ((run.roles.velocity(role, (1 - t) * x + t * noise, t, cond) - noise + x).square().sum()
+                          for role in ("teacher", "surrogate"))
+    close(told, (surrogate - teacher) / 2 / 12 / 432, 1e-4)
+    gradient, = torch.autograd.grad(told, x)
+    assert gradient.flatten(1).any(1).all()
 
 
 def test_a_fake_score_that_knows_k(flags, tmp_path):
@@ -6459,10 +6619,12 @@ def test_ablations_print_what_there_is(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     titles = [text for text in out.splitlines() if text.startswith("###")]
     assert [text.split(":")[0][4:] for text in titles] == [
-        "Table 3", "Figure 5", "DEPARTURE 1", "Beyond the paper, stage 1",
+        "Table 1 in small", "Table 3", "Figure 5", "DEPARTURE 1", "Beyond the paper, stage 1",
         "The constants and functions of the released code", "Table 4", "Matching alone"]
     assert len(re.findall(r"^\| DM only \| 1 \|", out, re.M)) == 2 and not re.search(r"\| 0 \|", out)
     rows = {row for table in (ev.STAGE1_ROWS, ev.STAGE2_ROWS) for question in table.values() for row in question}
+    rows |= {row for _, _, question in ev.TABLE1 for row in question}
+    assert "| AC-DMD (ours) | 1 |" in out
     assert out.splitlines()[-1] == f"{len(rows) - 2} rows without a result."
     assert (tmp_path / "table.md").read_text() == out and strict_json(tmp_path / "results.json")["naive GRPO"] == []
     assert Image.open(tmp_path / "curves.png").size[0] == 2 * 560
