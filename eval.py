@@ -1564,7 +1564,7 @@ def grid_rows(pictures, shown):
 
 def for_people(backbone, images):
     """Images (B, 3, H, W) in [0, 1] as they are shown: enlarged, if the backbone can."""
-    return getattr(backbone, "enlarge", lambda images: images)(images)
+    return backbone.enlarge(images) if hasattr(backbone, "enlarge") and len(images) else images
 
 
 def save_grid(path, images, columns, names, below=()):
@@ -1757,8 +1757,7 @@ def one_picture(flags, cfg):
         raise UsageError("the picture is not finite: take another checkpoint or --dtype fp32.", code=1)
     if rtdmd.dist_info()[0] == 0:
         path = Path(flags.out) / "prompt.png"
-        image = for_people(sampler.backbone, image)[0]
-        rtdmd.write_png(path, Image.fromarray(as_bytes(image).permute(1, 2, 0).cpu().numpy()))
+        rtdmd.write_png(path, Image.fromarray(as_bytes(image[0]).permute(1, 2, 0).cpu().numpy()))
         print(f"{path}, {label(name, row)}: {flags.prompt}")
 
 
@@ -2263,7 +2262,8 @@ STAGE2_ROWS = {
 #              have
 #   Flow-GRPO  on the distilled student and without a KL to it, which would hold it back
 #   TDM-R1     on the AC-DMD student, with AC-DMD's matching; one reward for the picture, sent back through
-#              all steps, where TDM-R1 has a reward for each of them
+#              all steps, where TDM-R1 has a reward for each of them. Its surrogate learns from the groups of the
+#              iteration alone, which are mostly flat here: a memory of earlier ones would favour it
 # Not here: Hyper-SD (trajectory-segmented consistency, then ReFL, with guidance) and Flash Diffusion
 # (adversarial, on real pictures) are families of their own, which share no loss with these rows; of GDMD
 # (forward-process RL beside DMD) and R_dm (distribution matching as the reward of GRPO) App. A has a sentence

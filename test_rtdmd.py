@@ -6076,7 +6076,7 @@ def test_tdm_draws_levels_from_the_steps_own_interval():
         t = rtdmd.draw_level(run, s, u)
     above = run.times[[0, 1, 2, 3]].view(-1, 1, 1)
     close(t, s + (above - s) * (0.01 + 0.98 * u))
-    assert (rtdmd.draw_level(run, s, u)[1:] > t[1:]).all() and rtdmd.draw_level(run, s, u)[0] == t[0]
+    assert (rtdmd.draw_level(run, s, u)[1:] > t[1:]).all()
 
 
 def test_dmd2_matches_the_x_prediction_in_stage_2_too(flags, monkeypatch):
@@ -6457,11 +6457,11 @@ def test_a_full_gpu_at_loading_costs_its_metric_alone(monkeypatch):
 
 def spoil_checkpoint(monkeypatch, value, when):
     """Latents of the pictures of a row (role, guidance) and prompt become `value`."""
-    rollout, batch, now = rtdmd.rollout, ev.Sampler.batch, {}
+    rollout, sampled, now = rtdmd.rollout, ev.Sampler.rollout, {}
 
     def marked(self, row, prompts, keys):
         now.update(row=row, prompts=prompts)
-        return batch(self, row, prompts, keys)
+        return sampled(self, row, prompts, keys)
 
     def spoilt(*args):
         states, predictions = rollout(*args)
@@ -6470,7 +6470,7 @@ def spoil_checkpoint(monkeypatch, value, when):
                 states[-1][i, 0, 0, 0] = value
         return states, predictions
 
-    monkeypatch.setattr(ev.Sampler, "batch", marked)
+    monkeypatch.setattr(ev.Sampler, "rollout", marked)
     monkeypatch.setattr(rtdmd, "rollout", spoilt)
 
 
