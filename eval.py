@@ -1507,7 +1507,8 @@ def evaluate(flags, cfg):
     for name, row in rows.items():
         *pictures[name], seconds[name] = sampler.sample(name, row, captions, flags)
     out = Path(flags.out)
-    trails = student_predictions(sampler, rows, prompts[:2]) if flags.run_folder else {}
+    drawn = flags.run_folder and rtdmd.dist_info()[0] == 0
+    trails = student_predictions(sampler, rows, prompts[:2]) if drawn else {}
     if cfg.model != "tiny":
         sampler.free()
     lost = {row: {*range(len(captions))} - gathered(zip(index, index)).keys()
@@ -1522,7 +1523,7 @@ def evaluate(flags, cfg):
             results[name].update({m: found[m] for m in of_set})
         results[name]["seconds_per_image"] = (seconds[name], math.nan)
     shown = range(0, len(captions), flags.per_prompt)[:8]
-    panels = for_people(sampler.backbone, grid_rows(pictures, shown))
+    panels = rtdmd.for_people(sampler.backbone, grid_rows(pictures, shown))
     prompt_hash = f"{rtdmd.key(prompts):016x}"               # two reports compare only if it is the same
     note = (f"{len(prompts)} prompts x {flags.per_prompt} pictures, set {prompt_hash}, seed {cfg.seed}; ± is one "
             f"standard error. Pictures: {flags.out}/grid.png.")
@@ -1562,11 +1563,6 @@ def grid_rows(pictures, shown):
     return torch.stack([row.get(i, blank) for row in found for i in shown]).float() / 255
 
 
-def for_people(backbone, images):
-    """Images (B, 3, H, W) in [0, 1] as they are shown: enlarged, if the backbone can."""
-    return backbone.enlarge(images) if hasattr(backbone, "enlarge") and len(images) else images
-
-
 def save_grid(path, images, columns, names, below=()):
     """Writes images (B, 3, H, W) in [0, 1] as one PNG, with the names left of its rows and the texts `below` under
     its columns, each cut after six lines."""
@@ -1594,7 +1590,7 @@ def student_predictions(sampler, rows, captions):
         keys = [rtdmd.key("eval", sampler.cfg.seed, caption, 0) for caption in captions]
         _, predictions = sampler.rollout(rows[name], captions, keys)
         images = torch.stack([sampler.backbone.decode(h).float() for h in predictions], 1).flatten(0, 1)
-        found[name] = for_people(sampler.backbone, images.nan_to_num(1.0)).cpu()
+        found[name] = rtdmd.for_people(sampler.backbone, images.nan_to_num(1.0)).cpu()
     return found
 
 

@@ -172,19 +172,17 @@ class Config:
 
 # Differences from the defaults above; what stands under the key 1 or 2 holds for that stage only. The tiny
 # world and other classes that are given as module:Class have theirs in the attribute `settings`.
-STAGES = {  # iterations: paper 4.1; lr: App. J; fake_updates: released
-    1: dict(iterations=1500, lr=3e-5, lr_fake=3e-5, fake_updates=10),
-    2: dict(iterations=1000, lr=3e-6, lr_fake=3e-5, fake_updates=1)}
+STAGES = {1: dict(iterations=1500, lr=3e-5, lr_fake=3e-5, fake_updates=10),  # paper 4.1; App. J; released
+          2: dict(iterations=1000, lr=3e-6, lr_fake=3e-5, fake_updates=1)}
+CLIP_REWARDS = "hpsv2=1,clipscore=1,pickscore=1"  # paper 4.3
 MODELS = {
     "sd3m": {"guidance": 7.0},
-    "sd35m": {"guidance": 4.5, "rewards": "hpsv2=1,clipscore=1,pickscore=1"},  # paper 4.3
-    "sd35l": {"guidance": 3.5, "rewards": "hpsv2=1,clipscore=1,pickscore=1"},  # ours; w from its model card
-    "flux1": {"guidance": 3.5, "rewards": "hpsv2=1,clipscore=1,pickscore=1",
-              2: dict(groups=64)},  # w: released
-    "flux2-4b": {"guidance": 4.0, "rewards": "hpsv2=1,clipscore=1,pickscore=1,geneval=1",
-                 1: dict(lr=1e-6, lr_fake=1e-6),  # App. J, paper 4.1
-                 2: dict(lr_fake=1e-6, groups=64)},
-    "zimage": {"guidance": 5.0, "rewards": "hpsv2=1,clipscore=1,pickscore=1",  # ours; w: the pipeline's 4 + 1
+    "sd35m": {"guidance": 4.5, "rewards": CLIP_REWARDS},
+    "sd35l": {"guidance": 3.5, "rewards": CLIP_REWARDS},  # ours; w from its model card
+    "flux1": {"guidance": 3.5, "rewards": CLIP_REWARDS, 2: dict(groups=64)},  # w: released
+    "flux2-4b": {"guidance": 4.0, "rewards": f"{CLIP_REWARDS},geneval=1",
+                 1: dict(lr=1e-6, lr_fake=1e-6), 2: dict(lr_fake=1e-6, groups=64)},  # App. J, paper 4.1
+    "zimage": {"guidance": 5.0, "rewards": CLIP_REWARDS,  # ours; w: the pipeline's 4 + 1
                1: dict(lr=1e-6, lr_fake=1e-6), 2: dict(lr_fake=1e-6)},  # as FLUX.2: theta starts distilled
 }
 MODELS["flux2-9b"] = MODELS["flux2-4b"]  # the paper has no number for the 9B
@@ -304,7 +302,6 @@ def score_from_velocity(x, v, t):
 
 def timestep_schedule(steps, shift=1.0):
     """Levels t_0 = 1 > ... > t_K = 0, (K+1,) float64: shift u / (1 + (shift - 1) u), u a uniform grid.
-
     shift 3 (SD3) gives 1, .9, .75, .5, 0 for K = 4."""
     u = 1 - torch.arange(steps + 1, dtype=torch.float64) / steps
     return shift * u / (1 + (shift - 1) * u)
@@ -331,8 +328,7 @@ def rollout(velocity, x, noise, times, eta):
     """K steps of Eq. 20 from x = x_{t_0} ~ N(0, I), (B, ...).
 
     velocity(x, t (B,)) -> v;  noise (K-1, B, ...), eps_k at index k - 1;  times (K+1,).
-    Returns K+1 states x_{t_0} .. x_{t_K} and the K x-predictions of the steps.
-    """
+    Returns K+1 states x_{t_0} .. x_{t_K} and the K x-predictions of the steps."""
     states, predictions = [x], []
     for k in range(1, len(times)):
         t, t_next = times[k - 1], times[k]
@@ -372,8 +368,7 @@ class CPSScheduler(diffusers.FlowMatchEulerDiscreteScheduler):
         """Levels 1, (n-1)/n ... 1/n shifted once, then 0.  `sigmas` are levels BEFORE the shift, as ever.
 
         The parent's default shifts twice: four steps of SD3 would be 1, .858, .602, .009, 0 and not
-        1, .9, .75, .5, 0.  FLUX.2's pipeline passes these very levels itself, and its shift as `mu`.
-        """
+        1, .9, .75, .5, 0.  FLUX.2's pipeline passes these very levels itself, and its shift as `mu`."""
         if sigmas is None and timesteps is None:
             sigmas = [1 - i / num_inference_steps for i in range(num_inference_steps)]
         super().set_timesteps(device=device, sigmas=sigmas, mu=mu, timesteps=timesteps)
@@ -385,9 +380,8 @@ class CPSScheduler(diffusers.FlowMatchEulerDiscreteScheduler):
         t, t_next = self.sigmas[self.step_index], self.sigmas[self.step_index + 1]
         x, std = cps_mean_std(sample, model_output, t, t_next, self.eta)
         if self.eta > 0 and self.step_index < len(self.sigmas) - 2:      # the last step has no noise
-            randn = diffusers.utils.torch_utils.randn_tensor
-            x = x + std * randn(x.shape, generator or self.generator, x.device,
-                                                                   torch.float32)
+            randn = diffusers.utils.torch_utils.randn_tensor      # a pasted class has diffusers alone
+            x = x + std * randn(x.shape, generator or self.generator, x.device, torch.float32)
         self._step_index += 1
         x = x.to(model_output.dtype)
         return diffusers.schedulers.scheduling_utils.SchedulerOutput(prev_sample=x) if return_dict else (x,)
@@ -468,15 +462,13 @@ def consistency_loss(fake, x, v, t, t_next, noise_1, noise_2, kernel="posterior"
     h(x''). The estimate may be negative. The draws carry no gradient: only the prediction h is trained.
     (Training does not call this: update_fake takes the same gradient in two halves.)"""
     x, v, t, t_next = fp32(x, v, t, t_next)
-    x_, v_ = x.detach(), v.detach()
-    draws = (reverse_step(x_, v_, t, t_next, noise, kernel, eta) for noise in (noise_1, noise_2))
+    draws = (reverse_step(x.detach(), v.detach(), t, t_next, n, kernel, eta) for n in (noise_1, noise_2))
     d_1, d_2 = (x0_from_velocity(x_next, fake(x_next, t_next), t_next) - (x - t * v) for x_next in draws)
     return (d_1 * d_2).mean()
 
 
 def boundary_mean(x_t, v, s, t):
     """E[x_s | x_t] under velocity v (Tweedie, App. B). x_t, v (B, ...).
-
     (x_t + kappa^2 score) / a, written without the division by a, which is 0 at t = 1."""
     x_t, v, s, t = fp32(x_t, v, s, t)
     a = (1 - t) / (1 - s)
@@ -525,9 +517,7 @@ def gaussian_log_prob(x_next, mean, std):
 
 
 def reward_scale(rewards, std="group", floor=1e-4):
-    """The divisor of centred rewards (G, N): their std (with N-1) per group, (G, 1), or over all, (); or
-    ones.
-
+    """The divisor of centred rewards (G, N): their std (with N-1) per group, (G, 1), or over all, (); or 1.
     The floor matters where all members of a group score the same: their std would be rounding noise only."""
     rewards, = fp32(rewards)
     if std == "none":
@@ -537,7 +527,6 @@ def reward_scale(rewards, std="group", floor=1e-4):
 
 def group_advantages(rewards, std="group", floor=1e-4):
     """A_i of 3.2 and App. H: (G, N) -> (G, N), rewards of N trajectories for each of G prompts.
-
     std="none": the baseline is the mean of the N-1 others, which multiplies by N/(N-1) (DEPARTURE 12)."""
     rewards, = fp32(rewards)
     centred = rewards - rewards.mean(1, keepdim=True)
@@ -652,8 +641,7 @@ def states_of_update(cfg, update, ids):
 
     The trajectories form fake_updates blocks of batch / K; trajectory i is in block i // (batch / K). Its
     state after step k goes to update (block - k) mod fake_updates: update 0 of 10 takes step 1 of block 1,
-    step 2 of block 2, and so on. All k are equally frequent; with K updates or more no
-    trajectory occurs twice."""
+    step 2 of block 2, and so on. With K updates or more no trajectory occurs twice."""
     size = cfg.batch // cfg.steps
     pick = [(row, k) for row, i in enumerate(ids) for k in range(1, cfg.steps + 1)
             if (i // size - k - update) % cfg.fake_updates == 0]
@@ -727,8 +715,7 @@ def rollout_in_chunks(run, x, noise, prompts):
     for rows in chunks(len(x), 4 * run.cfg.micro_batch):  # without gradient: a fifth of the memory
         cond = run.text.batch(prompts[rows], run.device)
         velocity = lambda x, t: run.roles.velocity("generator", x, t, cond)
-        times = run.times.to(run.device)
-        states, predictions = rollout(velocity, x[rows], noise[:, rows], times, run.cfg.eta)
+        states, predictions = rollout(velocity, x[rows], noise[:, rows], run.times.to(x.device), run.cfg.eta)
         parts.append((torch.stack(states), torch.stack(predictions)))
     states, predictions = zip(*parts)
     return torch.cat(states, 1), torch.cat(predictions, 1)
@@ -766,8 +753,7 @@ def update_fake(run, it, update, x_s, s, k, prompts, ids, total):
     consistency term is computed for a share q of the samples and divided by q: the same expectation."""
     cfg, q = run.cfg, run.cfg.consistency_share
     for rows in chunks(len(x_s), cfg.micro_batch):
-        keys = [key(cfg.seed, cfg.stage, it, "fake", update, i, j)
-                for i, j in zip(ids[rows], k[rows].tolist())]
+        keys = [key(cfg.seed, cfg.stage, it, "fake", update, *ik) for ik in zip(ids[rows], k[rows].tolist())]
         uniform, (n, n_1, n_2) = draw(keys, 2, 3, x_s.shape[1:], run.device)
         x, s_x, cond = x_s[rows], level(s[rows], x_s), run.text.batch(prompts[rows], run.device)
         t = draw_level(run, s_x, level(uniform[0], x))
@@ -1080,8 +1066,7 @@ def parse_rewards(text, own=(), flag="--rewards"):
     """"hpsv2=1,ocr=.5,my_module:score=2" -> [(name, weight), ...]. own: names that the backbone brings.
 
     No weight means 1, a negative one makes a penalty; 0 would load a network for nothing. Only --watch may be
-    empty. Every name is looked up, so that nothing is loaded in vain.
-    """
+    empty. Every name is looked up, so that nothing is loaded in vain."""
     pairs = {}
     for item in text.split(",") if text or flag != "--watch" else ():
         name, equals, weight = (part.strip() for part in item.partition("="))
@@ -1158,8 +1143,7 @@ def rate(reward, images, prompts):
     except (Exception, SystemExit) as error:                                # foreign code raises anything
         for i in range(len(prompts) if len(prompts) > 1 else 0):
             rate(reward, images[i:i + 1], prompts[i:i + 1])
-        more = f" and {len(prompts) - 1} more at once" if len(prompts) > 1 else ""
-        where = f"prompt {prompts[0]!r}{more}"
+        where = f"prompt {prompts[0]!r}" + f" and {len(prompts) - 1} more at once" * (len(prompts) > 1)
         raise UsageError(f"reward {name}, {where}: {error!r}; correct it, or leave it out.") from error
     return values.float()
 
@@ -1217,8 +1201,7 @@ class Backbone:
         so the length is part of the condition: sample with the same."""
         if self.text is None:
             self.text = text_pipeline(self).to(self.cfg.device)
-        return {name: rows.cpu() for name, rows in self.read(list(prompts)).items()}  # a copy:
-        # Z-Image's pipeline writes into the list that it has returned.
+        return {n: rows.cpu() for n, rows in self.read(list(prompts)).items()}  # Z-Image writes into the list
 
     def free_text(self):
         """Drop the text encoders: 10.4 GiB in bf16 (SD3), 5.8 (FLUX.2-4B)."""
@@ -1256,10 +1239,9 @@ def flux_velocity(backbone, net, x, t, text, axes, **more):
     sizes = 1, *x.shape[2:], text.shape[1]
     one, row, column, word = (torch.arange(size, device=x.device) for size in sizes)
     grid = lambda *sizes: torch.cartesian_prod(*sizes)[:, :axes]
-    told = (1000 * t.float()).to(backbone.dtype) / 1000
-    v = net(hidden_states=x.flatten(2).mT.to(backbone.dtype), timestep=told, encoder_hidden_states=text,
-            img_ids=grid(one, row, column, one), txt_ids=grid(one, one, one, word), return_dict=False,
-            **more)[0]
+    tokens, told = x.flatten(2).mT.to(backbone.dtype), (1000 * t.float()).to(backbone.dtype) / 1000
+    v = net(hidden_states=tokens, timestep=told, encoder_hidden_states=text, return_dict=False, **more,
+            img_ids=grid(one, row, column, one), txt_ids=grid(one, one, one, word))[0]
     return v.float().mT.unflatten(2, x.shape[2:])
 
 
@@ -1348,7 +1330,8 @@ class ZImageBackbone(Backbone):
         """The network takes lists; its time runs from 0, noise, to 1, image, and it predicts x0 - eps."""
         lengths = [self.text_length] * len(x) if x.is_meta else cond["length"].tolist()   # meta: the longest
         words = [row[:n] for row, n in zip(cond["text"], lengths)]
-        v = net(list(x.to(self.dtype).unsqueeze(2).unbind()), 1 - t.float(), words, return_dict=False)[0]
+        told = (1000 - 1000 * t.float()) / 1000  # 1 - t, rounded as the pipeline rounds it
+        v = net(list(x.to(self.dtype).unsqueeze(2).unbind()), told, words, return_dict=False)[0]
         return -torch.stack(v).squeeze(2).float()
 
 
@@ -1467,8 +1450,7 @@ def load_whole(cls, repo, cfg, part="", **options):
 def matching_linears(net, pattern):
     """Full names of the linears whose name matches. Full, because PEFT takes others as suffixes: attn.to_q
     would miss attn2.to_q, and to_out also match the list that holds it."""
-    linears = [name for name, part in net.named_modules() if isinstance(part, nn.Linear)]
-    return [name for name in linears if re.fullmatch(pattern, name)]
+    return [n for n, part in net.named_modules() if isinstance(part, nn.Linear) and re.fullmatch(pattern, n)]
 
 
 def decode_chunks(vae, z, pixels=2**20):
@@ -1553,8 +1535,7 @@ def prompt_rows(source):
     if kind == ".parquet":
         from pyarrow.parquet import ParquetFile
         file = ParquetFile(source)
-        columns = [name for name in file.schema_arrow.names if name.lower() in PROMPT_COLUMNS]
-        return file.read(columns).to_pylist()
+        return file.read([n for n in file.schema_arrow.names if n.lower() in PROMPT_COLUMNS]).to_pylist()
     lines = (line.decode("utf-8-sig") for line in Path(source).read_bytes().splitlines(keepends=True))
     if kind in (".csv", ".tsv"):
         # strict: or a quote that is never closed swallows the rows after it, in silence.
@@ -1736,9 +1717,8 @@ def key(*parts):
 
 
 def draw(keys, uniforms, normals, shape, device):
-    """Random numbers of B samples, each by a generator of its own that is seeded with one of the B keys:
-    U[0, 1) (uniforms, B) on the CPU, N(0, 1) (normals, B, *shape) on `device`. They are drawn on the CPU, so
-    that they are the same for every device."""
+    """One generator per key -> U[0, 1) (uniforms, B) on the CPU, N(0, 1) (normals, B, *shape) on `device`,
+    all drawn on the CPU, so that they are the same for every device."""
     u, n = torch.empty(uniforms, len(keys)), torch.empty(normals, len(keys), *shape)
     for i, seed in enumerate(keys):
         generator = torch.Generator().manual_seed(seed)
@@ -1798,7 +1778,6 @@ class AdaptedLinear(nn.Linear):
 
 def compile_blocks(net):
     """Has torch.compile compile every transformer block by itself, in place, when it is first called.
-
     Blocks of one kind share a graph. Another shape, a pass with or without gradient, with or without adapter
     makes a further graph. dynamic=False: at the second shape torch would otherwise compile for any shape,
     which takes longer and gives slower code (docs/costs.md)."""
@@ -1816,7 +1795,6 @@ def compiled():
 
 class Roles:
     """theta, phi and psi on frozen base networks: theta and phi are LoRA adapters, psi is the base alone.
-
     All matrices of a role are views of one flat fp32 tensor, the only parameter that its optimizer sees. So
     adapters, gradients, Adam's moments and the EMA are fp32, whatever the base is (DEPARTURES 14, 15)."""
 
@@ -2241,8 +2219,7 @@ def open_log(run):
     facts = dict(config=vars(run.cfg), processes=dist_info()[2], prompts=run.prompt_hash, **provenance(),
                  device=torch.cuda.get_device_name() if "cuda" in run.device else run.device)
     made_by = {"run.json": json.dumps(facts, indent=1).encode()}
-    rewards = [getattr(reward, "func", reward) for reward, _ in run.rewards.values()]
-    parts = [run.roles, run.backbone, *rewards]
+    parts = [run.roles, run.backbone, *(getattr(r, "func", r) for r, _ in run.rewards.values())]
     for module in {sys.modules.get(part.__module__) for part in parts}:
         source = Path(getattr(module, "__file__", None) or "/")
         if source.parent in (Path.cwd(), Path(__file__).resolve().parent):  # ours and the user's
@@ -2292,12 +2269,17 @@ def panel(run):
     rated = lambda reward: torch.cat([rate(reward, images[rows], prompts[rows]) for rows in parts])
     watched = {f"watch_{name}": rated(reward).mean().item() for name, reward in run.watched.items()}
     if dist_info()[0] == 0:
-        shown = getattr(run.backbone, "enlarge", lambda images: images)(images[:16])
+        shown = for_people(run.backbone, images[:16])
         write_png(run.folder / "samples" / f"{run.done:06d}.png", grid(shown, columns=8))
     grey = images.mean(1)
     edges = grey.diff(dim=1).abs().mean() + grey.diff(dim=2).abs().mean()
     return dict(watched, saturation=(images.amax(1) - images.amin(1)).mean().item(), edges=edges.item(),
                 contrast=grey.flatten(1).std(1).mean().item())
+
+
+def for_people(backbone, images):
+    """Images (B, 3, H, W) in [0, 1] as they are shown: enlarged, if the backbone can."""
+    return backbone.enlarge(images) if hasattr(backbone, "enlarge") and len(images) else images
 
 
 def grid(images, columns):

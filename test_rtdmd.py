@@ -147,7 +147,7 @@ def test_the_file_stays_readable():
     lines, tree = source.splitlines(), ast.parse(source)
     functions = {n.name: n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)}
     longest = max(n.end_lineno - n.lineno + 1 for n in functions.values())
-    assert len(lines) <= 2425 and longest <= 60 and max(map(len, lines)) <= 110
+    assert len(lines) <= 2400 and longest <= 60 and max(map(len, lines)) <= 110
     assert functions["pathwise_terms"].end_lineno - functions["rollout_in_chunks"].lineno + 1 <= 250
 
 
@@ -2393,7 +2393,7 @@ def test_teacher_guidance_equals_the_stock_pipeline(folders, name, rows):
     for v, t, x in seen:
         v, x, t = unpacked(v, name), unpacked(x, name), (t / 1000).expand(2)
         with torch.no_grad():
-            torch.testing.assert_close(roles.teacher(x, t, cond, null), v, atol=3e-5, rtol=1e-5)
+            torch.testing.assert_close(roles.teacher(x, t, cond, null), v, atol=1e-5, rtol=1e-5)
             assert (roles.velocity("teacher", x, t, cond) - v).abs().max() > 1e-4
     assert forwards == [rows, 2] * 4
 
@@ -3344,7 +3344,8 @@ FILES = [rtdmd.LORA_FILE, rtdmd.STATE_FILE, rtdmd.FACTS_FILE]
 
 
 def cut(path):
-    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+    """Halves a file, as a new one: to shorten it in place would kill a thread that has it mapped."""
+    rtdmd.write_atomic(path, path.read_bytes()[:path.stat().st_size // 2])
 
 
 def flip(path, place=-9):
@@ -3703,7 +3704,8 @@ def test_truncated_caches(cache, flags, tmp_path, capfd):
              for path in (tmp_path / "cache/text").rglob("*.safetensors")}
     for value in (torch.nan, 0.0):                                               # whole files that no encoder makes
         for path, rows in files.items():
-            path.write_bytes(rtdmd.safetensors_bytes({n: torch.full_like(x, value) for n, x in rows.items()}))
+            spoilt = {n: torch.full_like(x, value) for n, x in rows.items()}
+            rtdmd.write_atomic(path, rtdmd.safetensors_bytes(spoilt))             # not in place: see cut
         refused(capfd, flags(1, "--cache", tmp_path / "cache", "--iterations", 4), "holds no embedding: start again")
     teacher = tmp_path / "cache/tiny-1.safetensors"
     whole = {n: x.clone() for n, x in rtdmd.load_file(teacher).items()}
@@ -3711,7 +3713,7 @@ def test_truncated_caches(cache, flags, tmp_path, capfd):
         spoilt = {n: x * value for n, x in whole.items()}
         if value:
             spoilt["net.proj_out.weight"][0, 0] = torch.nan
-        teacher.write_bytes(rtdmd.safetensors_bytes(spoilt))
+        rtdmd.write_atomic(teacher, rtdmd.safetensors_bytes(spoilt))
         refused(capfd, flags(1, "--cache", tmp_path / "cache"), "tiny-1.safetensors is damaged.*delete")
     cut(teacher)
     refused(capfd, flags(1, "--cache", tmp_path / "cache"), "tiny-1.safetensors is damaged.*delete")
@@ -3770,8 +3772,8 @@ WRONG = [line.split(" | ") for line in r"""
 1 --guidance nan | finite
 1 --dtype fp16 | take one of 'bf16', 'fp32'
 1 --dtype float | take one of
-1 --device tpu | take cuda or cpu
-1 --device meta | take cuda or cpu
+1 --device tpu | --device tpu: take cuda or cpu
+1 --device meta | --device meta: take cuda or cpu
 1 --renoise yes | unrecognized arguments
 1 --watch nonsense | no reward is called 'nonsense'
 1 --rewards nonsense | no reward is called 'nonsense'
@@ -3851,7 +3853,7 @@ def test_other_wrong_input(flags, tmp_path, capfd, monkeypatch):
     refused(capfd, flags(2, "--rewards", ""), "write name=weight|no name")
     refused(capfd, flags(1, "--prompts", ""), "cannot be read .it is no file")
     if not torch.cuda.is_available():
-        refused(capfd, flags(1, "--device", "cuda"), "sees 0")
+        refused(capfd, flags(1, "--device", "cuda"), "PyTorch sees 0: start fewer")
     monkeypatch.setenv("WORLD_SIZE", "3")
     refused(capfd, flags(1), "MASTER_PORT is not torchrun's")
     monkeypatch.setenv("MASTER_ADDR", "localhost")
@@ -6076,7 +6078,7 @@ def test_tdm_draws_levels_from_the_steps_own_interval():
         t = rtdmd.draw_level(run, s, u)
     above = run.times[[0, 1, 2, 3]].view(-1, 1, 1)
     close(t, s + (above - s) * (0.01 + 0.98 * u))
-    assert (rtdmd.draw_level(run, s, u)[1:] > t[1:]).all()
+    assert (rtdmd.draw_level(run, s, u) > t).all()
 
 
 def test_dmd2_matches_the_x_prediction_in_stage_2_too(flags, monkeypatch):
