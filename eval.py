@@ -55,7 +55,7 @@ import textwrap
 import time
 import weakref
 import zipfile
-from collections import namedtuple
+from collections import deque, namedtuple
 from pathlib import Path
 
 import diffusers
@@ -2253,13 +2253,12 @@ STAGE2_ROWS = {
 #              that x-predictions suit (eta 1)
 #   DMD2       no GAN, as in App. K: it takes real pictures, which no other row sees
 #   TDM        its fake score learns from Eq. 10 (no importance weights) and three times per update, not once
-#   DMDR       its ReFL variant, the reward's gradient, since Table 4 finds that as good as both terms here,
-#              with DMD2's matching; not its warm-up of guidance and noise levels, whose constants we do not
-#              have
+#   DMDR       with the reward from the first step, as its idea is (its later versions distil alone at first);
+#              its ReFL variant, the reward's gradient, since Table 4 finds that as good as both terms here, with
+#              DMD2's matching; not its warm-up of guidance and noise levels, whose constants we do not have
 #   Flow-GRPO  on the distilled student and without a KL to it, which would hold it back
-#   TDM-R1     on the AC-DMD student, with AC-DMD's matching; one reward for the picture, sent back through
-#              all steps, where TDM-R1 has a reward for each of them. Its surrogate learns from the groups of the
-#              iteration alone, which are mostly flat here: a memory of earlier ones would favour it
+#   TDM-R1     on the AC-DMD student, with AC-DMD's matching; one reward for the picture, sent back through all
+#              steps, where TDM-R1 has a reward for each of them; its weight is the better of 2 and 10 (seed 0)
 # Not here: Hyper-SD (trajectory-segmented consistency, then ReFL, with guidance) and Flash Diffusion
 # (adversarial, on real pictures) are families of their own, which share no loss with these rows; of GDMD
 # (forward-process RL beside DMD) and R_dm (distribution matching as the reward of GRPO) App. A has a sentence
@@ -2289,8 +2288,8 @@ TABLE1 = [
         "strict, SubGRPO M=2": "--rewards strict=1",
         "strict, naive GRPO": "--rewards strict=1 --subset_size 3",
         "strict, Flow-GRPO": f"--rewards strict=1 {FLOW_GRPO}",
-        "strict, TDM-R1": "--rewards strict=1 --policy_weight 0 --gamma 0 --iterations 40 @tdm_r1 "
-                          "@pathwise_4"})]
+        "strict, TDM-R1": "--rewards strict=1 --policy_weight 0 --gamma 0 --det_weight 2 --iterations 40 "
+                          "@tdm_r1 @pathwise_4"})]
 TABLE1_NAMES = {                                           # of rows that other tables have under another name
     BASE: "AC-DMD (ours)", BASE_2: "RTDMD (ours)", "SubGRPO M=2": "SubGRPO, matching",
     "released constants, stage 2": "RTDMD, released constants", "strict, SubGRPO M=2": "RTDMD (ours)",
@@ -2717,14 +2716,15 @@ def pathwise_through(start, steps):
     return {(rtdmd, "reinforce_slot"): reinforce_slot}
 
 
-def tdm_r1(start, updates=2):
+def tdm_r1(start, updates=2, kept=40):
     """TDM-R1's idea for a reward without gradient: a surrogate that has one learns from the rewards of the
-    student's own groups, and the student climbs it. As in DPO the surrogate is a denoiser, here a third
-    adapter that begins as the teacher: r(x_0) is how much better than the teacher it denoises x_0, half the
-    difference of their squared errors at a random t. It learns which pictures of a group score above the
-    group's mean (Bradley-Terry on the means of those above and of those below; t and noise are the group's).
-    It is in no checkpoint: a row that was stopped goes on with a new one."""
-    prepare, judge = rtdmd.prepare, rtdmd.judge_groups
+    student's own groups, and the student climbs it. As in DPO the surrogate is a denoiser, here a third adapter
+    that begins as the teacher: r(x_0) is how much better than the teacher it denoises x_0, half the difference
+    of their squared errors at a random t. It learns which pictures of a group score above the group's mean
+    (Bradley-Terry on the means of those above and of those below; t and noise are the group's), from groups
+    drawn among the latest `kept` that do not all score the same. It is in no checkpoint: a row that was stopped
+    goes on with a new one."""
+    prepare, judge, memory = rtdmd.prepare, rtdmd.judge_groups, deque(maxlen=kept)
 
     def begin(cfg):
         run = prepare(cfg)
@@ -2749,19 +2749,21 @@ def tdm_r1(start, updates=2):
 
     def judge_groups(run, b):
         judge(run, b)
-        N = run.cfg.group_size
-        A = b.advantages.view(-1, N)
-        mean_of = lambda some: some / some.sum(1, keepdim=True).clamp_min(1)
-        compare = mean_of((A > 0).float()) - mean_of((A < 0).float())
-        for update in range(updates):
-            t, noise = (x.repeat_interleave(N, 0) for x in draws(run, "learns", update, len(A)))
-            r = surrogate_reward(run, b.states[-1], b.prompts, t, noise).view(-1, N)
-            margin = (compare * r).sum(1)[A.any(1)]               # groups that differ
-            if len(margin):
-                run.surrogate.zero_grad()                    # the student's update left a gradient here, too
-                (-F.logsigmoid(margin).mean()).backward()
-                run.surrogate.step()
-                rtdmd.note(run, len(margin), surrogate_right=(margin > 0).float().mean())
+        N, chance = run.cfg.group_size, random.Random(rtdmd.key(run.cfg.seed, run.done, "memory"))
+        half = lambda some: some.float() / some.sum().clamp_min(1)
+        for rows in rtdmd.chunks(len(b.ids), N):
+            A = b.advantages[rows]
+            if A.any():                                      # a group that is all right or all wrong says nothing
+                memory.append((b.states[-1][rows], b.prompts[rows], half(A > 0) - half(A < 0)))
+        for update in range(updates if memory else 0):
+            x, prompts, compare = zip(*chance.sample(memory, min(len(memory), run.cfg.groups)))
+            t, noise = (d.repeat_interleave(N, 0) for d in draws(run, "learns", update, len(x)))
+            r = surrogate_reward(run, torch.cat(x), [p for group in prompts for p in group], t, noise)
+            margin = (torch.cat(compare) * r).view(-1, N).sum(1)
+            run.surrogate.zero_grad()                        # the student's update left a gradient here, too
+            (-F.logsigmoid(margin).mean()).backward()
+            run.surrogate.step()
+            rtdmd.note(run, len(margin), surrogate_right=(margin > 0).float().mean())
 
     def pathwise_terms(run, x_0, prompts, scales):
         t, noise = draws(run, "teaches", len(x_0), len(x_0))
