@@ -1523,7 +1523,7 @@ def evaluate(flags, cfg):
             results[name].update({m: found[m] for m in of_set})
         results[name]["seconds_per_image"] = (seconds[name], math.nan)
     shown = range(0, len(captions), flags.per_prompt)[:8]
-    panels = rtdmd.for_people(sampler.backbone, grid_rows(pictures, shown))
+    panels = for_people(sampler.backbone, grid_rows(pictures, shown))
     prompt_hash = f"{rtdmd.key(prompts):016x}"               # two reports compare only if it is the same
     note = (f"{len(prompts)} prompts x {flags.per_prompt} pictures, set {prompt_hash}, seed {cfg.seed}; ± is one "
             f"standard error. Pictures: {flags.out}/grid.png.")
@@ -1539,6 +1539,11 @@ def evaluate(flags, cfg):
     if flags.save_images:
         save_pictures(out / "images", pictures, captions)
     demand_scores(flags, scores, [labels[row] for row in rows if len(lost[row]) == len(captions)])
+
+
+def for_people(backbone, images):
+    """Images (B, 3, H, W) in [0, 1] as they are shown: enlarged, if the backbone can."""
+    return backbone.enlarge(images) if hasattr(backbone, "enlarge") and len(images) else images
 
 
 def whole_set_metrics(backbone, index, images, captions, per_prompt):
@@ -1590,7 +1595,7 @@ def student_predictions(sampler, rows, captions):
         keys = [rtdmd.key("eval", sampler.cfg.seed, caption, 0) for caption in captions]
         _, predictions = sampler.rollout(rows[name], captions, keys)
         images = torch.stack([sampler.backbone.decode(h).float() for h in predictions], 1).flatten(0, 1)
-        found[name] = rtdmd.for_people(sampler.backbone, images.nan_to_num(1.0)).cpu()
+        found[name] = for_people(sampler.backbone, images.nan_to_num(1.0)).cpu()
     return found
 
 
@@ -2064,7 +2069,7 @@ def random_reward(name, cfg, own):
     if name not in CLIP_SIZES:
         return rtdmd.log(f"--dry_run: {name} cannot be made without a download, and is left out.")
     with torch.device(cfg.device):
-        net = open_clip.create_model(CLIP_SIZES[name], device=cfg.device)
+        net = open_clip.CLIP(**open_clip.get_model_config(CLIP_SIZES[name]))
     tokenise = open_clip.get_tokenizer(CLIP_SIZES[name])
     embed_text = lambda prompts: net.encode_text(tokenise(prompts).to(cfg.device))
     return rtdmd.ClipReward(name, REWARDS[name], (net, net.encode_image, embed_text))
@@ -2101,7 +2106,8 @@ def host_or_gpu(run):
         return time.perf_counter() - start
 
     host = [launch() for _ in range(3)][-1]                                # the first ones warm up
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA] if on_gpu else None) as seen:
+    what = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if on_gpu else None
+    with profile(activities=what, acc_events=True) as seen:                # or it warns that it keeps one cycle
         launch()
         wait()
     kernels = [e for e in seen.events() if e.device_type == (DeviceType.CUDA if on_gpu else DeviceType.CPU)]

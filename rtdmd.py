@@ -130,14 +130,13 @@ class Config:
     lora_rank: int = opt(64, "r (paper 4.1)")
     lora_alpha: int = opt(32, "alpha (paper 4.1): the update is scaled by alpha / r")
     checkpointing: bool = opt(False, "recompute activations in the backward pass: less memory, slower")
-    no_compile: bool = opt(False, "on cuda: do not torch.compile the network's blocks (minutes at the start)")
+    no_compile: bool = opt(False, "on cuda: do not torch.compile SD3's blocks (a minute or two at the start)")
     # ---- Sampler (App. C)
     steps: int = opt(4, "K (paper 3.1)")
     eta: float = opt(0.9, "CPS randomness: 0 Euler ODE, 1 consistency sampler (paper 4.1, App. K)")
     # ---- AC-DMD (3.1)
     gamma: float = opt(0.01, "weight of the consistency term in Eq. 12 (paper 4.1); 0 is A-DMD")
-    consistency_share: float = opt(0.25, "q: the consistency term is evaluated on a share q of the samples "
-                                   "and divided by q: same mean, a third less work (ours); 1: on all")
+    consistency_share: float = opt(0.25, "q: share of the samples with the consistency term (ours); 1: all")
     delta: float = opt(0.1, "largest t' - t'' of the consistency term, in noise level (ours; released: 0.2)")
     batch: int = opt(72, "samples per update in stage 1, over all processes (released: 9 x 8 GPUs)")
     fake_updates: int = opt(0, "fake updates per generator update; 0: the stage's own (released: 10, then 1)")
@@ -159,8 +158,7 @@ class Config:
     weight_decay: float = opt(0.0, "AdamW's, generator (released stage 2: 1e-4)")
     grad_clip: float = opt(1.0, "gradient norm, per adapter (released)")
     ema: float = opt(0.95, "decay per generator update of the exported weights (ours; released .904, .81)")
-    micro_batch: int = opt(0, "samples per pass with gradient, per process: the memory knob, changes nothing "
-                           "else; 0: what fits the GPU")
+    micro_batch: int = opt(0, "samples per pass with gradient, per process: memory alone; 0: what fits a GPU")
     max_bad_steps: int = opt(5, "stop after so many non-finite updates in a row")
     # ---- Records
     save_every: int = opt(50, "iterations between checkpoints")
@@ -200,6 +198,7 @@ def resolve(flags):
     cfg = Config(**values)
     cfg.device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     cfg.dtype = cfg.dtype or ("fp32" if cfg.device == "cpu" else "bf16")
+    cfg.no_compile |= not getattr(backbone_class(model), "compiles", False)  # docs/costs.md: what failed
     check(cfg)
     return cfg
 
@@ -580,19 +579,20 @@ def tried_again(function):
     so the numbers are those of a run without the failure."""
     @functools.wraps(function)
     def wrapped(run, *arguments):
-        terms = dict(run.terms)
+        terms, reason = dict(run.terms), ""
         try:
             return function(run, *arguments)
         except torch.OutOfMemoryError:
             if run.cfg.micro_batch == 1:
                 raise
-            reason = ""
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
         # Not inside `except`: there the exception would still hold the graph of the failed pass in memory.
         run.terms = terms
         for optimizer in run.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
+        if "CUDA error" in reason:
+            raise UsageError(f"the GPU failed ({reason}): start again with --no_compile.", code=1)
         if reason:
             torch.compiler.set_stance("force_eager")
             text = f"cannot compile the network ({reason}): it goes on uncompiled, slower"
@@ -971,8 +971,12 @@ CLIP_MEAN, CLIP_STD = (.48145466, .4578275, .40821073), (.26862954, .26130258, .
 
 def resize(images, height, width, mode="bicubic"):
     """Resizes as PIL does, but differentiably: (B, C, H, W) -> (B, C, height, width), in fp32. Without
-    antialias the reward ignores most pixels of a large image, and its gradient has a grid pattern."""
-    return F.interpolate(images.float(), (height, width), mode=mode, antialias=True, align_corners=False)
+    antialias the reward ignores most pixels of a large image, and its gradient has a grid pattern. As matrix
+    products: on a GPU the backward pass of F.interpolate is slow, and rounds differently in every run."""
+    eye = lambda n: torch.eye(n, device=images.device)[None, None]
+    down, across = (F.interpolate(eye(old), (new, old), mode=mode, antialias=True, align_corners=False)[0, 0]
+                    for old, new in zip(images.shape[-2:], (height, width)))
+    return (down.double() @ images.double() @ across.mT.double()).float()
 
 
 def normalise(images, mean=CLIP_MEAN, std=CLIP_STD):
@@ -1004,7 +1008,7 @@ def open_clip_host(row, cfg):
     import open_clip
     from hpsv2.utils import hps_version_map
     weights = torch.load(find_weights(row["repo"], hps_version_map["v2.1"], cfg), "cpu", weights_only=True)
-    net = open_clip.create_model("ViT-H-14", pretrained=None)  # the LAION weights would be overwritten
+    net = open_clip.CLIP(**open_clip.get_model_config("ViT-H-14"))  # create_model would warn: no weights
     net.load_state_dict(weights["state_dict"], strict=True)
     net, tokenise = net.to(cfg.device), open_clip.get_tokenizer("ViT-H-14")
     return net, net.encode_image, lambda prompts: net.encode_text(tokenise(prompts).to(cfg.device))
@@ -1116,14 +1120,12 @@ def load_reward(name, cfg, own={}):
 
 def depends_on(result, source):
     """Whether autograd can go back from one tensor to another that is not a leaf."""
-    todo, seen = [result.grad_fn], {None}
+    todo, seen = [result.grad_fn], set()
     while todo:
-        if (node := todo.pop()) is source.grad_fn and node is not None:
-            return True
-        if node not in seen:
+        if (node := todo.pop()) and node not in seen:
             seen.add(node)
             todo += [parent for parent, _ in node.next_functions]
-    return False
+    return source.grad_fn in seen
 
 
 def rate(reward, images, prompts):
@@ -1162,8 +1164,9 @@ def rate(reward, images, prompts):
 #   velocity(net, x, t, cond)   v = eps - x0 (B,C,H,W) fp32 at levels t (B,); differentiable
 #   quantise(t)      the level that the network is really told when it is asked for t
 #   decode(x)        latents -> images (B,3,H,W) in [0,1]; differentiable
-#   optional         rewards, {name: reward} of its own (of the class: their names); text_length; settings of
-#                    the class: its defaults, as a row of MODELS; enlarge(images), for people to look at
+#   optional         rewards, {name: reward} of its own (of the class: their names); text_length;
+#                    enlarge(images), for people to look at; of the class: settings, its defaults as a row of
+#                    MODELS, and compiles, whether its blocks are compiled on a GPU
 # ------------------------------------------------------------------------------------------------------------
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -1220,7 +1223,7 @@ class Backbone:
 class SD3Backbone(Backbone):
     """SD3 and SD3.5: 77 CLIP + 256 T5 tokens (B, 333, 4096), pooled (B, 2048)."""
 
-    net_class, pipeline, tokens = "SD3Transformer2DModel", "StableDiffusion3Pipeline", 256
+    net_class, pipeline, tokens, compiles = "SD3Transformer2DModel", "StableDiffusion3Pipeline", 256, True
 
     def read(self, prompts):
         text, _, pooled, _ = self.text.encode_prompt(prompts, None, None, do_classifier_free_guidance=False,
@@ -1635,7 +1638,7 @@ class TextCache:
         """cond of `prompts`, batch first, on `device`."""
         rows = [future.result() for future in [self.row(prompt) for prompt in prompts]]
         cond = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-        pin = torch.device(device).type == "cuda"         # a copy from pinned memory does not stop the host
+        pin = torch.device(device).type == "cuda"          # a copy from pinned memory does not stop the host
         return {n: (x.pin_memory() if pin else x).to(device, non_blocking=True) for n, x in cond.items()}
 
 
@@ -1689,6 +1692,7 @@ def everyone(value):
 
 
 barrier = functools.partial(everyone, None)  # no process goes on before all have come here
+THREADS = concurrent.futures.ThreadPoolExecutor(8)  # for work that goes sample by sample
 
 
 def share(total):
@@ -1709,22 +1713,24 @@ def progress(iterable, total, label, start=0):
 
 
 def key(*parts):
-    """A 63-bit seed made of the parts, which may be anything that has a repr.
-
-    Every draw names its purpose, so there is no random state to save: the same numbers come out after a
-    restart, with any number of processes and with any micro-batch."""
+    """A 63-bit seed made of the parts, of anything that has a repr. Every draw names its purpose, so
+    there is no random state to save: the same numbers come out after a restart, with any number of processes
+    and with any micro-batch."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
 
 
 def draw(keys, uniforms, normals, shape, device):
     """One generator per key -> U[0, 1) (uniforms, B) on the CPU, N(0, 1) (normals, B, *shape) on `device`,
     all drawn on the CPU, so that they are the same for every device."""
-    u, n = torch.empty(uniforms, len(keys)), torch.empty(normals, len(keys), *shape)
-    for i, seed in enumerate(keys):
-        generator = torch.Generator().manual_seed(seed)
+    pinned = torch.device(device).type == "cuda"           # from there a copy does not make the host wait
+    u, n = torch.empty(uniforms, len(keys)), torch.empty(normals, len(keys), *shape, pin_memory=pinned)
+
+    def fill(i):
+        generator = torch.Generator().manual_seed(keys[i])
         u[:, i] = torch.rand(uniforms, generator=generator)
         n[:, i] = torch.randn(normals, *shape, generator=generator)
-    return u, n.to(device)
+    list(THREADS.map(fill, range(len(keys))))
+    return u, n.to(device, non_blocking=True)
 
 
 def chunks(total, size):
@@ -2269,17 +2275,12 @@ def panel(run):
     rated = lambda reward: torch.cat([rate(reward, images[rows], prompts[rows]) for rows in parts])
     watched = {f"watch_{name}": rated(reward).mean().item() for name, reward in run.watched.items()}
     if dist_info()[0] == 0:
-        shown = for_people(run.backbone, images[:16])
-        write_png(run.folder / "samples" / f"{run.done:06d}.png", grid(shown, columns=8))
+        enlarge = getattr(run.backbone, "enlarge", lambda images: images)
+        write_png(run.folder / "samples" / f"{run.done:06d}.png", grid(enlarge(images[:16]), columns=8))
     grey = images.mean(1)
     edges = grey.diff(dim=1).abs().mean() + grey.diff(dim=2).abs().mean()
     return dict(watched, saturation=(images.amax(1) - images.amin(1)).mean().item(), edges=edges.item(),
                 contrast=grey.flatten(1).std(1).mean().item())
-
-
-def for_people(backbone, images):
-    """Images (B, 3, H, W) in [0, 1] as they are shown: enlarged, if the backbone can."""
-    return backbone.enlarge(images) if hasattr(backbone, "enlarge") and len(images) else images
 
 
 def grid(images, columns):
@@ -2323,7 +2324,6 @@ HELP_TITLES = dict(stage="what to run", pretrained="network", steps="sampler (Ap
 
 class FlagParser(argparse.ArgumentParser):
     """argparse that raises UsageError."""
-
     def error(self, message):
         raise UsageError(f"{message}: see --help.")
 
