@@ -2116,6 +2116,23 @@ def host_or_gpu(run):
             f"in {busy * 1000:.0f} ms: bound by the {'host' if host > busy else 'GPU'}.")
 
 
+def compiled_or_not(run):
+    """One sentence: how far a compiled pass of theta is from an uncompiled one, in output and gradient. bf16 rounds in
+    other places if operations are fused: some percent of the gradient. More is a wrong graph."""
+    n, found = run.cfg.micro_batch, []
+    x, t = torch.randn(n, *run.backbone.latent_shape, device=run.device), torch.full((n,), 0.5, device=run.device)
+    cond, p = run.text.batch([""] * n, run.device), run.roles.flat["generator"]
+    for stance in ("force_eager", "default"):
+        with torch.compiler.set_stance(stance):
+            v = run.roles.velocity("generator", x, t, cond)
+            v.square().mean().backward()
+        found.append((v.detach(), p.grad))
+        p.grad = None
+    output, gradient = (((b - a).norm() / a.norm()).item() for a, b in zip(*found))
+    return (f"A compiled pass of {n} samples differs from an uncompiled one by {output:.1e} in its output and by "
+            f"{gradient:.1e} in its gradient.")
+
+
 def standing_weights(run):
     """Bytes that stay in memory, by what they are; weights that two modules share count once."""
     lora = sum(p.nbytes for p in run.roles.flat.values())
@@ -2165,6 +2182,8 @@ def cost_lines(run, phases, total, weights, samples):
         graphs, seconds = rtdmd.compiled()
         yield f"Compiled: {graphs} graphs of transformer blocks, in {seconds:.0f} s."
         yield host_or_gpu(run)
+        if not run.cfg.no_compile:
+            yield compiled_or_not(run)
         yield f"Products of large bf16 matrices in the same process: {matrix_rate(run.device):.3g} TFLOP/s."
     source = "allocator" if "cuda" in run.device else "counted, not measured"
     yield (f"Weights GB: {words({n: size / 1e9 for n, size in weights.items()})}; with the highest peak "

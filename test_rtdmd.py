@@ -1492,6 +1492,19 @@ def test_the_dry_run_says_whether_the_host_is_waited_for(flags):
                         r"bound by the (host|GPU)\.", text)
 
 
+@pytest.mark.parametrize("factor, right", [(1, True), (1.5, False)])
+def test_the_dry_run_compares_compiled_and_uncompiled(factor, right, flags, monkeypatch):
+    """A compiler that makes a wrong graph is seen in the output and in the gradient."""
+    compiled_by(monkeypatch, lambda graph, inputs: lambda *now: [factor * y for y in graph(*now)])
+    run = prepared(flags(1))
+    run.roles.flat["generator"].data += 0.05 * torch.randn(run.ema.shape, generator=rng())
+    rtdmd.compile_blocks(run.roles.nets["generator"])
+    text = ev.compiled_or_not(run)
+    numbers = [float(number) for number in re.findall(r"by (\S+e\S+) in", text)]
+    assert text.startswith("A compiled pass of 6 samples") and len(numbers) == 2
+    assert all((number < 1e-4) is right for number in numbers), text
+
+
 def test_out_of_memory_goes_on_with_half_the_micro_batch(flags, tmp_path, monkeypatch, capfd):
     """The update is done again from its start: the same numbers, but for the order of sums. At 1 it gives up."""
     rtdmd.main(flags(2, "--out", tmp_path / "whole"))
