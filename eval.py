@@ -1230,7 +1230,8 @@ def plan(flags, cfg):
         return dict(role="teacher", nfe=nfe, eta=0.0, guidance=guidance, lora=None)
 
     if flags.run_folder:                                     # 50 steps, with guidance 100 NFE: the paper's 4.2
-        rows = {"teacher": teacher(50, 1.0), "teacher_cfg": teacher(50, cfg.guidance), "student_init": student()}
+        rows = {"teacher": teacher(50, 1.0)} | ({"teacher_cfg": teacher(50, cfg.guidance)} if cfg.guidance != 1 else {})
+        rows["student_init"] = student()
         for folder in (Path(flags.run_folder) / "stage1", Path(flags.run_folder) / "stage2"):
             if rtdmd.list_checkpoints(folder):
                 rows[folder.name] = student(checkpoint_at(folder))
@@ -1667,6 +1668,8 @@ def read_folder(folder):
         raise UsageError(f"{listed} names {missing[0]}, which does not exist: correct it." if missing else
                          f"--images {folder} holds no picture that Pillow reads: give another folder"
                          f"{f', one of {below} in it' if below else ''}.")
+    source = "metadata.jsonl" if listed.exists() else f"their names, such as {prompts[0]!r:.60}"
+    rtdmd.log(f"{folder}: the prompts of {len(files)} pictures are from {source}")
     return files, prompts
 
 
@@ -2187,7 +2190,7 @@ def cost_lines(run, phases, total, weights, samples):
         yield f"Products of large bf16 matrices in the same process: {matrix_rate(run.device):.3g} TFLOP/s."
     source = "allocator" if "cuda" in run.device else "counted, not measured"
     yield (f"Weights GB: {words({n: size / 1e9 for n, size in weights.items()})}; with the highest peak "
-           f"{total['peak_bytes'] / 1e9:.3g} GB ({source}).")
+           f"{total['peak_bytes'] / 1e9:.3g} GB at micro-batch {run.cfg.micro_batch} ({source}).")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2344,13 +2347,12 @@ def ablations(flags, cfg):
     starting = {seed for stage, row, words, seed in jobs.values() if stage == 2 or "@fake_from_zero" in words}
     base = [(1, BASE, STAGE1_ROWS[QUICK[1]][BASE], seed) for seed in seeds if seed in starting]
     if not jobs:
-        rtdmd.log(f"--only {flags.only!r} names no row of these tables: nothing is trained.")
-    else:
-        try_folder(out)
-        world = dict(cache=cfg.cache, pretrained=cfg.pretrained, device=cfg.device)
-        TinyBackbone(rtdmd.resolve(world))                                  # makes it, if it is not there
-        train_rows(base, out, cfg, flags.jobs)  # where these rows start
-        train_rows(list(jobs.values()), out, cfg, flags.jobs)
+        raise UsageError(f"--only {flags.only!r} names no row of these tables, such as {BASE!r}: correct it.")
+    try_folder(out)
+    world = dict(cache=cfg.cache, pretrained=cfg.pretrained, device=cfg.device)
+    TinyBackbone(rtdmd.resolve(world))                                      # makes it, if it is not there
+    train_rows(base, out, cfg, flags.jobs)  # where these rows start
+    train_rows(list(jobs.values()), out, cfg, flags.jobs)
     files = {row: [result_of(out, row, seed) for seed in seeds] for _, _, rows in tables for row in rows}
     results = {row: [json.loads(file.read_text()) for file in found if file.exists()] for row, found in files.items()}
     names_in = lambda table: TABLE1_NAMES if table.startswith("Table 1") else {}

@@ -1482,7 +1482,7 @@ def read_prompts(source, seed=None):
     module:attribute, a list of texts or a function that returns one. Stripped, without blank lines and
     duplicates; in an order by seed and text alone (a new line moves no other), or without a seed in the
     file's. UsageError names the line that is wrong."""
-    texts, known = [], ", ".join([*KNOWN_PROMPTS, "module:attribute"])
+    texts, known = [], ", ".join([name for name in KNOWN_PROMPTS if name != source] + ["module:attribute"])
     done = int(source.lower().endswith((".csv", ".tsv")))                   # lines read: a table has a header
     try:
         for i, row in enumerate(rows := prompt_rows(source), 1):
@@ -2233,7 +2233,7 @@ def open_log(run):
     for name, content in made_by.items():
         path = run.folder / name
         if run.done and path.exists() and path.read_bytes() != content:
-            log(f"{name} is not what iterations 1 to {run.done} were made with, which is kept beside it.")
+            log(f"{name} has changed since iteration {run.done}; the old one is kept beside it.")
             os.replace(path, path.with_name(f"{path.stem}-until-{run.done:06d}{path.suffix}"))
         write_atomic(path, content)
     path = run.folder / "metrics.jsonl"
