@@ -52,6 +52,7 @@ import random
 import re
 import sys
 import textwrap
+import threading
 import time
 import weakref
 import zipfile
@@ -911,6 +912,8 @@ DEFAULT_METRICS = {"tiny": ",".join(TINY_COLUMNS), "real": "clipscore,aesthetic,
 
 def check_metrics(flags, own=()):
     """Refuses an unknown metric, and a module without it, before anything is loaded or sampled."""
+    if "=" in ",".join(flags.metrics):
+        raise UsageError(f"--metrics {','.join(flags.metrics)}: names alone, comma separated; rewards have weights.")
     rtdmd.parse_rewards(",".join(flags.metrics), own, "--metrics")
 
 
@@ -1534,9 +1537,9 @@ def evaluate(flags, cfg):
         if len(panels):
             save_grid(out / "grid.png", panels, len(shown), [*labels.values()], [captions[i] for i in shown])
         if flags.run_folder:
-            draw_run_curves(Path(flags.run_folder), out / "curves.png")
             save_trajectories(out / "trajectory.png", trails, labels, prompts[:2])
             save_film(flags.run_folder, out / "training.gif")
+            draw_run_curves(Path(flags.run_folder), out / "curves.png")
     if flags.save_images:
         save_pictures(out / "images", pictures, captions)
     demand_scores(flags, scores, [labels[row] for row in rows if len(lost[row]) == len(captions)])
@@ -1614,7 +1617,9 @@ def save_film(folder, path, width=800):
     """The panels of both stages, one after the other, as a GIF that repeats: how the pictures of the same prompts and
     noise change while the model trains."""
     frames = []
-    for panel in sorted(Path(folder).glob("stage[12]/samples/*.png")):
+    for panel in sorted(Path(folder).glob("stage[12]/samples/" + "[0-9]" * 6 + "*.png")):
+        if not panel.stem.isdigit():
+            continue                                         # a picture that somebody put there
         with Image.open(panel) as image:
             image.thumbnail((width, width))
             frame = Image.new("RGB", (image.width, image.height + 20), "white")
@@ -1653,10 +1658,10 @@ def read_folder(folder):
     else:
         readable = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
         there = sorted(p for p in folder.iterdir() if not p.is_dir() and not p.name.startswith("."))
-        files = [p for p in there if p.suffix.lower() in readable]
+        files = [p for p in there if p.suffix.lower() in readable and p.exists()]
         if others := sorted({p.suffix or p.name for p in there if p not in files}):
-            rtdmd.log(f"{folder}: {len(there) - len(files)} files are left out, no pictures by their ending: "
-                      f"{', '.join(others[:8])}")
+            rtdmd.log(f"{folder}: {len(there) - len(files)} files are left out, no pictures by their ending, or dead "
+                      f"links: {', '.join(others[:8])}")
         prompts = [p.stem.replace("_", " ").strip() for p in files]
     for file, prompt in zip(files, prompts):
         if re.search("[\ud800-\udfff]", prompt):
@@ -2369,11 +2374,18 @@ def ablations(flags, cfg):
     draw_ablation_curves(out, seeds)
 
 
+def begin_worker(threads):
+    """A process of train_rows. It ends with the program: a row that goes on alone would keep its folder locked."""
+    torch.set_num_threads(threads)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
 def train_rows(jobs, out, cfg, processes):
     """The jobs (stage, row, words, seed) without a result, in that many processes at a time."""
     jobs = [job for job in jobs if not result_of(out, job[1], job[3]).exists()]
     threads, spawn = max(1, (os.cpu_count() or 1) // processes), multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(processes, spawn, torch.set_num_threads, (threads,)) as pool:
+    with concurrent.futures.ProcessPoolExecutor(processes, spawn, begin_worker, (threads,)) as pool:
         waiting = [pool.submit(ablation, out, cfg, *job) for job in jobs]
         try:
             for done in rtdmd.progress(concurrent.futures.as_completed(waiting), len(waiting), "ablations"):
@@ -2445,6 +2457,7 @@ def read_log(folder):
     try:
         rows = [json.loads(line) for line in lines if line.endswith("}\n")]
         assert all(isinstance(row["iteration"], int) for row in rows)
+        assert all(isinstance(v, (int, float)) and math.isfinite(v) for row in rows for v in row.values())
     except (ValueError, KeyError, AssertionError) as error:
         raise UsageError(f"{path} has lines that no run wrote ({error!r}): restore it, or move it away.") from error
     return rows

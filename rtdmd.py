@@ -203,16 +203,17 @@ def resolve(flags):
     return cfg
 
 
-def find_named(name, what):
-    """What "module:attribute" names: a backbone, a reward or a list of prompts. The module may lie in the
-    current folder, beside this file, or among the packages."""
+def find_named(name, what, call=False):
+    """What "module:attribute" names: a backbone, a reward or a list of prompts; call: its result, if it is a
+    function. The module may lie in the current folder, beside this file, or among the packages."""
     module, _, attribute = name.partition(":")
     # The running program is called __main__; a module that imports it by name would get a second copy.
     program = sys.modules["__main__"]
     sys.modules.setdefault(Path(getattr(program, "__file__", None) or "none").stem, program)
     sys.path += [p for p in (os.getcwd(), str(Path(__file__).resolve().parent)) if p not in sys.path]
     try:
-        return getattr(importlib.import_module(module), attribute)
+        found = getattr(importlib.import_module(module), attribute)
+        return found() if call and callable(found) else found
     except (Exception, SystemExit) as error:                                # foreign code raises anything
         raise UsageError(f"{what} {name}: {error!r}; looked in {os.getcwd()}, beside {Path(__file__).name} "
                          f"and among the packages: correct it, or put {module}.py there.") from error
@@ -248,8 +249,8 @@ def check(cfg):
              f"take {-(-cfg.groups // world) * world}."),
             (stage2 and cfg.eta == 0 and cfg.policy_weight,
              "--eta 0 leaves no stochastic step to reinforce: give --eta above 0 or --policy_weight 0."),
-            (stage2 and not (cfg.policy_weight or cfg.det_weight or cfg.dm_weight),
-             "--policy_weight, --det_weight and --dm_weight are all 0: nothing is left to train."),
+            (stage2 and not (cfg.dm_weight or cfg.beta and (cfg.policy_weight or cfg.det_weight)),
+             "--dm_weight is 0, and --beta or both other weights are: nothing is left to train."),
             (stage2 and "geneval" in cfg.rewards and not cfg.prompts.endswith(".jsonl"),
              "--rewards geneval must know what pictures have to show: give --prompts FILE.jsonl of its rows "
              "(README says how to make one), or other --rewards."),
@@ -257,7 +258,8 @@ def check(cfg):
             (cfg.device.startswith("cuda") and gpus <= int(re.sub(r"\D", "", cfg.device) or local),
              f"--device cuda needs a GPU for each process, and PyTorch sees {gpus}: start fewer processes, "
              "or take --device cpu."),
-            (not (cfg.out and cfg.cache), "--out and --cache must name a folder.")):
+            (not all(re.fullmatch("[^\ud800-\udfff]+", folder) for folder in (cfg.out, cfg.cache)),
+             "--out and --cache must name a folder, in UTF-8.")):
         if wrong:
             raise UsageError(sentence)
 
@@ -1101,17 +1103,17 @@ def load_reward(name, cfg, own={}):
         if not found:
             return ClipReward(name, row, row["host"](row, cfg))
         reward = found.load(cfg) if hasattr(found, "load") else found() if isinstance(found, type) else found
+        if not hasattr(reward, "name") or not hasattr(reward, "differentiable"):
+            reward, found = functools.partial(reward), reward  # methods and builtins take no attributes
+            reward.name, reward.differentiable = name, getattr(found, "differentiable", False)
+            if hasattr(found, "std_floor"):
+                reward.std_floor = found.std_floor
     except (UsageError, torch.OutOfMemoryError):
         raise
     except (Exception, SystemExit) as error:  # a file that is cut short or a web page, or foreign code
         reason = " ".join(repr(error).split())[:200]
         raise UsageError(f"reward {name} cannot be loaded ({reason}): correct its code, or download its "
                          "weights again.") from error
-    if not hasattr(reward, "name") or not hasattr(reward, "differentiable"):
-        reward, found = functools.partial(reward), reward  # methods and builtins take no attributes
-        reward.name, reward.differentiable = name, getattr(found, "differentiable", False)
-        if hasattr(found, "std_floor"):
-            reward.std_floor = found.std_floor
     floor = getattr(reward, "std_floor", 0)
     if not isinstance(floor, (int, float)) or not 0 <= floor < math.inf:
         raise UsageError(f"{name}.std_floor is {floor!r}: give a number >= 0, in the reward's own unit.")
@@ -1491,7 +1493,7 @@ def read_prompts(source, seed=None):
     except OSError as error:
         raise UsageError(f"--prompts {source} cannot be read ({error.strerror or error}): give a file, or "
                          f"{known}.") from error
-    except (ValueError, RuntimeError, csv.Error) as error:                  # pyarrow's are the first two
+    except (ValueError, RuntimeError, LookupError, TypeError, AttributeError, csv.Error) as error:
         reason = " ".join(str(getattr(error, "msg", error)).split())[:150]
         raise UsageError(f"--prompts {source}, line {done + 1}: {reason}; correct it, or give {known}.") \
             from error
@@ -1531,8 +1533,8 @@ def prompt_rows(source):
         folder = huggingface_hub.snapshot_download(repository, repo_type="dataset", allow_patterns=pattern)
         return (row for file in sorted(Path(folder).glob(pattern)) for row in prompt_rows(str(file)))
     if ":" in source and not Path(source).exists():
-        found = find_named(source, "--prompts")
-        return found() if callable(found) else found
+        found = find_named(source, "--prompts", call=True)
+        return [[found]] if isinstance(found, str) else found  # refused as no text, not read letter by letter
     if Path(source).exists() and not Path(source).is_file():  # a pipe or a device would be read for ever
         raise OSError("it is no file")
     if kind == ".parquet":
@@ -1554,18 +1556,14 @@ class PromptStream(list):
 
     def __init__(self, cfg):
         super().__init__(read_prompts(cfg.prompts, cfg.seed)[:cfg.max_prompts])
-        self.seed = cfg.seed
+        chance = lambda epoch: torch.Generator().manual_seed(key("order", cfg.seed, epoch))
+        self.order = functools.lru_cache(4)(
+            lambda epoch: torch.randperm(len(self), generator=chance(epoch)).tolist())
 
     def at(self, position):
         """The prompt at a position of the stream."""
         epoch, i = divmod(position, len(self))
-        return self[epoch_order(self.seed, epoch, len(self))[i]]
-
-
-@functools.lru_cache(maxsize=4)
-def epoch_order(seed, epoch, n):
-    """A permutation of range(n)."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(key("order", seed, epoch))).tolist()
+        return self[self.order(epoch)[i]]
 
 
 class TextCache:
@@ -1626,7 +1624,7 @@ class TextCache:
         except (OSError, SafetensorError):
             pass
         raise UsageError(f"{self.path(prompt)} cannot be read, or holds no embedding: start again, and it is "
-                         "made anew (several nodes need one --cache that all of them see).")
+                         "made anew (by a sound encoder; and several nodes need one --cache that all see).")
 
     def prefetch(self, prompts):
         """Has the thread read `prompts` in this order, and returns at once. A loop that asks here for this
@@ -2178,8 +2176,8 @@ def iterations(run):
             log(f"Stopped by a signal after iteration {run.done}; the same command goes on from {where}.")
             return
         if streak and run.done == last:
-            raise UsageError("the last update was not finite, so no checkpoint is saved: go on from the one "
-                             "before with a lower --lr.", code=1)
+            raise UsageError("the last update was not finite, so no checkpoint is saved: correct what was "
+                             "named, or lower --lr, and start again.", code=1)
 
 
 def phase(run, name):
@@ -2234,7 +2232,8 @@ def open_log(run):
         path = run.folder / name
         if run.done and path.exists() and path.read_bytes() != content:
             log(f"{name} has changed since iteration {run.done}; the old one is kept beside it.")
-            os.replace(path, path.with_name(f"{path.stem}-until-{run.done:06d}{path.suffix}"))
+            if not (old := path.with_name(f"{path.stem}-until-{run.done:06d}{path.suffix}")).exists():
+                os.replace(path, old)
         write_atomic(path, content)
     path = run.folder / "metrics.jsonl"
     text = path.read_text(errors="replace") if path.exists() else ""
@@ -2390,10 +2389,10 @@ def main(argv=None):
             raise UsageError(f"out of GPU memory: lower --micro_batch (was {cfg.micro_batch}; it changes "
                              "nothing else), or add --checkpointing.", code=1) from None
         except RuntimeError as error:
-            if "backward through the graph a second time" not in str(error):
+            if not re.search("through the graph a second time|by an inplace operation", str(error)):
                 raise
-            raise UsageError("a reward has freed the graph of its result: it may not call backward, and "
-                             "torch.autograd.grad only with retain_graph=True.") from error
+            raise UsageError("a reward has freed the graph of its result, or changed it in place: it may not "
+                             "call backward, and torch.autograd.grad only with retain_graph=True.") from error
 
 
 if __name__ == "__main__":

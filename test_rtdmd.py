@@ -2003,6 +2003,31 @@ def test_transformers_host_loads_a_folder(tmp_path):
     assert reward(torch.rand(2, 3, 32, 32), ["a red fox", "snow " * 200]).shape == (2,)   # one is cut
 
 
+@pytest.mark.parametrize("name, words", [
+    ("quits", "SystemExit"), ("lookup", "KeyError"), ("wants", "TypeError"), ("nothing", "NoneType"),
+    ("number", "int"), ("text", "a prompt is text"), ("late", "late")])
+def test_prompts_of_a_module_that_fails(name, words, flags, capfd, tmp_path, monkeypatch):
+    """Functions that exit, raise or want an argument, things that are no list, one text instead of a list of them."""
+    written(tmp_path, "bad_prompts.py", """
+import sys
+quits = lambda: sys.exit(0)
+lookup = lambda: {}["x"]
+wants = lambda number: ["a"]
+nothing, number, text = None, 7, "a red circle"
+def late():
+    yield "a red circle"
+    raise LookupError("late")
+""")
+    monkeypatch.delitem(sys.modules, "bad_prompts", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    refused(capfd, flags(1, "--prompts", f"bad_prompts:{name}"), f"--prompts bad_prompts:{name}.*{words}")
+
+
+def test_names_that_no_disk_gives_back(flags, capfd, tmp_path):
+    """A folder whose name is not UTF-8: diffusers could not load the adapter from it again."""
+    refused(capfd, flags(1, "--out", f"{tmp_path}/q\udcff"), "in UTF-8")
+
+
 # ---- Your own rewards
 
 def test_user_rewards(tmp_path, monkeypatch):
@@ -2026,6 +2051,7 @@ class Broken:
         assert reward.differentiable is differentiable and reward.name == f"my_rewards:{name}"
     (tmp_path / "my_exit.py").write_text("raise SystemExit(0)")
     for name, words in (("my_rewards:nothing", "nothing"), ("no_such_module:x", "no_such_module"),
+                        ("os:path", "cannot be loaded.*must be callable"),
                         ("my_exit:x", "SystemExit.*correct"),
                         ("my_rewards:Broken", r"RuntimeError.*no\\ngood.*correct")):
         with pytest.raises(rtdmd.UsageError, match=words):
@@ -3523,12 +3549,24 @@ def test_what_made_a_run_is_kept_when_it_changes(begun, flags, tmp_path, capfd):
     own, other = tmp_path / "run/stage1/rtdmd.py", b"an older version"
     own.write_bytes(other)
     rtdmd.main(flags(1, "--iterations", 4))
-    assert "rtdmd.py is not what iterations 1 to 3 were made with" in capfd.readouterr().err
+    assert "rtdmd.py has changed since iteration 3; the old one is kept" in capfd.readouterr().err
     assert own.with_name("rtdmd-until-000003.py").read_bytes() == other
     assert own.read_bytes() == Path(rtdmd.__file__).read_bytes() and own.with_name("eval.py").exists()
     first, second = (json.loads(own.with_name(name).read_text())["config"]["iterations"]
                      for name in ("run-until-000003.json", "run.json"))
     assert (first, second) == (3, 4)
+    shutil.copytree(begun, tmp_path / "twice/run")
+    for lr in ("2e-3", "3e-3"):                                  # stopped before an iteration, and started once more
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(rtdmd, "stage1", lambda run: None)
+            rtdmd.main(flags(1, "--out", tmp_path / "twice/run", "--iterations", 4, "--lr", lr, "--force_resume"))
+    old = json.loads((tmp_path / "twice/run/stage1/run-until-000003.json").read_text())
+    assert old["config"]["lr"] == first_config(begun)["lr"]
+
+
+def first_config(folder):
+    """The settings that made a run."""
+    return json.loads((folder / "stage1/run.json").read_text())["config"]
 
 
 def test_a_million_iterations_and_copies(tmp_path):
@@ -3836,6 +3874,7 @@ WRONG = [line.split(" | ") for line in r"""
 2 --inner_epochs 0 | at least 1
 2 --eta 0 | no stochastic step
 2 --policy_weight 0 --det_weight 0 --dm_weight 0 | nothing is left to train
+2 --beta 0 --dm_weight 0 | nothing is left to train
 2 --lora_rank 8 | lora_rank 4 -> 8
 2 --lora_alpha 8 | lora_alpha 4 -> 8
 2 --init TMP/nothing | No stage-1 checkpoint
@@ -5170,9 +5209,11 @@ def test_files_beside_the_pictures_are_told(tmp_path, capsys):
         Image.new("RGB", (8, 8)).save(tmp_path / name)
     for name in ("notes.txt", "e.mp4", ".hidden"):
         (tmp_path / name).touch()
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
     files, prompts = ev.read_folder(tmp_path)
     assert [f.name for f in files] == ["a_cat.png", "b.bmp", "c.tiff", "d.GIF"] and prompts[0] == "a cat"
-    assert "2 files are left out" in (out := capsys.readouterr().err) and ".mp4, .txt" in out
+    assert "3 files are left out" in (out := capsys.readouterr().err) and ".mp4, .png, .txt" in out
+    assert "4 pictures are from their names, such as 'a cat'" in out
     for name in ("../x.png", "/etc/x.png", "a/../../x.png"):
         written(tmp_path, "metadata.jsonl", json.dumps(dict(file_name=name, prompt="a")))
         with pytest.raises(rtdmd.UsageError, match="leads out of the folder"):
@@ -5407,7 +5448,7 @@ def test_pictures_of_a_run(begun, cache, tmp_path):
     """trajectory.png: a row for each student, in which the last prediction is the picture that is scored; training.gif
     has the panels in their order."""
     shutil.copytree(begun, tmp_path / "run")
-    for name in ("000010", "000020"):
+    for name in ("000010", "000020", "mine", "000030 (copy)"):
         shutil.copy(tmp_path / "run/stage1/samples/000003.png", tmp_path / f"run/stage1/samples/{name}.png")
     ev.main(["--run_folder", str(tmp_path / "run"), "--cache", str(cache), "--max_prompts", "3", "--per_prompt", "1",
              "--metrics", "attributes", "--nfe", "2", "--device", "cpu"])
@@ -5981,6 +6022,32 @@ def test_ablations_go_on_where_they_were_stopped(flags, tmp_path, monkeypatch, c
     cfg = rtdmd.resolve(dict(cache=str(cache), pretrained="tiny-1", device="cpu"))
     with pytest.raises(rtdmd.UsageError, match="bad row.*no reward is called"):
         ev.ablation(tmp_path / "abl", cfg, 2, "bad row", f"{small} --rewards beauty=1", 0)
+
+
+def works(file):
+    """A process of the ablations, at work."""
+    ev.begin_worker(1)
+    file.write_text(str(os.getpid()))
+    time.sleep(60)
+
+
+def leads(file):
+    """A program that has such a process."""
+    multiprocessing.get_context("fork").Process(target=works, args=(file,)).start()
+    time.sleep(60)
+
+
+def test_a_worker_ends_with_its_program(tmp_path):
+    """It would train on alone, and its locked folder would keep the same command from going on."""
+    FORK.set_forkserver_preload([Path(__file__).stem])
+    program, file = FORK.Process(target=leads, args=(tmp_path / "pid",)), tmp_path / "pid"
+    program.start()
+    wait_for(file, [program])
+    program.kill()
+    stat, end = Path("/proc") / file.read_text() / "stat", time.monotonic() + 20
+    while stat.exists() and stat.read_text().split(")")[1].split()[0] != "Z":
+        assert time.monotonic() < end, "it works on alone"
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize("only, base, rows", [
