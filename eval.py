@@ -3199,9 +3199,10 @@ class TinyBackbone:
         except (OSError, RuntimeError, SafetensorError) as error:
             raise UsageError(f"{path} is damaged ({type(error).__name__}): delete it, and the tiny world is made "
                              "anew.") from error
+        weights = rtdmd.key(safetensors_bytes(text.state_dict()))  # of a world that was made anew they are others
+        self.base, self.text_key = name, f"{name} {weights:016x}"
         parts.to(cfg.device).eval().requires_grad_(False)
         self.nets, self.text = {"generator": net, "teacher": net}, text
-        self.base = self.text_key = name
         self.lora_targets = rtdmd.matching_linears(net, rtdmd.Backbone.attention)
         kinds = zip(TINY_REWARDS, (A, A, B, B), (0, 1, 0, 1))
         self.rewards = {name: TinyReward(name, judge, output) for name, judge, output in kinds}

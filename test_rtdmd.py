@@ -2028,6 +2028,17 @@ def test_names_that_no_disk_gives_back(flags, capfd, tmp_path):
     refused(capfd, flags(1, "--out", f"{tmp_path}/q\udcff"), "in UTF-8")
 
 
+def test_a_tiny_world_that_is_made_anew_reads_no_old_embeddings(cache, tmp_path):
+    """They belong to the text encoder that is trained with the teacher, which another processor makes otherwise."""
+    shutil.copy(cache / "tiny-1.safetensors", tmp_path)
+    cfg = rtdmd.resolve(dict(model="tiny", device="cpu", pretrained="tiny-1", cache=str(tmp_path)))
+    first, again = (ev.TinyBackbone(cfg).text_key for _ in range(2))
+    weights = rtdmd.load_file(tmp_path / "tiny-1.safetensors")
+    name = next(n for n in weights if n.startswith("text."))
+    rtdmd.write_atomic(tmp_path / "tiny-1.safetensors", rtdmd.safetensors_bytes(weights | {name: weights[name] + 1e-3}))
+    assert first == again != ev.TinyBackbone(cfg).text_key
+
+
 # ---- Your own rewards
 
 def test_user_rewards(tmp_path, monkeypatch):
