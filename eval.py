@@ -1233,7 +1233,9 @@ def plan(flags, cfg):
         return dict(role="teacher", nfe=nfe, eta=0.0, guidance=guidance, lora=None)
 
     if flags.run_folder:                                     # 50 steps, with guidance 100 NFE: the paper's 4.2
-        rows = {"teacher": teacher(50, 1.0)} | ({"teacher_cfg": teacher(50, cfg.guidance)} if cfg.guidance != 1 else {})
+        rows = {"teacher": teacher(50, 1.0)}
+        if cfg.guidance != 1:                                # or it is the same row, and another 50 steps
+            rows["teacher_cfg"] = teacher(50, cfg.guidance)
         rows["student_init"] = student()
         for folder in (Path(flags.run_folder) / "stage1", Path(flags.run_folder) / "stage2"):
             if rtdmd.list_checkpoints(folder):
@@ -1527,7 +1529,7 @@ def evaluate(flags, cfg):
             results[name].update({m: found[m] for m in of_set})
         results[name]["seconds_per_image"] = (seconds[name], math.nan)
     shown = range(0, len(captions), flags.per_prompt)[:8]
-    panels = for_people(sampler.backbone, grid_rows(pictures, shown))
+    panels = rtdmd.for_people(sampler.backbone, grid_rows(pictures, shown))
     prompt_hash = f"{rtdmd.key(prompts):016x}"               # two reports compare only if it is the same
     note = (f"{len(prompts)} prompts x {flags.per_prompt} pictures, set {prompt_hash}, seed {cfg.seed}; ± is one "
             f"standard error. Pictures: {flags.out}/grid.png.")
@@ -1543,11 +1545,6 @@ def evaluate(flags, cfg):
     if flags.save_images:
         save_pictures(out / "images", pictures, captions)
     demand_scores(flags, scores, [labels[row] for row in rows if len(lost[row]) == len(captions)])
-
-
-def for_people(backbone, images):
-    """Images (B, 3, H, W) in [0, 1] as they are shown: enlarged, if the backbone can."""
-    return backbone.enlarge(images) if hasattr(backbone, "enlarge") and len(images) else images
 
 
 def whole_set_metrics(backbone, index, images, captions, per_prompt):
@@ -1599,7 +1596,7 @@ def student_predictions(sampler, rows, captions):
         keys = [rtdmd.key("eval", sampler.cfg.seed, caption, 0) for caption in captions]
         _, predictions = sampler.rollout(rows[name], captions, keys)
         images = torch.stack([sampler.backbone.decode(h).float() for h in predictions], 1).flatten(0, 1)
-        found[name] = for_people(sampler.backbone, images.nan_to_num(1.0)).cpu()
+        found[name] = rtdmd.for_people(sampler.backbone, images.nan_to_num(1.0)).cpu()
     return found
 
 
@@ -1617,9 +1614,8 @@ def save_film(folder, path, width=800):
     """The panels of both stages, one after the other, as a GIF that repeats: how the pictures of the same prompts and
     noise change while the model trains."""
     frames = []
-    for panel in sorted(Path(folder).glob("stage[12]/samples/" + "[0-9]" * 6 + "*.png")):
-        if not panel.stem.isdigit():
-            continue                                         # a picture that somebody put there
+    panels = sorted(Path(folder).glob("stage[12]/samples/*.png"))
+    for panel in (path for path in panels if path.stem.isdigit()):       # others were put there by somebody
         with Image.open(panel) as image:
             image.thumbnail((width, width))
             frame = Image.new("RGB", (image.width, image.height + 20), "white")
@@ -2095,22 +2091,33 @@ def matrix_rate(device, n=8192):
     return 2 * n**3 / timer.timeit(20).mean / 1e12
 
 
+def pass_of_theta(run):
+    """A function of nothing: a forward and backward pass of theta on a micro-batch of noise -> output, gradient."""
+    n, p = run.cfg.micro_batch, run.roles.flat["generator"]
+    x = torch.randn(n, *run.backbone.latent_shape, device=run.device)
+    t, cond = torch.full((n,), 0.5, device=run.device), run.text.batch([""] * n, run.device)
+
+    def once():
+        v = run.roles.velocity("generator", x, t, cond)
+        v.square().mean().backward()
+        gradient, p.grad = p.grad, None
+        return v.detach(), gradient
+    return once
+
+
 def host_or_gpu(run):
     """One sentence: do a forward and a backward pass of theta wait for the host, which launches the kernels, or for
     the GPU, which runs them?"""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
-    n, on_gpu = run.cfg.micro_batch, run.device.startswith("cuda")
-    x = torch.randn(n, *run.backbone.latent_shape, device=run.device)
-    t, cond = torch.full((n,), 0.5, device=run.device), run.text.batch([""] * n, run.device)
+    once, on_gpu = pass_of_theta(run), run.device.startswith("cuda")
     wait = torch.cuda.synchronize if on_gpu else (lambda: None)
 
     def launch():
         """Seconds until the last kernel is launched, not until it has run."""
         wait()
         start = time.perf_counter()
-        run.roles.velocity("generator", x, t, cond).square().mean().backward()
-        run.roles.flat["generator"].grad = None
+        once()
         return time.perf_counter() - start
 
     host = [launch() for _ in range(3)][-1]                                # the first ones warm up
@@ -2120,25 +2127,20 @@ def host_or_gpu(run):
         wait()
     kernels = [e for e in seen.events() if e.device_type == (DeviceType.CUDA if on_gpu else DeviceType.CPU)]
     busy = sum(e.time_range.elapsed_us() for e in kernels) / 1e6
-    return (f"Forward and backward pass of {n} samples: {len(kernels):,} kernels, launched in {host * 1000:.0f} ms, run "
-            f"in {busy * 1000:.0f} ms: bound by the {'host' if host > busy else 'GPU'}.")
+    return (f"Forward and backward pass of {run.cfg.micro_batch} samples: {len(kernels):,} kernels, launched in "
+            f"{host * 1000:.0f} ms, run in {busy * 1000:.0f} ms: bound by the {'host' if host > busy else 'GPU'}.")
 
 
 def compiled_or_not(run):
     """One sentence: how far a compiled pass of theta is from an uncompiled one, in output and gradient. bf16 rounds in
     other places if operations are fused: some percent of the gradient. More is a wrong graph."""
-    n, found = run.cfg.micro_batch, []
-    x, t = torch.randn(n, *run.backbone.latent_shape, device=run.device), torch.full((n,), 0.5, device=run.device)
-    cond, p = run.text.batch([""] * n, run.device), run.roles.flat["generator"]
+    once, found = pass_of_theta(run), []
     for stance in ("force_eager", "default"):
         with torch.compiler.set_stance(stance):
-            v = run.roles.velocity("generator", x, t, cond)
-            v.square().mean().backward()
-        found.append((v.detach(), p.grad))
-        p.grad = None
+            found.append(once())
     output, gradient = (((b - a).norm() / a.norm()).item() for a, b in zip(*found))
-    return (f"A compiled pass of {n} samples differs from an uncompiled one by {output:.1e} in its output and by "
-            f"{gradient:.1e} in its gradient.")
+    return (f"A compiled pass of {run.cfg.micro_batch} samples differs from an uncompiled one by {output:.1e} in its "
+            f"output and by {gradient:.1e} in its gradient.")
 
 
 def standing_weights(run):
@@ -2286,9 +2288,9 @@ STAGE2_ROWS = {
 #              that x-predictions suit (eta 1)
 #   DMD2       no GAN, as in App. K: it takes real pictures, which no other row sees
 #   TDM        its fake score learns from Eq. 10 (no importance weights) and three times per update, not once
-#   DMDR       with the reward from the first step, as its idea is (its later versions distil alone at first);
-#              its ReFL variant, the reward's gradient, since Table 4 finds that as good as both terms here, with
-#              DMD2's matching; not its warm-up of guidance and noise levels, whose constants we do not have
+#   DMDR       with the reward from the first step; its ReFL variant, the reward's gradient, since Table 4 finds
+#              that as good as both terms here, with DMD2's matching; not its warm-up of guidance and noise levels,
+#              whose constants we do not have
 #   Flow-GRPO  on the distilled student and without a KL to it, which would hold it back
 #   TDM-R1     on the AC-DMD student, with AC-DMD's matching; one reward for the picture, sent back through all
 #              steps, where TDM-R1 has a reward for each of them; its weight is the better of 2 and 10 (seed 0)

@@ -973,12 +973,8 @@ CLIP_MEAN, CLIP_STD = (.48145466, .4578275, .40821073), (.26862954, .26130258, .
 
 def resize(images, height, width, mode="bicubic"):
     """Resizes as PIL does, but differentiably: (B, C, H, W) -> (B, C, height, width), in fp32. Without
-    antialias the reward ignores most pixels of a large image, and its gradient has a grid pattern. As matrix
-    products: on a GPU the backward pass of F.interpolate is slow, and rounds differently in every run."""
-    eye = lambda n: torch.eye(n, device=images.device)[None, None]
-    down, across = (F.interpolate(eye(old), (new, old), mode=mode, antialias=True, align_corners=False)[0, 0]
-                    for old, new in zip(images.shape[-2:], (height, width)))
-    return (down.double() @ images.double() @ across.mT.double()).float()
+    antialias the reward ignores most pixels of a large image, and its gradient has a grid pattern."""
+    return F.interpolate(images.float(), (height, width), mode=mode, antialias=True, align_corners=False)
 
 
 def normalise(images, mean=CLIP_MEAN, std=CLIP_STD):
@@ -1533,8 +1529,9 @@ def prompt_rows(source):
         folder = huggingface_hub.snapshot_download(repository, repo_type="dataset", allow_patterns=pattern)
         return (row for file in sorted(Path(folder).glob(pattern)) for row in prompt_rows(str(file)))
     if ":" in source and not Path(source).exists():
-        found = find_named(source, "--prompts", call=True)
-        return [[found]] if isinstance(found, str) else found  # refused as no text, not read letter by letter
+        if isinstance(found := find_named(source, "--prompts", call=True), str):
+            raise ValueError("it is one text, where a list of texts is wanted")
+        return found
     if Path(source).exists() and not Path(source).is_file():  # a pipe or a device would be read for ever
         raise OSError("it is no file")
     if kind == ".parquet":
@@ -1624,7 +1621,7 @@ class TextCache:
         except (OSError, SafetensorError):
             pass
         raise UsageError(f"{self.path(prompt)} cannot be read, or holds no embedding: start again, and it is "
-                         "made anew (by a sound encoder; and several nodes need one --cache that all see).")
+                         "made anew, unless encode itself gives nan or 0 (nodes need one --cache for all).")
 
     def prefetch(self, prompts):
         """Has the thread read `prompts` in this order, and returns at once. A loop that asks here for this
@@ -1635,9 +1632,7 @@ class TextCache:
     def batch(self, prompts, device):
         """cond of `prompts`, batch first, on `device`."""
         rows = [future.result() for future in [self.row(prompt) for prompt in prompts]]
-        cond = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-        pin = torch.device(device).type == "cuda"          # a copy from pinned memory does not stop the host
-        return {n: (x.pin_memory() if pin else x).to(device, non_blocking=True) for n, x in cond.items()}
+        return {name: to_device(torch.stack([row[name] for row in rows]), device) for name in rows[0]}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1690,7 +1685,6 @@ def everyone(value):
 
 
 barrier = functools.partial(everyone, None)  # no process goes on before all have come here
-THREADS = concurrent.futures.ThreadPoolExecutor(8)  # for work that goes sample by sample
 
 
 def share(total):
@@ -1711,24 +1705,26 @@ def progress(iterable, total, label, start=0):
 
 
 def key(*parts):
-    """A 63-bit seed made of the parts, of anything that has a repr. Every draw names its purpose, so
-    there is no random state to save: the same numbers come out after a restart, with any number of processes
-    and with any micro-batch."""
+    """A 63-bit seed made of the parts, of anything that has a repr. Every draw names its purpose, so there is
+    no random state to save: a restart, other processes or another micro-batch give the same numbers."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
 
 
 def draw(keys, uniforms, normals, shape, device):
     """One generator per key -> U[0, 1) (uniforms, B) on the CPU, N(0, 1) (normals, B, *shape) on `device`,
     all drawn on the CPU, so that they are the same for every device."""
-    pinned = torch.device(device).type == "cuda"           # from there a copy does not make the host wait
-    u, n = torch.empty(uniforms, len(keys)), torch.empty(normals, len(keys), *shape, pin_memory=pinned)
-
-    def fill(i):
-        generator = torch.Generator().manual_seed(keys[i])
+    u, n = torch.empty(uniforms, len(keys)), torch.empty(normals, len(keys), *shape)
+    for i, seed in enumerate(keys):
+        generator = torch.Generator().manual_seed(seed)
         u[:, i] = torch.rand(uniforms, generator=generator)
         n[:, i] = torch.randn(normals, *shape, generator=generator)
-    list(THREADS.map(fill, range(len(keys))))
-    return u, n.to(device, non_blocking=True)
+    return u, to_device(n, device)
+
+
+def to_device(x, device):
+    """A copy on the device. From pinned memory it does not make the host wait for a GPU."""
+    pin = torch.device(device).type == "cuda"
+    return (x.pin_memory() if pin else x).to(device, non_blocking=True)
 
 
 def chunks(total, size):
@@ -2231,7 +2227,7 @@ def open_log(run):
     for name, content in made_by.items():
         path = run.folder / name
         if run.done and path.exists() and path.read_bytes() != content:
-            log(f"{name} has changed since iteration {run.done}; the old one is kept beside it.")
+            log(f"{name} has changed since iteration {run.done}; what made that one is kept beside it.")
             if not (old := path.with_name(f"{path.stem}-until-{run.done:06d}{path.suffix}")).exists():
                 os.replace(path, old)
         write_atomic(path, content)
@@ -2274,12 +2270,17 @@ def panel(run):
     rated = lambda reward: torch.cat([rate(reward, images[rows], prompts[rows]) for rows in parts])
     watched = {f"watch_{name}": rated(reward).mean().item() for name, reward in run.watched.items()}
     if dist_info()[0] == 0:
-        enlarge = getattr(run.backbone, "enlarge", lambda images: images)
-        write_png(run.folder / "samples" / f"{run.done:06d}.png", grid(enlarge(images[:16]), columns=8))
+        shown = for_people(run.backbone, images[:16])
+        write_png(run.folder / "samples" / f"{run.done:06d}.png", grid(shown, columns=8))
     grey = images.mean(1)
     edges = grey.diff(dim=1).abs().mean() + grey.diff(dim=2).abs().mean()
     return dict(watched, saturation=(images.amax(1) - images.amin(1)).mean().item(), edges=edges.item(),
                 contrast=grey.flatten(1).std(1).mean().item())
+
+
+def for_people(backbone, images):
+    """Images (B, 3, H, W) in [0, 1] as they are shown: enlarged, if the backbone can."""
+    return backbone.enlarge(images) if hasattr(backbone, "enlarge") and len(images) else images
 
 
 def grid(images, columns):

@@ -1831,8 +1831,7 @@ def test_square_crop_is_transformers_processor():
 
 @pytest.mark.parametrize("size", [(512, 512), (1024, 1024), (768, 512), (300, 512), (224, 224), (100, 60)])
 def test_letterbox_is_hpsv2s(size):
-    """ToTensor, tensor bicubic resize of the longest side, zero pad, normalise: the same numbers, but for the order of
-    fp32 sums (a pixel of 1 is 2 to 3.5 in the network's units, where fp32 has steps of 2.4e-7)."""
+    """ToTensor, tensor bicubic resize of the longest side, zero pad, normalise: the same numbers."""
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms import functional as T
     image = tensor(picture(*size))[0]
@@ -1842,7 +1841,7 @@ def test_letterbox_is_hpsv2s(size):
     theirs = T.resize(image, small, InterpolationMode.BICUBIC, antialias=True) if scale != 1 else image
     theirs = T.pad(theirs, [columns // 2, rows // 2, columns - columns // 2, rows - rows // 2], fill=0)
     theirs = T.normalize(theirs, rtdmd.CLIP_MEAN, rtdmd.CLIP_STD)
-    torch.testing.assert_close(rtdmd.letterbox(image[None])[0], theirs, atol=2e-6, rtol=0)
+    torch.testing.assert_close(rtdmd.letterbox(image[None])[0], theirs, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("view", [rtdmd.square_crop, rtdmd.letterbox, rtdmd.REWARDS["clipscore"]["view"]])
@@ -2005,7 +2004,7 @@ def test_transformers_host_loads_a_folder(tmp_path):
 
 @pytest.mark.parametrize("name, words", [
     ("quits", "SystemExit"), ("lookup", "KeyError"), ("wants", "TypeError"), ("nothing", "NoneType"),
-    ("number", "int"), ("text", "a prompt is text"), ("late", "late")])
+    ("number", "'int' object"), ("text", "one text, where a list"), ("late", "late")])
 def test_prompts_of_a_module_that_fails(name, words, flags, capfd, tmp_path, monkeypatch):
     """Functions that exit, raise or want an argument, things that are no list, one text instead of a list of them."""
     written(tmp_path, "bad_prompts.py", """
@@ -3560,7 +3559,7 @@ def test_what_made_a_run_is_kept_when_it_changes(begun, flags, tmp_path, capfd):
     own, other = tmp_path / "run/stage1/rtdmd.py", b"an older version"
     own.write_bytes(other)
     rtdmd.main(flags(1, "--iterations", 4))
-    assert "rtdmd.py has changed since iteration 3; the old one is kept" in capfd.readouterr().err
+    assert "rtdmd.py has changed since iteration 3; what made that one is kept" in capfd.readouterr().err
     assert own.with_name("rtdmd-until-000003.py").read_bytes() == other
     assert own.read_bytes() == Path(rtdmd.__file__).read_bytes() and own.with_name("eval.py").exists()
     first, second = (json.loads(own.with_name(name).read_text())["config"]["iterations"]
@@ -3571,13 +3570,8 @@ def test_what_made_a_run_is_kept_when_it_changes(begun, flags, tmp_path, capfd):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(rtdmd, "stage1", lambda run: None)
             rtdmd.main(flags(1, "--out", tmp_path / "twice/run", "--iterations", 4, "--lr", lr, "--force_resume"))
-    old = json.loads((tmp_path / "twice/run/stage1/run-until-000003.json").read_text())
-    assert old["config"]["lr"] == first_config(begun)["lr"]
-
-
-def first_config(folder):
-    """The settings that made a run."""
-    return json.loads((folder / "stage1/run.json").read_text())["config"]
+    kept, first = (folder / "stage1" for folder in (tmp_path / "twice/run", begun))
+    assert (kept / "run-until-000003.json").read_bytes() == (first / "run.json").read_bytes()
 
 
 def test_a_million_iterations_and_copies(tmp_path):
@@ -5722,7 +5716,7 @@ def test_eval_prompt_makes_one_picture(tiny_report):
 
 @pytest.mark.parametrize("flags, words", [
     (["--lora", "nowhere"], "no checkpoint"), ([], "what to evaluate"), (["--teacher", "--nfe", "0"], "--nfe"),
-    (["--teacher", "--metrics", "beauty"], "beauty"),
+    (["--teacher", "--metrics", "beauty"], "beauty"), (["--teacher", "--metrics", "attributes=2"], "names alone"),
     (["--teacher", "--metrics", "geneval"], "FILE.jsonl"), (["--images", "nowhere"], "not a folder"),
     (["--compare", "a"], "2 arguments"), (["--compare", "a", "b"], "report.json"),
     (["--teacher", "--model", "sd4"], "sd4"), (["--colour", "red"], "--colour"),
@@ -6345,7 +6339,8 @@ def test_curves_of_a_run(tmp_path, monkeypatch):
         written(tmp_path, f"stage{stage}/metrics.jsonl", text)
     ev.draw_run_curves(tmp_path, tmp_path / "c.png")
     assert Image.open(tmp_path / "c.png").size[0] == 1120
-    for line in ('{"iteration": 1, "dm": }', '{"dm": 1}', '{"iteration": "1"}'):           # edited by hand
+    for line in ('{"iteration": 1, "dm": }', '{"dm": 1}', '{"iteration": "1"}', '{"iteration": 1, "dm": NaN}',
+                 '{"iteration": 1, "dm": null}'):                                    # edited by hand
         written(tmp_path, "stage1/metrics.jsonl", line + "\n")
         with pytest.raises(rtdmd.UsageError, match="has lines that no run wrote"):
             ev.draw_run_curves(tmp_path, tmp_path / "c.png")
@@ -6453,6 +6448,9 @@ def test_rows_have_names_of_their_own(tmp_path, monkeypatch, capsys):
     rows = lambda *line: ev.plan(*ev.parse([*map(str, line), "--device", "cpu"]))
     run, usual = ["--run_folder", tmp_path / "A"], ["teacher", "teacher_cfg", "student_init", "stage1"]
     assert [*rows(*run)] == usual
+    (tmp_path / "C/stage1").mkdir(parents=True)
+    written(tmp_path, "C/stage1/run.json", '{"config": {"guidance": 1.0}}')        # a guided row would be the first one
+    assert [*rows("--run_folder", tmp_path / "C")] == ["teacher", "student_init"]
     both = rows(*run, "--lora", tmp_path / "B/stage1")
     assert [*both] == [*usual, "stage1 of B"] and both["stage1"]["lora"] != both["stage1 of B"]["lora"]
     assert [*rows(*run, "--lora", tmp_path / "A/stage1/checkpoint-000001")] == [*usual, "checkpoint-000001"]
