@@ -13,14 +13,14 @@ side. It is not a framework: copy what you need.
     no weights  python eval.py --dry_run 1 --stage 1 --model sd3m  # will it fit, how fast is it
 
 Map  section  paper                functions
-     2        2.1                  x0_from_velocity, eps_from_velocity, score_from_velocity
-     3        App. C               timestep_schedule, cps_mean_std, cps_step, rollout, CPSScheduler
-     4        3.1, App. B, D-F     renoise_coefficients, renoise, ambient_velocity_target, ambient_dsm_loss,
+     1        2.1                  x0_from_velocity, eps_from_velocity, score_from_velocity
+     2        App. C               timestep_schedule, cps_mean_std, cps_step, rollout, CPSScheduler
+     3        3.1, App. B, D-F     renoise_coefficients, renoise, ambient_velocity_target, ambient_dsm_loss,
                                    reverse_step, consistency_loss, boundary_mean, dmd_loss
-     5        3.2, App. G, H       choose_steps, group_noise, gaussian_log_prob, reward_scale,
+     4        3.2, App. G, H       choose_steps, group_noise, gaussian_log_prob, reward_scale,
                                    group_advantages, subgrpo_loss, pathwise_loss
      6        App. I, Algorithm 1  stage1, stage2
-     1 is the configuration, 7 rewards, 8 backbones, 9 prompts, 10 plumbing, 11 the command line. This file
+     5 is the configuration, 7 rewards, 8 backbones, 9 prompts, 10 plumbing, 11 the command line. This file
      trains alone; eval.py has what training does not need: metrics, costs, ablations, the tiny world.
 
 Symbols  theta, phi    generator, fake score; psi: frozen teacher, guided with weight w
@@ -87,6 +87,303 @@ from torch import nn
 from tqdm import tqdm
 
 
+# ------------------------------------------------------------------------------------------------------------
+# 1. Flow algebra (paper 2.1). Rectified path x_t = (1-t) x_0 + t eps, velocity v = E[eps - x_0 | x_t].
+#
+# Sections 1 to 4 hold pure functions (CPSScheduler apart): no globals, no configuration; noise, or the
+# generator that draws it, is an argument. Levels t, s are numbers or tensors that broadcast against x. They
+# compute in fp32 (the schedule in fp64) whatever comes in: bf16 has less than three decimal digits, so
+# FLUX.2's t_1 = .9581 would become .957. Training does not call consistency_loss, ambient_velocity_target,
+# eps_from_velocity and score_from_velocity; they are here to be read and copied.
+# ------------------------------------------------------------------------------------------------------------
+
+def fp32(*values):
+    """Each value as an fp32 tensor, its autograd graph and device kept."""
+    return [torch.as_tensor(a, dtype=torch.float32) for a in values]
+
+
+def x0_from_velocity(x, v, t):
+    """E[x_0 | x_t = x], the x-prediction (G_theta of 3.1). x, v (B, ...); t broadcasts against them."""
+    x, v, t = fp32(x, v, t)
+    return x - t * v
+
+
+def eps_from_velocity(x, v, t):
+    """E[eps | x_t = x]. Eq. 19 without its division by t: the same number, and finite at t = 0."""
+    x, v, t = fp32(x, v, t)
+    return x + (1 - t) * v
+
+
+def score_from_velocity(x, v, t):
+    """grad log p_t(x), Eq. 2 solved for s (Eq. 1 for this path). Singular only at t = 0."""
+    x, v, t = fp32(x, v, t)
+    return -(x + (1 - t) * v) / t
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 2. Sampler (App. C)
+# ------------------------------------------------------------------------------------------------------------
+
+def timestep_schedule(steps, shift=1.0):
+    """Levels t_0 = 1 > ... > t_K = 0, (K+1,) float64: shift u / (1 + (shift - 1) u), u a uniform grid.
+    shift 3 (SD3) gives 1, .9, .75, .5, 0 for K = 4."""
+    u = 1 - torch.arange(steps + 1, dtype=torch.float64) / steps
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def cps_mean_std(x, v, t, t_next, eta):
+    """Eqs. 20 and 21: mean (B, ...) and std of x_{t_next}, given x and v at level t, a number or (B, 1, ..).
+
+    eta 0 is an Euler step, eta 1 re-noises the x-prediction. For every eta the result has signal coefficient
+    1 - t_next and noise coefficient t_next: "coefficient preserving". std: sigma_k of Eq. 13, like t_next."""
+    x, v, t, t_next = fp32(x, v, t, t_next)
+    x0, eps = x - t * v, x + (1 - t) * v
+    mean = (1 - t_next) * x0 + t_next * math.cos(eta * math.pi / 2) * eps
+    return mean, t_next * math.sin(eta * math.pi / 2)
+
+
+def cps_step(x, v, t, t_next, noise, eta):
+    """One draw from Eq. 20. At t_next = 0 the noise has no weight: the last step is deterministic."""
+    mean, std = cps_mean_std(x, v, t, t_next, eta)
+    return mean + std * fp32(noise)[0]
+
+
+def rollout(velocity, x, noise, times, eta):
+    """K steps of Eq. 20 from x = x_{t_0} ~ N(0, I), (B, ...).
+
+    velocity(x, t (B,)) -> v;  noise (K-1, B, ...), eps_k at index k - 1;  times (K+1,).
+    Returns K+1 states x_{t_0} .. x_{t_K} and the K x-predictions of the steps."""
+    states, predictions = [x], []
+    for k in range(1, len(times)):
+        t, t_next = times[k - 1], times[k]
+        v = velocity(states[-1], t.to(x.device, torch.float32).expand(len(x)))
+        predictions.append(x0_from_velocity(states[-1], v, t))
+        step_noise = noise[k - 1] if k < len(times) - 1 else 0.0
+        states.append(cps_step(states[-1], v, t, t_next, step_noise, eta))
+    return states, predictions
+
+
+class CPSScheduler(diffusers.FlowMatchEulerDiscreteScheduler):
+    """Eq. 21 for the stock diffusers pipelines of SD3 and FLUX.2. To copy it, copy cps_mean_std and fp32 too.
+
+        pipe.scheduler = CPSScheduler.from_config(pipe.scheduler.config, eta=0.9)
+        pipe.scheduler.generator = torch.Generator().manual_seed(0)      # the noise of the steps
+        image = pipe(prompt, num_inference_steps=4, guidance_scale=1).images[0]
+
+    eta = 0 is the Euler step, eta = 1 fresh noise at every level (the parent's `stochastic_sampling=True`).
+    Create it with from_config or from_pretrained. Pipelines do not pass their `generator` to `step`, so that
+    of the steps' noise is an attribute; None means torch's global one. Put the old scheduler back before
+    `pipe.save_pretrained`, or diffusers cannot load what was saved."""
+
+    eta = 0.9                # randomness of a step, 0 to 1   (paper 4.1)
+    generator = None         # a torch.Generator, or a list with one per image
+
+    @classmethod
+    def from_config(cls, config, eta=None, **options):
+        """Takes the config of any flow-matching scheduler. eta: argument, else the config's, else .9."""
+        fields = dict(config)
+        known = fields.pop("eta", cls.eta)             # the parent warns of fields that it does not know
+        scheduler = super().from_config(fields, **options)
+        scheduler.eta = known if eta is None else eta
+        scheduler.register_to_config(eta=scheduler.eta)
+        return scheduler
+
+    def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None):
+        """Levels 1, (n-1)/n ... 1/n shifted once, then 0.  `sigmas` are levels BEFORE the shift, as ever.
+
+        The parent's default shifts twice: four steps of SD3 would be 1, .858, .602, .009, 0 and not
+        1, .9, .75, .5, 0.  FLUX.2's pipeline passes these very levels itself, and its shift as `mu`."""
+        if sigmas is None and timesteps is None:
+            sigmas = [1 - i / num_inference_steps for i in range(num_inference_steps)]
+        super().set_timesteps(device=device, sigmas=sigmas, mu=mu, timesteps=timesteps)
+
+    def step(self, model_output, timestep, sample, generator=None, return_dict=True, **unused):
+        """x_t -> x_{t_next}. model_output is the velocity v, sample is x_t; the result has v's dtype."""
+        if self.step_index is None:
+            self._init_step_index(timestep)
+        t, t_next = self.sigmas[self.step_index], self.sigmas[self.step_index + 1]
+        x, std = cps_mean_std(sample, model_output, t, t_next, self.eta)
+        if self.eta > 0 and self.step_index < len(self.sigmas) - 2:      # the last step has no noise
+            randn = diffusers.utils.torch_utils.randn_tensor      # a pasted class has diffusers alone
+            x = x + std * randn(x.shape, generator or self.generator, x.device, torch.float32)
+        self._step_index += 1
+        x = x.to(model_output.dtype)
+        return diffusers.schedulers.scheduling_utils.SchedulerOutput(prev_sample=x) if return_dict else (x,)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 3. AC-DMD (3.1, App. B, D, E, F). s: level t_k of a boundary state x_s; t in [s, 1]: level after re-noising.
+# ------------------------------------------------------------------------------------------------------------
+
+def renoise_coefficients(s, t):
+    """a = alpha_k(t) and kappa = sigma_k(t) of 3.1 (above Eq. 8) and App. B: x_t = a x_s + kappa n brings
+    level s to level t.
+
+    DEPARTURE 1: new and old noise are independent, so variances add, a^2 s^2 + kappa^2 = t^2. The paper's
+    sigma_k = (t-s)/(1-s) adds standard deviations, and x_t would lie below level t. kappa^2 is written as
+    (t - a s)(t + a s) with t - a s = (t-s)/(1-s): a difference of squares loses its digits as t -> s."""
+    s, t = fp32(s, t)
+    a = (1 - t) / (1 - s)
+    return a, ((t - s) / (1 - s) * (t + a * s)).clamp_min(0).sqrt()
+
+
+def renoise(x_s, s, t, noise):
+    """x_t ~ q_t^(k)(. | x_s), the Gaussian corruption of 3.1 (above Eq. 8). x_s, noise (B, ...)."""
+    x_s, noise = fp32(x_s, noise)
+    a, kappa = renoise_coefficients(s, t)
+    return a * x_s + kappa * noise
+
+
+def ambient_scale(s, t):
+    """c of the target v* = -x_s/(1-s) + c n: the velocity that Eq. 2 assigns to Eq. 10's score.
+
+    Derivation: put that score, -n/kappa, into Eq. 2 and collect terms: c = (t - kappa^2) / ((1-t) kappa). The
+    code has the same value in a form that is finite at t = 1. c >= 1; c = 1 for s = 0 (flow matching), and
+    c -> infinity as t -> s."""
+    s, t = fp32(s, t)
+    a, kappa = renoise_coefficients(s, t)
+    return (t + a * s * s / (1 - s)) / kappa
+
+
+def ambient_velocity_target(x_s, noise, s, t):
+    """What the fake score learns at x_t = a x_s + kappa n: v*, (B, ...). At s = 0 it is n - x_0 of Eq. 5."""
+    x_s, noise, s = fp32(x_s, noise, s)
+    return -x_s / (1 - s) + ambient_scale(s, t) * noise
+
+
+def ambient_dsm_loss(v_fake, x_s, noise, s, t):
+    """Eq. 10 -> scalar. v_fake = v_phi(x_t, t), x_s, noise (B, ...).
+
+    |v_phi - v*|^2 is divided by the variance of v* given x_0, c^2 + b^2 with b = s / (1-s). The loss is of
+    order one at every (s, t), equals Eq. 5 at s = 0, and stays finite as t -> s, where v* grows as 1/kappa.
+    In Eq. 10, omega_k = (t/(1-t))^2 over that variance. The minimiser is the marginal score (App. D)."""
+    v_fake, x_s, noise, s = fp32(v_fake, x_s, noise, s)
+    c, b = ambient_scale(s, t), s / (1 - s)
+    residual = (v_fake + x_s / (1 - s)) / c - noise                        # (v_phi - v*) / c
+    return (residual.square() / (1 + (b / c).square())).mean()
+
+
+def reverse_step(x, v, t, t_next, noise, kernel="posterior", eta=None):
+    """x'' ~ p_phi(x_t'' | x_t'), the reverse kernel of Eq. 11. x, v, noise (B, ...); t' = t >= t_next = t''.
+
+    "posterior": the Gaussian bridge q(x'' | x', x_0) with the x-prediction for x_0, which is p(x'' | x') to
+    first order in t' - t''; it is Eq. 20 with cos = t''(1-t') / (t'(1-t'')). "cps": Eq. 20 at a fixed eta, as
+    released; even for t'' -> t' the true score then does not satisfy Eq. 11 (DEPARTURE 3). The 1e-9 avoids
+    0/0 at t' = t'' = 1, to which bf16 may round a level."""
+    x, v, t, t_next, noise = fp32(x, v, t, t_next, noise)
+    posterior = t_next * (1 - t + 1e-9) / (t * (1 - t_next + 1e-9))
+    cos = math.cos(eta * math.pi / 2) if kernel == "cps" else posterior
+    sin = torch.as_tensor(1 - cos * cos).clamp_min(0).sqrt()
+    return (1 - t_next) * (x - t * v) + t_next * (cos * (x + (1 - t) * v) + sin * noise)
+
+
+def consistency_loss(fake, x, v, t, t_next, noise_1, noise_2, kernel="posterior", eta=None):
+    """Eq. 22 (App. F) -> scalar: estimates |h(x', t') - E h(x'', t'')|^2 from two independent draws of x''.
+
+    fake(x, t) -> v_phi;  x, v (B, ...) at level t' = t, v = fake(x, t) with its graph;  t, t_next numbers or
+    (B, 1, ..);  noise_1, noise_2 (B, ...) independent;  kernel and eta as in reverse_step. The product of two
+    draws is unbiased for the squared norm of the mean; the square of one draw would add the variance of
+    h(x''). The estimate may be negative. The draws carry no gradient: only the prediction h is trained.
+    (Training does not call this: update_fake takes the same gradient in two halves.)"""
+    x, v, t, t_next = fp32(x, v, t, t_next)
+    draws = (reverse_step(x.detach(), v.detach(), t, t_next, n, kernel, eta) for n in (noise_1, noise_2))
+    d_1, d_2 = (x0_from_velocity(x_next, fake(x_next, t_next), t_next) - (x - t * v) for x_next in draws)
+    return (d_1 * d_2).mean()
+
+
+def boundary_mean(x_t, v, s, t):
+    """E[x_s | x_t] under velocity v (Tweedie, App. B). x_t, v (B, ...).
+    (x_t + kappa^2 score) / a, written without the division by a, which is 0 at t = 1."""
+    x_t, v, s, t = fp32(x_t, v, s, t)
+    a = (1 - t) / (1 - s)
+    return (1 - s) * (x_t - t * v) + (a * s * s / t) * (x_t + (1 - t) * v)
+
+
+def dmd_loss(x_s, x_t, v_teacher, v_fake, s, t):
+    """Eq. 9 -> scalar. Its gradient with respect to x_s is g / x_s.numel(), g = (m_phi - m_psi) / D: Eq. 9
+    with lambda_k alpha_k = kappa^2 / (a D), and ordinary DMD (Eq. 4) at s = 0.
+
+    x_s (B, ...) with its graph; x_t = renoise(x_s); velocities at (x_t, t), treated as constants; s, t
+    numbers or (B, 1, ..). g points from the teacher's boundary mean to the fake score's, so descent moves x_s
+    towards the teacher; D is DMD's normaliser. (x_s - stop(x_s - g))^2 / 2 has the gradient g."""
+    x_s, = fp32(x_s)
+    with torch.no_grad():
+        m_fake, m_teacher = (boundary_mean(x_t, v, s, t) for v in (v_fake, v_teacher))
+        D = (x_s - m_teacher).abs().mean(dim=tuple(range(1, x_s.dim())), keepdim=True)
+        g = (m_fake - m_teacher) / D.clamp_min(1e-3)  # no blow-up where the student is at its target
+    return 0.5 * (x_s - (x_s - g).detach()).square().mean()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 4. Hybrid policy gradient (3.2, App. G, H). Steps 1 .. K-1 are Gaussian policies, step K is deterministic.
+# ------------------------------------------------------------------------------------------------------------
+
+def choose_steps(steps, subset_size, generator):
+    """S of 3.2: sorted list of subset_size of the stochastic steps {1 .. K-1}; generator: torch.Generator."""
+    return sorted((torch.randperm(steps - 1, generator=generator)[:subset_size] + 1).tolist())
+
+
+def group_noise(shape, selected, group_size, steps, generator):
+    """Eq. 16: eps_k of a group (K-1, N, *shape): one draw per member at the steps in `selected`, one common
+    draw at the others. The start x_{t_0} is not covered by Eq. 16; it is independent for every member."""
+    noise = torch.randn(steps - 1, group_size, *shape, generator=generator)
+    for k in range(1, steps):
+        if k not in selected:
+            noise[k - 1] = noise[k - 1, :1]
+    return noise
+
+
+def gaussian_log_prob(x_next, mean, std):
+    """log pi of Eq. 13 (App. H), divided by the dimensions (DEPARTURE 7): x_next, mean (B, ...) -> (B,)."""
+    x_next, mean, std = fp32(x_next, mean, std)
+    log_density = -0.5 * ((x_next - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)
+    return log_density.flatten(1).mean(1)
+
+
+def reward_scale(rewards, std="group", floor=1e-4):
+    """The divisor of centred rewards (G, N): their std (with N-1) per group, (G, 1), or over all, (); or 1.
+    The floor matters where all members of a group score the same: their std would be rounding noise only."""
+    rewards, = fp32(rewards)
+    if std == "none":
+        return torch.ones_like(rewards[:, :1])
+    return (rewards.std(1, keepdim=True) if std == "group" else rewards.std()).clamp_min(floor)
+
+
+def group_advantages(rewards, std="group", floor=1e-4):
+    """A_i of 3.2 and App. H: (G, N) -> (G, N), rewards of N trajectories for each of G prompts.
+    std="none": the baseline is the mean of the N-1 others, which multiplies by N/(N-1) (DEPARTURE 12)."""
+    rewards, = fp32(rewards)
+    centred = rewards - rewards.mean(1, keepdim=True)
+    if std == "none":
+        return centred * rewards.shape[1] / (rewards.shape[1] - 1)
+    return centred / reward_scale(rewards, std, floor)
+
+
+def subgrpo_loss(log_prob, old_log_prob, advantages, steps, clip):
+    """Loss whose gradient is minus Eq. 17 (per dimension), -> scalar. log_prob, old_log_prob (B, M): a column
+    per step of S; advantages (B,).
+
+    (K-1)/M (DEPARTURE 9) makes the sum over S an unbiased estimate of the sum over all K-1 steps, which is
+    naive GRPO (Eq. 31, M = K-1), if the divisor of the advantages does not depend on S. The std of a group
+    does (docs/departures.md). The clip is PPO's; the ratio is 1 in a rollout's first update."""
+    ratio, A = torch.exp(log_prob.float() - old_log_prob.float()), advantages[:, None].float()
+    surrogate = torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A)
+    return -(steps - 1) / log_prob.shape[1] * surrogate.sum(1).mean()
+
+
+def pathwise_loss(reward, scale=1.0, dims=1):
+    """Loss whose gradient is minus Eq. 15 divided by dims, -> scalar. reward (B,) = r(G(x_{t_{K-1}})).
+
+    x_{t_{K-1}} must enter detached: its dependence on theta is already in the policy term (App. G.2), and a
+    graph here would count it twice. Dividing by scale (B,) and dims gives the units of the policy term:
+    rewards per std, log-densities per dimension (DEPARTURE 11)."""
+    return -(reward.float() / scale).mean() / dims
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 5. Configuration. Each help text gives the unit of a setting and the source of its default.
+# ------------------------------------------------------------------------------------------------------------
+
 class UsageError(Exception):
     """Bad input, or a run that cannot go on: one sentence that says what to do. main prints it."""
 
@@ -94,10 +391,6 @@ class UsageError(Exception):
         super().__init__(message)
         self.code = code
 
-
-# ------------------------------------------------------------------------------------------------------------
-# 1. Configuration. Each help text gives the unit of a setting and the source of its default.
-# ------------------------------------------------------------------------------------------------------------
 
 def opt(default, help, choices=None):
     """A dataclass field whose help text and admissible values the command line reads."""
@@ -262,299 +555,6 @@ def check(cfg):
              "--out and --cache must name a folder, in UTF-8.")):
         if wrong:
             raise UsageError(sentence)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# 2. Flow algebra (paper 2.1). Rectified path x_t = (1-t) x_0 + t eps, velocity v = E[eps - x_0 | x_t].
-#
-# Sections 2 to 5 hold pure functions (CPSScheduler apart): no globals, no configuration; noise, or the
-# generator that draws it, is an argument. Levels t, s are numbers or tensors that broadcast against x. They
-# compute in fp32 (the schedule in fp64) whatever comes in: bf16 has less than three decimal digits, so
-# FLUX.2's t_1 = .9581 would become .957. Training does not call consistency_loss, ambient_velocity_target,
-# eps_from_velocity and score_from_velocity; they are here to be read and copied.
-# ------------------------------------------------------------------------------------------------------------
-
-def fp32(*values):
-    """Each value as an fp32 tensor, its autograd graph and device kept."""
-    return [torch.as_tensor(a, dtype=torch.float32) for a in values]
-
-
-def x0_from_velocity(x, v, t):
-    """E[x_0 | x_t = x], the x-prediction (G_theta of 3.1). x, v (B, ...); t broadcasts against them."""
-    x, v, t = fp32(x, v, t)
-    return x - t * v
-
-
-def eps_from_velocity(x, v, t):
-    """E[eps | x_t = x]. Eq. 19 without its division by t: the same number, and finite at t = 0."""
-    x, v, t = fp32(x, v, t)
-    return x + (1 - t) * v
-
-
-def score_from_velocity(x, v, t):
-    """grad log p_t(x), Eq. 2 solved for s (Eq. 1 for this path). Singular only at t = 0."""
-    x, v, t = fp32(x, v, t)
-    return -(x + (1 - t) * v) / t
-
-
-# ------------------------------------------------------------------------------------------------------------
-# 3. Sampler (App. C)
-# ------------------------------------------------------------------------------------------------------------
-
-def timestep_schedule(steps, shift=1.0):
-    """Levels t_0 = 1 > ... > t_K = 0, (K+1,) float64: shift u / (1 + (shift - 1) u), u a uniform grid.
-    shift 3 (SD3) gives 1, .9, .75, .5, 0 for K = 4."""
-    u = 1 - torch.arange(steps + 1, dtype=torch.float64) / steps
-    return shift * u / (1 + (shift - 1) * u)
-
-
-def cps_mean_std(x, v, t, t_next, eta):
-    """Eqs. 20 and 21: mean (B, ...) and std of x_{t_next}, given x and v at level t, a number or (B, 1, ..).
-
-    eta 0 is an Euler step, eta 1 re-noises the x-prediction. For every eta the result has signal coefficient
-    1 - t_next and noise coefficient t_next: "coefficient preserving". std: sigma_k of Eq. 13, like t_next."""
-    x, v, t, t_next = fp32(x, v, t, t_next)
-    x0, eps = x - t * v, x + (1 - t) * v
-    mean = (1 - t_next) * x0 + t_next * math.cos(eta * math.pi / 2) * eps
-    return mean, t_next * math.sin(eta * math.pi / 2)
-
-
-def cps_step(x, v, t, t_next, noise, eta):
-    """One draw from Eq. 20. At t_next = 0 the noise has no weight: the last step is deterministic."""
-    mean, std = cps_mean_std(x, v, t, t_next, eta)
-    return mean + std * fp32(noise)[0]
-
-
-def rollout(velocity, x, noise, times, eta):
-    """K steps of Eq. 20 from x = x_{t_0} ~ N(0, I), (B, ...).
-
-    velocity(x, t (B,)) -> v;  noise (K-1, B, ...), eps_k at index k - 1;  times (K+1,).
-    Returns K+1 states x_{t_0} .. x_{t_K} and the K x-predictions of the steps."""
-    states, predictions = [x], []
-    for k in range(1, len(times)):
-        t, t_next = times[k - 1], times[k]
-        v = velocity(states[-1], t.to(x.device, torch.float32).expand(len(x)))
-        predictions.append(x0_from_velocity(states[-1], v, t))
-        step_noise = noise[k - 1] if k < len(times) - 1 else 0.0
-        states.append(cps_step(states[-1], v, t, t_next, step_noise, eta))
-    return states, predictions
-
-
-class CPSScheduler(diffusers.FlowMatchEulerDiscreteScheduler):
-    """Eq. 21 for the stock diffusers pipelines of SD3 and FLUX.2. To copy it, copy cps_mean_std and fp32 too.
-
-        pipe.scheduler = CPSScheduler.from_config(pipe.scheduler.config, eta=0.9)
-        pipe.scheduler.generator = torch.Generator().manual_seed(0)      # the noise of the steps
-        image = pipe(prompt, num_inference_steps=4, guidance_scale=1).images[0]
-
-    eta = 0 is the Euler step, eta = 1 fresh noise at every level (the parent's `stochastic_sampling=True`).
-    Create it with from_config or from_pretrained. Pipelines do not pass their `generator` to `step`, so that
-    of the steps' noise is an attribute; None means torch's global one. Put the old scheduler back before
-    `pipe.save_pretrained`, or diffusers cannot load what was saved."""
-
-    eta = 0.9                # randomness of a step, 0 to 1   (paper 4.1)
-    generator = None         # a torch.Generator, or a list with one per image
-
-    @classmethod
-    def from_config(cls, config, eta=None, **options):
-        """Takes the config of any flow-matching scheduler. eta: argument, else the config's, else .9."""
-        fields = dict(config)
-        known = fields.pop("eta", cls.eta)             # the parent warns of fields that it does not know
-        scheduler = super().from_config(fields, **options)
-        scheduler.eta = known if eta is None else eta
-        scheduler.register_to_config(eta=scheduler.eta)
-        return scheduler
-
-    def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None):
-        """Levels 1, (n-1)/n ... 1/n shifted once, then 0.  `sigmas` are levels BEFORE the shift, as ever.
-
-        The parent's default shifts twice: four steps of SD3 would be 1, .858, .602, .009, 0 and not
-        1, .9, .75, .5, 0.  FLUX.2's pipeline passes these very levels itself, and its shift as `mu`."""
-        if sigmas is None and timesteps is None:
-            sigmas = [1 - i / num_inference_steps for i in range(num_inference_steps)]
-        super().set_timesteps(device=device, sigmas=sigmas, mu=mu, timesteps=timesteps)
-
-    def step(self, model_output, timestep, sample, generator=None, return_dict=True, **unused):
-        """x_t -> x_{t_next}. model_output is the velocity v, sample is x_t; the result has v's dtype."""
-        if self.step_index is None:
-            self._init_step_index(timestep)
-        t, t_next = self.sigmas[self.step_index], self.sigmas[self.step_index + 1]
-        x, std = cps_mean_std(sample, model_output, t, t_next, self.eta)
-        if self.eta > 0 and self.step_index < len(self.sigmas) - 2:      # the last step has no noise
-            randn = diffusers.utils.torch_utils.randn_tensor      # a pasted class has diffusers alone
-            x = x + std * randn(x.shape, generator or self.generator, x.device, torch.float32)
-        self._step_index += 1
-        x = x.to(model_output.dtype)
-        return diffusers.schedulers.scheduling_utils.SchedulerOutput(prev_sample=x) if return_dict else (x,)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# 4. AC-DMD (3.1, App. B, D, E, F). s: level t_k of a boundary state x_s; t in [s, 1]: level after re-noising.
-# ------------------------------------------------------------------------------------------------------------
-
-def renoise_coefficients(s, t):
-    """a = alpha_k(t) and kappa = sigma_k(t) of 3.1 (above Eq. 8) and App. B: x_t = a x_s + kappa n brings
-    level s to level t.
-
-    DEPARTURE 1: new and old noise are independent, so variances add, a^2 s^2 + kappa^2 = t^2. The paper's
-    sigma_k = (t-s)/(1-s) adds standard deviations, and x_t would lie below level t. kappa^2 is written as
-    (t - a s)(t + a s) with t - a s = (t-s)/(1-s): a difference of squares loses its digits as t -> s."""
-    s, t = fp32(s, t)
-    a = (1 - t) / (1 - s)
-    return a, ((t - s) / (1 - s) * (t + a * s)).clamp_min(0).sqrt()
-
-
-def renoise(x_s, s, t, noise):
-    """x_t ~ q_t^(k)(. | x_s), the Gaussian corruption of 3.1 (above Eq. 8). x_s, noise (B, ...)."""
-    x_s, noise = fp32(x_s, noise)
-    a, kappa = renoise_coefficients(s, t)
-    return a * x_s + kappa * noise
-
-
-def ambient_scale(s, t):
-    """c of the target v* = -x_s/(1-s) + c n: the velocity that Eq. 2 assigns to Eq. 10's score.
-
-    Derivation: put that score, -n/kappa, into Eq. 2 and collect terms: c = (t - kappa^2) / ((1-t) kappa). The
-    code has the same value in a form that is finite at t = 1. c >= 1; c = 1 for s = 0 (flow matching), and
-    c -> infinity as t -> s."""
-    s, t = fp32(s, t)
-    a, kappa = renoise_coefficients(s, t)
-    return (t + a * s * s / (1 - s)) / kappa
-
-
-def ambient_velocity_target(x_s, noise, s, t):
-    """What the fake score learns at x_t = a x_s + kappa n: v*, (B, ...). At s = 0 it is n - x_0 of Eq. 5."""
-    x_s, noise, s = fp32(x_s, noise, s)
-    return -x_s / (1 - s) + ambient_scale(s, t) * noise
-
-
-def ambient_dsm_loss(v_fake, x_s, noise, s, t):
-    """Eq. 10 -> scalar. v_fake = v_phi(x_t, t), x_s, noise (B, ...).
-
-    |v_phi - v*|^2 is divided by the variance of v* given x_0, c^2 + b^2 with b = s / (1-s). The loss is of
-    order one at every (s, t), equals Eq. 5 at s = 0, and stays finite as t -> s, where v* grows as 1/kappa.
-    In Eq. 10, omega_k = (t/(1-t))^2 over that variance. The minimiser is the marginal score (App. D)."""
-    v_fake, x_s, noise, s = fp32(v_fake, x_s, noise, s)
-    c, b = ambient_scale(s, t), s / (1 - s)
-    residual = (v_fake + x_s / (1 - s)) / c - noise                        # (v_phi - v*) / c
-    return (residual.square() / (1 + (b / c).square())).mean()
-
-
-def reverse_step(x, v, t, t_next, noise, kernel="posterior", eta=None):
-    """x'' ~ p_phi(x_t'' | x_t'), the reverse kernel of Eq. 11. x, v, noise (B, ...); t' = t >= t_next = t''.
-
-    "posterior": the Gaussian bridge q(x'' | x', x_0) with the x-prediction for x_0, which is p(x'' | x') to
-    first order in t' - t''; it is Eq. 20 with cos = t''(1-t') / (t'(1-t'')). "cps": Eq. 20 at a fixed eta, as
-    released; even for t'' -> t' the true score then does not satisfy Eq. 11 (DEPARTURE 3). The 1e-9 avoids
-    0/0 at t' = t'' = 1, to which bf16 may round a level."""
-    x, v, t, t_next, noise = fp32(x, v, t, t_next, noise)
-    posterior = t_next * (1 - t + 1e-9) / (t * (1 - t_next + 1e-9))
-    cos = math.cos(eta * math.pi / 2) if kernel == "cps" else posterior
-    sin = torch.as_tensor(1 - cos * cos).clamp_min(0).sqrt()
-    return (1 - t_next) * (x - t * v) + t_next * (cos * (x + (1 - t) * v) + sin * noise)
-
-
-def consistency_loss(fake, x, v, t, t_next, noise_1, noise_2, kernel="posterior", eta=None):
-    """Eq. 22 (App. F) -> scalar: estimates |h(x', t') - E h(x'', t'')|^2 from two independent draws of x''.
-
-    fake(x, t) -> v_phi;  x, v (B, ...) at level t' = t, v = fake(x, t) with its graph;  t, t_next numbers or
-    (B, 1, ..);  noise_1, noise_2 (B, ...) independent;  kernel and eta as in reverse_step. The product of two
-    draws is unbiased for the squared norm of the mean; the square of one draw would add the variance of
-    h(x''). The estimate may be negative. The draws carry no gradient: only the prediction h is trained.
-    (Training does not call this: update_fake takes the same gradient in two halves.)"""
-    x, v, t, t_next = fp32(x, v, t, t_next)
-    draws = (reverse_step(x.detach(), v.detach(), t, t_next, n, kernel, eta) for n in (noise_1, noise_2))
-    d_1, d_2 = (x0_from_velocity(x_next, fake(x_next, t_next), t_next) - (x - t * v) for x_next in draws)
-    return (d_1 * d_2).mean()
-
-
-def boundary_mean(x_t, v, s, t):
-    """E[x_s | x_t] under velocity v (Tweedie, App. B). x_t, v (B, ...).
-    (x_t + kappa^2 score) / a, written without the division by a, which is 0 at t = 1."""
-    x_t, v, s, t = fp32(x_t, v, s, t)
-    a = (1 - t) / (1 - s)
-    return (1 - s) * (x_t - t * v) + (a * s * s / t) * (x_t + (1 - t) * v)
-
-
-def dmd_loss(x_s, x_t, v_teacher, v_fake, s, t):
-    """Eq. 9 -> scalar. Its gradient with respect to x_s is g / x_s.numel(), g = (m_phi - m_psi) / D: Eq. 9
-    with lambda_k alpha_k = kappa^2 / (a D), and ordinary DMD (Eq. 4) at s = 0.
-
-    x_s (B, ...) with its graph; x_t = renoise(x_s); velocities at (x_t, t), treated as constants; s, t
-    numbers or (B, 1, ..). g points from the teacher's boundary mean to the fake score's, so descent moves x_s
-    towards the teacher; D is DMD's normaliser. (x_s - stop(x_s - g))^2 / 2 has the gradient g."""
-    x_s, = fp32(x_s)
-    with torch.no_grad():
-        m_fake, m_teacher = (boundary_mean(x_t, v, s, t) for v in (v_fake, v_teacher))
-        D = (x_s - m_teacher).abs().mean(dim=tuple(range(1, x_s.dim())), keepdim=True)
-        g = (m_fake - m_teacher) / D.clamp_min(1e-3)  # no blow-up where the student is at its target
-    return 0.5 * (x_s - (x_s - g).detach()).square().mean()
-
-
-# ------------------------------------------------------------------------------------------------------------
-# 5. Hybrid policy gradient (3.2, App. G, H). Steps 1 .. K-1 are Gaussian policies, step K is deterministic.
-# ------------------------------------------------------------------------------------------------------------
-
-def choose_steps(steps, subset_size, generator):
-    """S of 3.2: sorted list of subset_size of the stochastic steps {1 .. K-1}; generator: torch.Generator."""
-    return sorted((torch.randperm(steps - 1, generator=generator)[:subset_size] + 1).tolist())
-
-
-def group_noise(shape, selected, group_size, steps, generator):
-    """Eq. 16: eps_k of a group (K-1, N, *shape): one draw per member at the steps in `selected`, one common
-    draw at the others. The start x_{t_0} is not covered by Eq. 16; it is independent for every member."""
-    noise = torch.randn(steps - 1, group_size, *shape, generator=generator)
-    for k in range(1, steps):
-        if k not in selected:
-            noise[k - 1] = noise[k - 1, :1]
-    return noise
-
-
-def gaussian_log_prob(x_next, mean, std):
-    """log pi of Eq. 13 (App. H), divided by the dimensions (DEPARTURE 7): x_next, mean (B, ...) -> (B,)."""
-    x_next, mean, std = fp32(x_next, mean, std)
-    log_density = -0.5 * ((x_next - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)
-    return log_density.flatten(1).mean(1)
-
-
-def reward_scale(rewards, std="group", floor=1e-4):
-    """The divisor of centred rewards (G, N): their std (with N-1) per group, (G, 1), or over all, (); or 1.
-    The floor matters where all members of a group score the same: their std would be rounding noise only."""
-    rewards, = fp32(rewards)
-    if std == "none":
-        return torch.ones_like(rewards[:, :1])
-    return (rewards.std(1, keepdim=True) if std == "group" else rewards.std()).clamp_min(floor)
-
-
-def group_advantages(rewards, std="group", floor=1e-4):
-    """A_i of 3.2 and App. H: (G, N) -> (G, N), rewards of N trajectories for each of G prompts.
-    std="none": the baseline is the mean of the N-1 others, which multiplies by N/(N-1) (DEPARTURE 12)."""
-    rewards, = fp32(rewards)
-    centred = rewards - rewards.mean(1, keepdim=True)
-    if std == "none":
-        return centred * rewards.shape[1] / (rewards.shape[1] - 1)
-    return centred / reward_scale(rewards, std, floor)
-
-
-def subgrpo_loss(log_prob, old_log_prob, advantages, steps, clip):
-    """Loss whose gradient is minus Eq. 17 (per dimension), -> scalar. log_prob, old_log_prob (B, M): a column
-    per step of S; advantages (B,).
-
-    (K-1)/M (DEPARTURE 9) makes the sum over S an unbiased estimate of the sum over all K-1 steps, which is
-    naive GRPO (Eq. 31, M = K-1), if the divisor of the advantages does not depend on S. The std of a group
-    does (docs/departures.md). The clip is PPO's; the ratio is 1 in a rollout's first update."""
-    ratio, A = torch.exp(log_prob.float() - old_log_prob.float()), advantages[:, None].float()
-    surrogate = torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A)
-    return -(steps - 1) / log_prob.shape[1] * surrogate.sum(1).mean()
-
-
-def pathwise_loss(reward, scale=1.0, dims=1):
-    """Loss whose gradient is minus Eq. 15 divided by dims, -> scalar. reward (B,) = r(G(x_{t_{K-1}})).
-
-    x_{t_{K-1}} must enter detached: its dependence on theta is already in the policy term (App. G.2), and a
-    graph here would count it twice. Dividing by scale (B,) and dims gives the units of the policy term:
-    rewards per std, log-densities per dimension (DEPARTURE 11)."""
-    return -(reward.float() / scale).mean() / dims
 
 
 # ------------------------------------------------------------------------------------------------------------

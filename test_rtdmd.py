@@ -2,11 +2,11 @@
 
 Map  section  what is tested                          against what
      0        the file as a text                      budgets of lines, the paper's equations
-     1        configuration                           the contract of the command line
-     2        flow algebra: Eq. 1, 2, 19              a mixture whose score is known at every level
-     3        sampler: Eq. 20, 21                     the formulas written out
-     4        AC-DMD: Eq. 4, 5, 8 to 12, 22           1-D mixtures, 40-point quadrature, the closed-form KL
-     5        policy gradient: Eq. 6, 7, 13 to 18, 31 a linear-Gaussian generator whose gradient is known
+     1        flow algebra: Eq. 1, 2, 19              a mixture whose score is known at every level
+     2        sampler: Eq. 20, 21                     the formulas written out
+     3        AC-DMD: Eq. 4, 5, 8 to 12, 22           1-D mixtures, 40-point quadrature, the closed-form KL
+     4        policy gradient: Eq. 6, 7, 13 to 18, 31 a linear-Gaussian generator whose gradient is known
+     5        configuration                           the contract of the command line
      6        Algorithm 1: stage1, stage2             the expected gradients; small runs with every switch
      7        rewards                                 PIL, torchvision, transformers, open_clip
      8        backbones, export                       small networks of the real classes in the stock pipelines
@@ -162,27 +162,7 @@ def test_every_equation_is_cited(module):
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# 1. Configuration
-# -----------------------------------------------------------------------------------------------------------------
-
-def test_zero_is_the_stages_own():
-    """0, where a stage has a value of its own, is the same as not naming the setting."""
-    own = rtdmd.resolve(dict(model="tiny", device="cpu"))
-    zeros = dict(lr=0.0, lr_fake=0.0, iterations=0, fake_updates=0)
-    assert rtdmd.resolve(dict(model="tiny", device="cpu", **zeros)) == own
-    assert (own.lr, own.iterations, own.dtype) == (1e-3, 150, "fp32")
-
-
-def test_geneval_as_a_reward_asks_for_metadata_at_once():
-    """flux2-4b's own geneval is refused before 20 GB are loaded."""
-    with pytest.raises(rtdmd.UsageError, match="FILE.jsonl"):
-        rtdmd.resolve(dict(stage=2, model="flux2-4b", device="cpu"))
-    rows = dict(stage=2, model="flux2-4b", device="cpu", prompts="rows.jsonl")
-    assert rtdmd.resolve(rows).groups == 64
-
-
-# -----------------------------------------------------------------------------------------------------------------
-# 2. Flow algebra (paper 2.1)
+# 1. Flow algebra (paper 2.1)
 # -----------------------------------------------------------------------------------------------------------------
 
 class Mixture:
@@ -258,7 +238,7 @@ def test_noise_prediction_has_no_division():
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# 3. Sampler (App. C). CPSScheduler inside the stock pipelines: section 8.
+# 2. Sampler (App. C). CPSScheduler inside the stock pipelines: section 8.
 # -----------------------------------------------------------------------------------------------------------------
 
 def test_timestep_schedule():
@@ -311,7 +291,7 @@ def test_the_scheduler_stands_alone():
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# 4. AC-DMD (3.1, App. B, D, E, F)
+# 3. AC-DMD (3.1, App. B, D, E, F)
 # -----------------------------------------------------------------------------------------------------------------
 
 LEVELS = [(0.0, 0.3), (0.25, 0.3), (0.25, 0.6), (0.5, 0.7), (0.75, 0.95)]      # (s, t)
@@ -708,7 +688,7 @@ def test_dmd_gradient_is_that_of_the_noised_kl(s, t):
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# 5. Hybrid policy gradient (3.2, App. G, H)
+# 4. Hybrid policy gradient (3.2, App. G, H)
 # -----------------------------------------------------------------------------------------------------------------
 
 # ---- The parts: S, shared noise, log-probability, advantages
@@ -1097,6 +1077,26 @@ def test_functions_can_be_copied_out():
     close(log_prob, rtdmd.group_noise((2,), [1, 3], 5, 4, rng(40))[0], 0)
     arguments = (log_prob, 0.9 * log_prob, torch.randn(5, generator=rng(41)), 4, 0.1)
     close(subgrpo_loss(*arguments), rtdmd.subgrpo_loss(*arguments), 0)
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# 5. Configuration
+# -----------------------------------------------------------------------------------------------------------------
+
+def test_zero_is_the_stages_own():
+    """0, where a stage has a value of its own, is the same as not naming the setting."""
+    own = rtdmd.resolve(dict(model="tiny", device="cpu"))
+    zeros = dict(lr=0.0, lr_fake=0.0, iterations=0, fake_updates=0)
+    assert rtdmd.resolve(dict(model="tiny", device="cpu", **zeros)) == own
+    assert (own.lr, own.iterations, own.dtype) == (1e-3, 150, "fp32")
+
+
+def test_geneval_as_a_reward_asks_for_metadata_at_once():
+    """flux2-4b's own geneval is refused before 20 GB are loaded."""
+    with pytest.raises(rtdmd.UsageError, match="FILE.jsonl"):
+        rtdmd.resolve(dict(stage=2, model="flux2-4b", device="cpu"))
+    rows = dict(stage=2, model="flux2-4b", device="cpu", prompts="rows.jsonl")
+    assert rtdmd.resolve(rows).groups == 64
 
 
 # -----------------------------------------------------------------------------------------------------------------
