@@ -1162,9 +1162,9 @@ def rate(reward, images, prompts):
 #   velocity(net, x, t, cond)   v = eps - x0 (B,C,H,W) fp32 at levels t (B,); differentiable
 #   quantise(t)      the level that the network is really told when it is asked for t
 #   decode(x)        latents -> images (B,3,H,W) in [0,1]; differentiable
-#   optional         rewards, {name: reward} of its own (of the class: their names); text_length;
-#                    enlarge(images), for people to look at; of the class: settings, its defaults as a row of
-#                    MODELS, and compiles, whether its blocks are compiled on a GPU
+#   optional         rewards, {name: reward} of its own (of the class: their names); text_length; of the
+#                    class: settings, its defaults as a row of MODELS, and compiles, whether its blocks are
+#                    compiled on a GPU
 # ------------------------------------------------------------------------------------------------------------
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -2270,17 +2270,11 @@ def panel(run):
     rated = lambda reward: torch.cat([rate(reward, images[rows], prompts[rows]) for rows in parts])
     watched = {f"watch_{name}": rated(reward).mean().item() for name, reward in run.watched.items()}
     if dist_info()[0] == 0:
-        shown = for_people(run.backbone, images[:16])
-        write_png(run.folder / "samples" / f"{run.done:06d}.png", grid(shown, columns=8))
+        write_png(run.folder / "samples" / f"{run.done:06d}.png", grid(images[:16], columns=8))
     grey = images.mean(1)
     edges = grey.diff(dim=1).abs().mean() + grey.diff(dim=2).abs().mean()
     return dict(watched, saturation=(images.amax(1) - images.amin(1)).mean().item(), edges=edges.item(),
                 contrast=grey.flatten(1).std(1).mean().item())
-
-
-def for_people(backbone, images):
-    """Images (B, 3, H, W) in [0, 1] as they are shown: enlarged, if the backbone can."""
-    return backbone.enlarge(images) if hasattr(backbone, "enlarge") and len(images) else images
 
 
 def grid(images, columns):
