@@ -544,7 +544,7 @@ def check(cfg):
              "--eta 0 leaves no stochastic step to reinforce: give --eta above 0 or --policy_weight 0."),
             (stage2 and not (cfg.dm_weight or cfg.beta and (cfg.policy_weight or cfg.det_weight)),
              "--dm_weight is 0, and --beta or both other weights are: nothing is left to train."),
-            (stage2 and "geneval" in cfg.rewards and not cfg.prompts.endswith(".jsonl"),
+            (stage2 and re.search(r"(^|,)\s*geneval\s*(,|=|$)", cfg.rewards) and cfg.prompts[-6:] != ".jsonl",
              "--rewards geneval must know what pictures have to show: give --prompts FILE.jsonl of its rows "
              "(README says how to make one), or other --rewards."),
             (not re.fullmatch(r"cpu|cuda(:\d+)?", cfg.device), f"--device {cfg.device}: take cuda or cpu."),
@@ -1646,7 +1646,8 @@ def dist_info():
         rank, local, world = (int(os.environ.get(name, default)) for name, default in names.items())
     except ValueError:
         rank = local = world = -1
-    meeting = world == 1 or "MASTER_ADDR" in os.environ and os.environ.get("MASTER_PORT", "").isdigit()
+    port = os.environ.get("MASTER_PORT", "")
+    meeting = world == 1 or "MASTER_ADDR" in os.environ and port.isdecimal() and int(port) < 2**16
     if not (meeting and 0 <= rank < world and local >= 0):
         raise UsageError("RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR or MASTER_PORT is not torchrun's: "
                          "start with torchrun, or unset them.")
@@ -2077,6 +2078,10 @@ def prepare(cfg):
     run.text.prepare(run.prompts)
     find = lambda name: load_reward(name, cfg, getattr(run.backbone, "rewards", {}))
     run.rewards = {n: (reward, weight) for n, weight in rewards if cfg.stage == 2 and (reward := find(n))}
+    with_gradient = any(reward.differentiable for reward, _ in run.rewards.values())
+    if cfg.stage == 2 and not (cfg.dm_weight or cfg.policy_weight or with_gradient):
+        raise UsageError("No reward is differentiable, so --policy_weight 0 and --dm_weight 0 leave nothing "
+                         "to train: give one of them a weight, or a reward that has a gradient.")
     run.watched = {n: reward for n, _ in watched if (reward := find(n))}
     run.optimizers = {}
     for role, lr, decay in (("generator", cfg.lr, cfg.weight_decay), ("fake", cfg.lr_fake, 0.0)):

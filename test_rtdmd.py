@@ -1092,11 +1092,14 @@ def test_zero_is_the_stages_own():
 
 
 def test_geneval_as_a_reward_asks_for_metadata_at_once():
-    """flux2-4b's own geneval is refused before 20 GB are loaded."""
-    with pytest.raises(rtdmd.UsageError, match="FILE.jsonl"):
-        rtdmd.resolve(dict(stage=2, model="flux2-4b", device="cpu"))
+    """flux2-4b's own geneval is refused before 20 GB are loaded; others that are called alike are not."""
+    for rewards in ({}, dict(rewards="geneval"), dict(rewards="ocr=.5, geneval =2,hpsv2")):
+        with pytest.raises(rtdmd.UsageError, match="FILE.jsonl"):
+            rtdmd.resolve(dict(stage=2, model="flux2-4b", device="cpu") | rewards)
     rows = dict(stage=2, model="flux2-4b", device="cpu", prompts="rows.jsonl")
     assert rtdmd.resolve(rows).groups == 64
+    for rewards in ("geneval2", "my_rewards:geneval", "my_geneval:score=1"):
+        assert rtdmd.resolve(dict(stage=2, model="sd3m", device="cpu", rewards=rewards)).rewards == rewards
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -3880,6 +3883,7 @@ WRONG = [line.split(" | ") for line in r"""
 2 --eta 0 | no stochastic step
 2 --policy_weight 0 --det_weight 0 --dm_weight 0 | nothing is left to train
 2 --beta 0 --dm_weight 0 | nothing is left to train
+2 --policy_weight 0 --dm_weight 0 --rewards strict=1 | No reward is differentiable
 2 --lora_rank 8 | lora_rank 4 -> 8
 2 --lora_alpha 8 | lora_alpha 4 -> 8
 2 --init TMP/nothing | No stage-1 checkpoint
@@ -3948,7 +3952,7 @@ def test_other_wrong_input(flags, tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     refused(capfd, flags(1), "MASTER_PORT is not torchrun's")
     monkeypatch.setenv("MASTER_ADDR", "localhost")
-    for port in ("", "http"):
+    for port in ("", "http", "65536"):
         monkeypatch.setenv("MASTER_PORT", port)
         refused(capfd, flags(1), "MASTER_PORT is not torchrun's")
     monkeypatch.setenv("MASTER_PORT", "29500")
