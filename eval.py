@@ -3149,7 +3149,7 @@ class TinyBackbone:
         "rewards": "attributes=1", "watch": "heldout", "sample_every": 10, "lora_rank": 32, "lora_alpha": 16,
         "ema": 0.97, "std_floor": 0.05,
         1: dict(iterations=150, lr=1e-3, lr_fake=1e-3, fake_updates=3, batch=48),
-        2: dict(iterations=50, lr=1e-3, lr_fake=1e-3, fake_updates=4, groups=4, group_size=12, det_weight=30.0)}
+        2: dict(iterations=50, lr=1e-3, lr_fake=1e-3, fake_updates=4, groups=8, group_size=6, det_weight=30.0)}
 
     def __init__(self, cfg):
         name = cfg.pretrained or "tiny-2000"

@@ -1,4 +1,5 @@
-"""Tests of rtdmd.py and eval.py: `python -m pytest -q test_rtdmd.py`, in the order of the two files.
+"""Tests of rtdmd.py and eval.py, in the order of the two files: `python test_rtdmd.py` runs all of them, one process
+per core; `python -m pytest -q test_rtdmd.py -k WORDS` some of them.
 
 Map  section  what is tested                          against what
      0        the file as a text                      budgets of lines, the paper's equations
