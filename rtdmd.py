@@ -1764,9 +1764,8 @@ def write_atomic(path, data):
 class AdaptedLinear(nn.Linear):
     """A frozen linear layer plus the LoRA update of the role that is active: W x + b + (alpha / r) B A x.
 
-    Roles.attach sets A (r, in) and B (out, r) before every forward pass; for the teacher there is none. They
-    are attributes and not parameters, so that torch.compile takes them as inputs: the roles share its graphs.
-    """
+    Roles.attach sets A (r, in) and B (out, r) before every forward pass; the teacher has none. They are no
+    parameters, so torch.compile takes them as inputs, and the roles share its graphs."""
     A = B = None
 
     def forward(self, x):
@@ -1779,9 +1778,9 @@ class AdaptedLinear(nn.Linear):
 
 def compile_blocks(net):
     """Has torch.compile compile every transformer block by itself, in place, when it is first called.
-    Blocks of one kind share a graph. Another shape, a pass with or without gradient, with or without adapter
-    makes a further graph. dynamic=False: at the second shape torch would otherwise compile for any shape,
-    which takes longer and gives slower code (docs/costs.md)."""
+    Blocks of one kind share a graph; each shape has its own, with and without gradient or adapter. (At the
+    second shape torch would otherwise compile for any shape, which takes longer and gives slower code:
+    docs/costs.md.)"""
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 256
     for part in net.children():
         for block in part if isinstance(part, nn.ModuleList) else ():
@@ -1802,7 +1801,7 @@ class Roles:
     def __init__(self, backbone, cfg):
         self.backbone, self.guidance, self.active = backbone, cfg.guidance, None
         self.nets = backbone.nets | {"fake": backbone.nets["teacher"]}
-        self.layers, self.flat, self.shapes, self.named = {}, {}, {}, {}
+        self.layers, self.flat, self.named = {}, {}, {}
         for role in ("generator", "fake"):
             torch.manual_seed(key(cfg.seed, "lora", role))                  # the same A on every process
             layers, matrices = [self.nets[role].get_submodule(name) for name in backbone.lora_targets], {}
@@ -1825,14 +1824,14 @@ class Roles:
         """Makes flat[role], the parameter to train, of the matrices, and named[role], the views of it."""
         flat = torch.cat([matrix.flatten() for matrix in matrices.values()])
         self.flat[role] = nn.Parameter(flat.to(self.layers[role][0].weight.device))
-        self.shapes[role] = {name: matrix.shape for name, matrix in matrices.items()}
+        self.named[role] = matrices
         self.named[role] = self.parts(role, self.flat[role].data)
 
     def parts(self, role, flat):
         """{name: view} of the matrices in a tensor like flat[role]."""
-        shapes = self.shapes[role]
-        pieces = flat.split([shape.numel() for shape in shapes.values()])
-        return {name: piece.view(shape) for (name, shape), piece in zip(shapes.items(), pieces)}
+        named = self.named[role]
+        pieces = flat.split([matrix.numel() for matrix in named.values()])
+        return {name: piece.view_as(matrix) for (name, matrix), piece in zip(named.items(), pieces)}
 
     def attach(self, role, matrices=None):
         """Gives the layers the A and B of a role, all cast to the network's dtype at once. Every forward pass
@@ -1936,10 +1935,8 @@ def save_lora(folder, state_dict, rank, alpha, targets, info):
 
 def save_checkpoint(run):
     """Writes OUT/stageN/checkpoint-000100: the averaged generator for diffusers, and state/ with all that
-    resuming needs. Rank 0 writes; all processes hold the same numbers.
-
-    The folder is made under another name and then renamed, so a kill at any moment leaves whole checkpoints
-    only. It holds no state of a random generator: every draw is keyed (see key)."""
+    resuming needs (no random state: every draw is keyed). Rank 0 writes; all hold the same numbers. The
+    folder is made under another name and then renamed: a kill at any moment leaves whole checkpoints only."""
     cfg, backbone = run.cfg, run.backbone
     if dist_info()[0] == 0:
         target = run.folder / f"checkpoint-{run.done:06d}"
@@ -1979,23 +1976,22 @@ def drop_old_checkpoints(run):
 
 
 def iteration_of(folder):
-    """The iteration in a checkpoint's name; None for other folders, such as a copy checkpoint-best."""
-    found = re.fullmatch(r"checkpoint-(\d{6,})", Path(folder).name)
-    return int(found[1]) if found else None
+    """The iteration in a checkpoint's name."""
+    return int(Path(folder).name.removeprefix("checkpoint-"))
 
 
 def list_checkpoints(folder):
-    """Checkpoints in a folder, newest first. OSError if it may not be read (glob would find nothing)."""
-    names = os.listdir(folder) if Path(folder).is_dir() else []
-    found = (Path(folder) / n for n in names if iteration_of(n) is not None)
+    """Checkpoints in a folder, newest first, without copies such as checkpoint-best. OSError if it may not be
+    read (glob would find nothing)."""
+    found = Path(folder).iterdir() if Path(folder).is_dir() else ()
+    found = [path for path in found if re.fullmatch(r"checkpoint-\d{6,}", path.name)]
     return sorted(found, key=iteration_of, reverse=True)
 
 
 def find_checkpoint(path):
     """The newest whole checkpoint at or below a path; None if there is no checkpoint at all. A damaged one is
-    named and passed over. If all are damaged it raises UsageError: a new start would overwrite what may
-    be all that is left of the run. A file that exists but cannot be read (permissions, a passing
-    fault of the disk) is not called damaged: its OSError ends the program."""
+    passed over; if all are, it raises UsageError: a new start would overwrite what may be all that is left of
+    the run. A file that cannot be read (a passing fault of the disk) is not damaged: OSError ends the run."""
     path = Path(path)
     candidates = [path] if path.name.startswith("checkpoint-") and path.exists() else list_checkpoints(path)
     for folder in (path for path in candidates if (path / "state").exists()):  # of others the export is left
@@ -2077,12 +2073,12 @@ def prepare(cfg):
     run.text = TextCache(run.backbone, Path(cfg.cache) / "text")
     run.text.prepare(run.prompts)
     find = lambda name: load_reward(name, cfg, getattr(run.backbone, "rewards", {}))
-    run.rewards = {n: (reward, weight) for n, weight in rewards if cfg.stage == 2 and (reward := find(n))}
+    run.rewards = {name: (find(name), weight) for name, weight in rewards if cfg.stage == 2}
     with_gradient = any(reward.differentiable for reward, _ in run.rewards.values())
     if cfg.stage == 2 and not (cfg.dm_weight or cfg.policy_weight or with_gradient):
         raise UsageError("No reward is differentiable, so --policy_weight 0 and --dm_weight 0 leave nothing "
                          "to train: give one of them a weight, or a reward that has a gradient.")
-    run.watched = {n: reward for n, _ in watched if (reward := find(n))}
+    run.watched = {name: find(name) for name, _ in watched}
     run.optimizers = {}
     for role, lr, decay in (("generator", cfg.lr, cfg.weight_decay), ("fake", cfg.lr_fake, 0.0)):
         p = run.roles.flat[role]
@@ -2101,9 +2097,9 @@ def micro_batch_of_card(run, most=16):
     faster (docs/costs.md). The decoder computes activations twice only if fewer than 8 fit otherwise."""
     if not run.device.startswith("cuda"):
         return 4
-    vae = getattr(run.backbone, "vae", None) if run.cfg.stage == 2 else None
-    for switch in ("disable", "enable") if vae else [None]:
-        if switch:
+    vae = getattr(run.backbone, "vae", None)
+    for switch in ("disable", "enable"):
+        if vae:
             getattr(vae, f"{switch}_gradient_checkpointing")()
         one, two = (peak_bytes(run, n) for n in (1, 2))
         free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
@@ -2116,22 +2112,17 @@ def micro_batch_of_card(run, most=16):
 
 
 def peak_bytes(run, n):
-    """GPU memory in bytes that n samples take in the largest pass with gradient: through network, decoder and
-    rewards in stage 2, through the network in stage 1."""
-    cfg, prompts = run.cfg, [run.prompts.at(i) for i in range(n)]
-    states = torch.randn(cfg.steps + 1, n, *run.backbone.latent_shape, device=run.device)
+    """GPU memory in bytes that n samples take in the largest pass with gradient: stage 2's through the last
+    step, i.e. network, decoder and rewards. Stage 1 has no rewards, and no decoder then."""
+    states = torch.randn(run.cfg.steps + 1, n, *run.backbone.latent_shape, device=run.device)
+    scales = {name: torch.ones(n, device=run.device) for name in run.rewards}
+    b = SimpleNamespace(states=states, prompts=[run.prompts.at(i) for i in range(n)], scales=scales)
+    differentiable = any(reward.differentiable for reward, _ in run.rewards.values())
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     with torch.compiler.set_stance("force_eager"):
-        if cfg.stage == 2:
-            ones = torch.ones(n, device=run.device)
-            b = SimpleNamespace(states=states, prompts=prompts, scales={name: ones for name in run.rewards})
-            differentiable = any(reward.differentiable for reward, _ in run.rewards.values())
-            reinforce_slot(run, b, cfg.subset_size, differentiable, range(n), [0], states[0], True, n)
-        else:
-            t, cond = torch.full((n,), 0.5, device=run.device), run.text.batch(prompts, run.device)
-            run.roles.velocity("generator", states[0], t, cond).square().mean().backward()
+        reinforce_slot(run, b, run.cfg.subset_size, differentiable, range(n), [0], states[0], True, n)
     run.roles.flat["generator"].grad, run.terms = None, {}
     return torch.cuda.max_memory_allocated() - before
 
@@ -2168,15 +2159,16 @@ def iterations(run):
         row["seconds"] = time.perf_counter() - start
         bar.set_postfix_str(record(run, row), refresh=False)
         stop = any(everyone(run.stop))  # all of them, or one waits for ever
-        due, streak = due or run.done % cfg.save_every == 0 or run.done == last or stop, max(run.bad.values())
-        if due and not streak:
+        due = due or run.done % cfg.save_every == 0 or run.done == last or stop
+        good = not any(run.bad.values())
+        if due and good:
             save_checkpoint(run)
             due = False
         if stop:
-            where = "the last checkpoint, since the latest update was not finite" if streak else "there"
-            log(f"Stopped by a signal after iteration {run.done}; the same command goes on from {where}.")
+            log(f"Stopped by a signal after iteration {run.done}; the same command goes on from the last "
+                "checkpoint.")
             return
-        if streak and run.done == last:
+        if run.done == last and not good:
             raise UsageError("the last update was not finite, so no checkpoint is saved: correct what was "
                              "named, or lower --lr, and start again.", code=1)
 
@@ -2208,10 +2200,8 @@ def claim(cfg):
 
 def provenance():
     """Versions of the packages, and the commit of the source, marked as dirty if files have changed since."""
-    versions, git = {}, None
-    for name in ("torch", "diffusers", "transformers", "peft", "open_clip_torch", "hpsv2"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
+    names, git = "torch diffusers transformers peft open_clip_torch hpsv2".split(), None
+    versions = {d.name: d.version for d in importlib.metadata.distributions() if d.name in names}
     with contextlib.suppress(FileNotFoundError):                             # there may be no git
         ask = "git describe --always --abbrev=40 --dirty --exclude *".split()
         git = subprocess.run(ask, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
@@ -2233,7 +2223,7 @@ def open_log(run):
         path = run.folder / name
         if run.done and path.exists() and path.read_bytes() != content:
             log(f"{name} has changed since iteration {run.done}; what made that one is kept beside it.")
-            if not (old := path.with_name(f"{path.stem}-until-{run.done:06d}{path.suffix}")).exists():
+            if not (old := path.with_stem(f"{path.stem}-until-{run.done:06d}")).exists():
                 os.replace(path, old)
         write_atomic(path, content)
     path = run.folder / "metrics.jsonl"
@@ -2284,13 +2274,13 @@ def panel(run):
 
 def grid(images, columns):
     """Images (B, 3, H, W) in [0, 1] as one PIL image; small ones are enlarged to some 96 pixels."""
-    zoom = max(1, 96 // images.shape[-1])
-    images = F.pad(images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3), (1, 1, 1, 1), value=1.0)
-    blank = images.new_ones(-len(images) % columns, *images.shape[1:])
-    B, _, H, W = (images := torch.cat([images, blank])).shape
-    rows = images.view(B // columns, columns, 3, H, W).permute(0, 3, 1, 4, 2)
-    canvas = rows.reshape(B // columns * H, columns * W, 3).cpu().numpy() * 255
-    return Image.fromarray(canvas.round().astype("uint8"))
+    images = F.interpolate(images, scale_factor=max(1, 96 // images.shape[-1]))
+    images = F.pad(images, (1, 1, 1, 1), value=1.0)
+    height, width = images.shape[-2:]
+    tiles = F.pad(images.flatten(1).T, (0, -len(images) % columns), value=1.0)  # white after the last
+    rows = tiles.shape[1] // columns
+    canvas = F.fold(tiles, (rows * height, columns * width), (height, width), stride=(height, width))
+    return Image.fromarray((canvas * 255).round().byte().permute(1, 2, 0).cpu().numpy())
 
 
 def write_png(path, image):
@@ -2359,8 +2349,13 @@ def one_sentence(program):
         end(error, error.code)
     except KeyboardInterrupt:
         end("interrupted: the same command goes on from the last checkpoint, or starts again.", 130)
-    except MemoryError:
-        end("out of memory: lower --micro_batch or --batch.", 1)
+    except (MemoryError, torch.OutOfMemoryError):
+        end("out of memory: lower --micro_batch (no result changes) or --batch, or add --checkpointing.", 1)
+    except RuntimeError as error:
+        if not re.search("through the graph a second time|by an inplace operation", str(error)):
+            raise
+        end("a reward has freed the graph of its result, or changed it in place: it may not call backward, "
+            "and torch.autograd.grad only with retain_graph=True.", 2)
     except OSError as error:  # a disk is full, a folder vanished
         end(f"{error}: correct that, or choose another folder, and give the same command again.", 2)
     finally:                                                           # last: it may wait for other processes
@@ -2368,31 +2363,17 @@ def one_sentence(program):
             dist.destroy_process_group()
 
 
-def train(cfg):
-    """Trains one stage, with its run folder locked."""
-    with claim(cfg) if dist_info()[0] == 0 else contextlib.nullcontext():
-        run = prepare(cfg)
-        if dist_info()[0] == 0:
-            open_log(run)
-            drop_old_checkpoints(run)  # a run that was killed may have left one too many
-        watch_signals(run)
-        (stage1 if cfg.stage == 1 else stage2)(run)
-
-
 def main(argv=None):
-    """One stage, from the command line."""
+    """Trains one stage, from the command line, with its run folder locked."""
     with one_sentence("rtdmd"):
         cfg = resolve(parse_flags(argv))
-        try:
-            train(cfg)
-        except torch.OutOfMemoryError:
-            raise UsageError(f"out of GPU memory: lower --micro_batch (was {cfg.micro_batch}; it changes "
-                             "nothing else), or add --checkpointing.", code=1) from None
-        except RuntimeError as error:
-            if not re.search("through the graph a second time|by an inplace operation", str(error)):
-                raise
-            raise UsageError("a reward has freed the graph of its result, or changed it in place: it may not "
-                             "call backward, and torch.autograd.grad only with retain_graph=True.") from error
+        with claim(cfg) if dist_info()[0] == 0 else contextlib.nullcontext():
+            run = prepare(cfg)
+            if dist_info()[0] == 0:
+                open_log(run)
+                drop_old_checkpoints(run)  # a run that was killed may have left one too many
+            watch_signals(run)
+            (stage1 if cfg.stage == 1 else stage2)(run)
 
 
 if __name__ == "__main__":

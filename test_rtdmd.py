@@ -4014,7 +4014,7 @@ def test_out_of_memory_names_the_knob(monkeypatch, capsys):
     monkeypatch.setattr(rtdmd, "prepare", full)
     with pytest.raises(SystemExit) as stop:
         rtdmd.main(["--out", "/tmp/none", "--device", "cpu", "--micro_batch", "8"])
-    assert stop.value.code == 1 and "--micro_batch (was 8" in capsys.readouterr().err
+    assert stop.value.code == 1 and "out of memory: lower --micro_batch (no result" in capsys.readouterr().err
 
 
 # -----------------------------------------------------------------------------------------------------------------
