@@ -74,7 +74,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 import rtdmd
-from rtdmd import REWARDS, UsageError, find_weights, from_hub, normalise, opt, rate, resize, square_crop
+from rtdmd import REWARDS, UsageError, find_weights, from_hub, load_whole, normalise, opt, rate, resize, square_crop
 
 CLIP_L14 = "openai/clip-vit-large-patch14"
 IMAGENET_MEAN, IMAGENET_STD = (.485, .456, .406), (.229, .224, .225)
@@ -87,11 +87,6 @@ IMAGENET_MEAN, IMAGENET_STD = (.485, .456, .406), (.229, .224, .225)
 def frozen(net, cfg):
     """The network on the device, in eval mode, weights without gradients (which may still pass through)."""
     return net.to(cfg.device).eval().requires_grad_(False)
-
-
-def load_net(loader, repo, cfg, **options):
-    """A whole transformers network, frozen, on the device."""
-    return frozen(rtdmd.load_whole(loader, repo, cfg, **options), cfg)
 
 
 def as_bytes(images):
@@ -178,7 +173,7 @@ class Aesthetic:
         path = cls.find_head(cfg)
         state = (load_file(path) if path.suffix == ".safetensors" else
                  torch.load(path, map_location="cpu", weights_only=True))
-        clip = load_net(transformers.CLIPModel, CLIP_L14, cfg, dtype=torch.float32)
+        clip = load_whole(transformers.CLIPModel, CLIP_L14, cfg, dtype=torch.float32)
         return cls(clip, frozen(score_head(state, "layers."), cfg))
 
     def __call__(self, images, prompts=None):
@@ -622,7 +617,7 @@ class GenEval:
         import open_clip                                    # takes seconds, which nothing else here needs
         known = rows_of(cfg, read_geneval_metadata)         # first: a misspelt class would cost a download
         arch, repo = "ViT-L-14-quickgelu", "timm/vit_large_patch14_clip_224.openai"
-        detector = load_net(detector_class(), "facebook/mask2former-swin-small-coco-instance", cfg)
+        detector = load_whole(detector_class(), "facebook/mask2former-swin-small-coco-instance", cfg)
         weights = find_weights(repo, "open_clip_model.safetensors", cfg)
         clip = frozen(open_clip.create_model(arch, pretrained=str(weights)), cfg)
         return cls(detector, ColourNames(clip, open_clip.get_tokenizer(arch)), known=known)
@@ -706,7 +701,7 @@ class GenEval2:
     def load(cls, cfg):
         """The judge of the benchmark's authors, in bf16: some 17 GB."""
         repo, known = "Qwen/Qwen3-VL-8B-Instruct", rows_of(cfg, lambda p: read_rows(p, prompt=str, vqa_list=list))
-        net = load_net(transformers.Qwen3VLForConditionalGeneration, repo, cfg, dtype=torch.bfloat16)
+        net = load_whole(transformers.Qwen3VLForConditionalGeneration, repo, cfg, dtype=torch.bfloat16)
         processor = from_hub(transformers.AutoProcessor.from_pretrained, repo, cfg, needs="tokenizer.json")
         return cls(net, processor, known, cfg.device)
 
@@ -852,7 +847,7 @@ class OCR:
             repo = f"PaddlePaddle/PP-OCRv5_server_{part}_safetensors"
             view = from_hub(transformers.AutoImageProcessor.from_pretrained, repo, cfg,
                             needs="preprocessor_config.json")
-            parts += [load_net(loader, repo, cfg), view]
+            parts += [load_whole(loader, repo, cfg), view]
         return cls(*parts, cfg.device)
 
     def line(self, crop):
@@ -1827,7 +1822,7 @@ def made_networks(cfg):
             torch.set_default_dtype(dtype)  # built in fp32 first, it would need three times its memory
             net = nn.Module.to(cls(**FULL_SIZE[cfg.model][part]), dtype)  # the position tables are made in fp32
             torch.set_default_dtype(torch.float32)
-        return net
+        return net.eval().requires_grad_(False)
 
     def encode(backbone, prompts):
         """Normal embeddings on the CPU, the same for the same prompt; what has no shape is a number."""

@@ -1015,7 +1015,7 @@ def open_clip_host(row, cfg):
 def transformers_host(row, cfg):
     """CLIPScore and PickScore by transformers: open_clip's tokenizer reads curly quotes differently."""
     from transformers import CLIPModel, CLIPTokenizer
-    net = load_whole(CLIPModel, row["repo"], cfg, dtype=torch.float32).to(cfg.device)
+    net = load_whole(CLIPModel, row["repo"], cfg, dtype=torch.float32)
     tokenizer = from_hub(CLIPTokenizer.from_pretrained, row["repo"], cfg, needs="tokenizer.json")
 
     def embed_text(prompts):
@@ -1183,9 +1183,20 @@ class Backbone:
 
     def __init__(self, cfg):
         self.cfg, self.text, self.text_length = cfg, None, cfg.text_length or self.tokens
-        self.base, self.nets = load_networks(cfg, getattr(diffusers, self.net_class), self.pipeline)
-        self.vae = build(getattr(diffusers, self.vae_class), self.base, "vae", cfg)
-        self.dtype, self.lora_targets = self.vae.dtype, matching_linears(self.nets["teacher"], self.attention)
+        self.dtype = torch.bfloat16 if cfg.dtype == "bf16" else torch.float32
+        self.load = functools.partial(load_whole, cfg=cfg, dtype=self.dtype)
+        paths = [path.strip() for path in (cfg.pretrained or BACKBONES[cfg.model][1]).split(",")]
+        for path in paths:
+            check_pipeline(path, self.pipeline, cfg, is_teacher=path == paths[-1])
+        net_class, vae_class = getattr(diffusers, self.net_class), getattr(diffusers, self.vae_class)
+        nets = {path: self.load(net_class, path, part="transformer") for path in dict.fromkeys(paths)}
+        self.base, self.nets = paths[0], {"generator": nets[paths[0]], "teacher": nets[paths[-1]]}
+        largest = 16 * nets[paths[0]].config.get("pos_embed_max_size", 256)
+        if cfg.resolution % 16 or cfg.resolution > largest:
+            raise UsageError(f"--resolution {cfg.resolution}: take a multiple of 16 up to {largest}.")
+        self.vae = self.load(vae_class, self.base, part="vae")
+        self.vae.enable_gradient_checkpointing()
+        self.lora_targets = matching_linears(self.nets["teacher"], self.attention)
         self.latent_shape = (self.channels, cfg.resolution // self.pixels, cfg.resolution // self.pixels)
         self.scheduler = from_hub(CPSScheduler.load_config, self.base, cfg, "scheduler/scheduler_config.json",
                                   subfolder="scheduler")
@@ -1198,10 +1209,15 @@ class Backbone:
 
     @torch.no_grad()
     def encode(self, prompts):
-        """prompts list[str] -> cond, by the pipeline itself. The networks see the padding (there is no mask),
-        so the length is part of the condition: sample with the same."""
+        """prompts list[str] -> cond, by encode_prompt of the repository's own pipeline, here with its text
+        encoders alone. The networks see the padding (there is no mask): sample with the same text length."""
         if self.text is None:
-            self.text = text_pipeline(self).to(self.cfg.device)
+            diffusers.utils.logging.set_verbosity_error()  # or each caption beyond 77 tokens prints a warning
+            pipeline, where = diffusers.DiffusionPipeline, (self.base, self.cfg, "model_index.json")
+            encoders = {part: self.load(getattr(transformers, origin[1]), self.base, part=part)
+                        for part, origin in from_hub(pipeline.load_config, *where).items()
+                        if part.startswith("text_encoder")}
+            self.text = from_hub(pipeline.from_pretrained, *where, transformer=None, vae=None, **encoders)
         return {n: rows.cpu() for n, rows in self.read(list(prompts)).items()}  # Z-Image writes into the list
 
     def free_text(self):
@@ -1213,9 +1229,16 @@ class Backbone:
         """The network is told every level exactly."""
         return t
 
-    def decode(self, x):
-        """Latents (B,16,h,w) -> images (B,3,8h,8w)."""
-        return decode_chunks(self.vae, x / self.vae.config.scaling_factor + self.vae.config.shift_factor)
+    def unscale(self, x):
+        """Latents in the units of the VAE's decoder."""
+        return x / self.vae.config.scaling_factor + self.vae.config.shift_factor
+
+    def decode(self, x, pixels=2**20):
+        """Latents -> images (B,3,H,W) in [0,1], 2^20 pixels at a time (four images of 512). Clamped as the
+        pipelines clamp: a pixel that is out of range passes no gradient."""
+        parts = self.unscale(x).to(self.dtype).split(max(1, pixels // self.cfg.resolution**2))
+        images = torch.cat([self.vae.decode(part, return_dict=False)[0].float() for part in parts])
+        return (images / 2 + 0.5).clamp(0, 1)
 
 
 class SD3Backbone(Backbone):
@@ -1307,11 +1330,11 @@ class Flux2Backbone(Backbone):
     def velocity(self, net, x, t, cond):
         return flux_velocity(self, net, x, t, cond["text"], 4)
 
-    def decode(self, x):
-        """Latents (B,128,h,w): 2x2 patches, in units of the VAE's batch norm -> images (B,3,16h,16w)."""
+    def unscale(self, x):
+        """The latents are 2x2 patches, in units of the VAE's batch norm."""
         norm = self.vae.bn
         mean, variance = (row.float().view(-1, 1, 1) for row in (norm.running_mean, norm.running_var))
-        return decode_chunks(self.vae, F.pixel_shuffle(x * torch.sqrt(variance + norm.eps) + mean, 2))
+        return F.pixel_shuffle(x * torch.sqrt(variance + norm.eps) + mean, 2)
 
 
 class ZImageBackbone(Backbone):
@@ -1336,9 +1359,8 @@ class ZImageBackbone(Backbone):
         return -torch.stack(v).squeeze(2).float()
 
 
-# Class, and hub repositories: GENERATOR,TEACHER where they differ. Guidance and learning rates are in MODELS.
-# Licences: SD3 Stability AI Community, gated; FLUX.1-dev non-commercial, gated; FLUX.2 4B Apache-2.0, 9B
-# non-commercial, gated; Z-Image Apache-2.0 (by copies of its card).
+# Class, and hub repositories: GENERATOR,TEACHER where they differ. Guidance and learning rates are in MODELS,
+# licences in README.
 BACKBONES = {
     "tiny": ("eval:TinyBackbone", ""),
     "sd3m": (SD3Backbone, "stabilityai/stable-diffusion-3-medium-diffusers"),
@@ -1358,15 +1380,6 @@ def backbone_class(model):
     return found if isinstance(found, type) else find_named(found, "--model")
 
 
-def load_networks(cfg, net_class, pipeline):
-    """(base, nets) of --pretrained GENERATOR,TEACHER, or one for both, or of the hub."""
-    paths = [path.strip() for path in (cfg.pretrained or BACKBONES[cfg.model][1]).split(",")]
-    for path in paths:
-        check_pipeline(path, pipeline, cfg, is_teacher=path == paths[-1])
-    nets = {path: build(net_class, path, "transformer", cfg) for path in dict.fromkeys(paths)}
-    return paths[0], {"generator": nets[paths[0]], "teacher": nets[paths[-1]]}
-
-
 def check_pipeline(path, pipeline, cfg, is_teacher):
     """UsageError unless a repository is a whole `pipeline`: without T5, SD3 would run on zeros for
     embeddings. A distilled teacher is refused too: it would ignore w."""
@@ -1377,28 +1390,6 @@ def check_pipeline(path, pipeline, cfg, is_teacher):
         wrong = f"a {found}" if found != pipeline else "distilled: it cannot be the teacher"
         raise UsageError(f"{path} is {wrong}: take a whole {pipeline} (GENERATOR,TEACHER if "
                          f"they differ) such as {BACKBONES[cfg.model][1]}.")
-
-
-def build(cls, path, part, cfg):
-    """One frozen network on cfg.device: component `part` of a repository."""
-    net = load_whole(cls, path, cfg, part, dtype=torch.bfloat16 if cfg.dtype == "bf16" else torch.float32)
-    largest = 16 * net.config.get("pos_embed_max_size", 256)
-    if cfg.resolution % 16 or not 0 < cfg.resolution <= largest:
-        raise UsageError(f"--resolution {cfg.resolution}: take a multiple of 16 up to {largest}.")
-    if part == "vae":
-        net.enable_gradient_checkpointing()
-    return net.to(cfg.device).eval().requires_grad_(False)
-
-
-def text_pipeline(backbone):
-    """The repository's pipeline with its text encoders alone: its own encode_prompt makes the embeddings."""
-    diffusers.utils.logging.set_verbosity_error()         # or each caption beyond 77 tokens prints a warning
-    base, cfg = backbone.base, backbone.cfg
-    index = from_hub(diffusers.DiffusionPipeline.load_config, base, cfg, "model_index.json")
-    encoders = {part: load_whole(getattr(transformers, origin[1]), base, cfg, part, dtype=backbone.dtype)
-                for part, origin in index.items() if part.startswith("text_encoder") and all(origin)}
-    return from_hub(diffusers.DiffusionPipeline.from_pretrained, base, cfg, "model_index.json",
-                    transformer=None, vae=None, **encoders)
 
 
 def find_weights(repo, filename, cfg):
@@ -1429,37 +1420,26 @@ def from_hub(load, repo, cfg, needs="config.json", **options):
         repo = str(found.parents[needs.count("/")])        # the folder in which `needs` was found
     try:
         return load(repo, **options)
-    except torch.OutOfMemoryError:
-        raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:150]
         raise UsageError(f"{repo} is incomplete or damaged ({reason}): get the whole of it again.") from error
 
 
 def load_whole(cls, repo, cfg, part="", **options):
-    """cls.from_pretrained of a repository, or of its component `part`. UsageError if the files lack a tensor:
-    it would be filled with random numbers, and only a log would say so."""
-    options |= dict(subfolder=part) if part else {}
-    net, info = from_hub(cls.from_pretrained, repo, cfg, f"{part}/config.json".lstrip("/"),
+    """A frozen network on cfg.device: cls.from_pretrained of a repository, or of its component `part`.
+    UsageError if the files lack a tensor: it would be random, and only a log would say so."""
+    net, info = from_hub(cls.from_pretrained, repo, cfg, f"{part}/config.json".lstrip("/"), subfolder=part,
                          output_loading_info=True, **options)
     if lacking := sorted(info["missing_keys"]):
         raise UsageError(f"{repo} {part} lacks {len(lacking)} tensors of {cls.__name__}, such as "
                          f"{lacking[0]}: get the whole of it again.")
-    return net
+    return net.to(cfg.device).eval().requires_grad_(False)
 
 
 def matching_linears(net, pattern):
     """Full names of the linears whose name matches. Full, because PEFT takes others as suffixes: attn.to_q
     would miss attn2.to_q, and to_out also match the list that holds it."""
     return [n for n, part in net.named_modules() if isinstance(part, nn.Linear) and re.fullmatch(pattern, n)]
-
-
-def decode_chunks(vae, z, pixels=2**20):
-    """VAE latents (B,c,h,w) -> images (B,3,8h,8w) in [0,1], 2^20 pixels at a time (four images of 512).
-    Clamped as the pipelines clamp: a pixel that is out of range passes no gradient."""
-    parts = z.to(vae.dtype).split(max(1, pixels // (64 * z.shape[2] * z.shape[3])))
-    images = torch.cat([vae.decode(part, return_dict=False)[0].float() for part in parts])
-    return (images / 2 + 0.5).clamp(0, 1)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2073,12 +2053,12 @@ def prepare(cfg):
     run.text = TextCache(run.backbone, Path(cfg.cache) / "text")
     run.text.prepare(run.prompts)
     find = lambda name: load_reward(name, cfg, getattr(run.backbone, "rewards", {}))
-    run.rewards = {name: (find(name), weight) for name, weight in rewards if cfg.stage == 2}
+    run.rewards = {n: (reward, weight) for n, weight in rewards if cfg.stage == 2 and (reward := find(n))}
     with_gradient = any(reward.differentiable for reward, _ in run.rewards.values())
     if cfg.stage == 2 and not (cfg.dm_weight or cfg.policy_weight or with_gradient):
         raise UsageError("No reward is differentiable, so --policy_weight 0 and --dm_weight 0 leave nothing "
                          "to train: give one of them a weight, or a reward that has a gradient.")
-    run.watched = {name: find(name) for name, _ in watched}
+    run.watched = {n: reward for n, _ in watched if (reward := find(n))}
     run.optimizers = {}
     for role, lr, decay in (("generator", cfg.lr, cfg.weight_decay), ("fake", cfg.lr_fake, 0.0)):
         p = run.roles.flat[role]
