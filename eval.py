@@ -3099,18 +3099,17 @@ def pick_captions(captions, n, generator):
 
 def train_tiny_teacher(net, text, steps, seed):
     """Flow matching, Eq. 3, with 10 % empty captions for guidance; leaves averaged weights in net and text.
-    Muon for the matrices inside: Adam alone, in the same time, learns colours and places but few shapes."""
+    Muon for the matrices inside: Adam alone, in as many updates, learns colours and places but few shapes."""
     generator, captions = torch.Generator().manual_seed(seed), tiny_captions()
     params = [*net.parameters(), *text.parameters()]
     inside = [p for part in (net.transformer_blocks, text.mix) for p in part.parameters() if p.dim() == 2]
     others = [p for p in params if not any(p is matrix for matrix in inside)]
-    optimizers = {torch.optim.Muon(inside, 0.02, weight_decay=0.0): 0.02,
-                  torch.optim.AdamW(others, 3e-3, betas=(.9, .99)): 3e-3}
+    optimizers = [torch.optim.Muon(inside, 0.02, weight_decay=0.0),
+                  torch.optim.AdamW(others, 3e-3, betas=(.9, .99))]
+    rate = lambda step: min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
     mean = [p.detach().clone() for p in params]
     for step in rtdmd.progress(range(steps), steps, "tiny teacher"):
-        for optimizer, lr in optimizers.items():
-            rate = min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
-            optimizer.param_groups[0]["lr"] = lr * rate
         batch = pick_captions(captions, 64, generator)
         x0 = render(batch, generator)
         empty = torch.rand(64, generator=generator) < 0.1
@@ -3121,12 +3120,12 @@ def train_tiny_teacher(net, text, steps, seed):
         noise = torch.randn(x0.shape, generator=generator)
         x_t = torch.lerp(x0, noise, t.view(-1, 1, 1, 1))
         loss = (tiny_velocity(net, x_t, t, text(ids)) - (noise - x0)).square().mean()
-        for p in params:
-            p.grad = None
+        for optimizer in optimizers:
+            optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(params, 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
+        for part in (*optimizers, *schedules):
+            part.step()
         torch._foreach_lerp_(mean, [p.detach() for p in params], 0.005 if step > 200 else 1 / (step + 1))
     for p, m in zip(params, mean):
         p.data.copy_(m)

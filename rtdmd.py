@@ -1804,7 +1804,7 @@ class Roles:
         """Makes flat[role], the parameter to train, of the matrices, and named[role], the views of it."""
         flat = torch.cat([matrix.flatten() for matrix in matrices.values()])
         self.flat[role] = nn.Parameter(flat.to(self.layers[role][0].weight.device))
-        self.named[role] = matrices
+        self.named[role] = matrices  # parts wants their shapes
         self.named[role] = self.parts(role, self.flat[role].data)
 
     def parts(self, role, flat):

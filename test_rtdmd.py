@@ -6896,6 +6896,26 @@ def test_render_draws_what_the_caption_says():
         assert (red(one) > 0.05).all() and (blue(two) > 0.05).all(), caption
 
 
+def test_each_shape_is_drawn_under_its_own_name():
+    """Which cells of its bounding box a shape covers: upper left corner, beside the lower left one, centre, halfway to
+    the upper left corner; a diamond less than a circle, and between two arms of a cross."""
+    known = dict(circle=(0, 0, 1, 1), square=(1, 1, 1, 1), triangle=(0, 1, 1, 0), ring=(0, 0, 0, 1),
+                 cross=(0, 0, 1, 0), diamond=(0, 0, 1, None))
+    full, shoulder = {}, {}
+    for shape in ev.TINY_SHAPES:
+        boxes = []
+        for image in ev.render([f"a red {shape}"] * 40, rng(5)):
+            red = image[0] - image[2] > 0.8
+            rows, columns = (red.any(axis).nonzero() for axis in (1, 0))
+            box = red[rows.min():rows.max() + 1, columns.min():columns.max() + 1]
+            boxes.append(F.interpolate(box[None, None].float(), (9, 9))[0, 0])
+        mean = torch.stack(boxes).mean(0)
+        cells = mean[0, 0], mean[8, 1], mean[4, 4], mean[2, 2]
+        full[shape], shoulder[shape] = mean.mean(), mean[2, 6]
+        assert all(want is None or abs(cell - want) < 0.3 for cell, want in zip(cells, known[shape])), (shape, cells)
+    assert full["diamond"] < full["circle"] - 0.1 and shoulder["diamond"] > shoulder["cross"] + 0.5
+
+
 def test_a_rounded_level_stays_inside_its_interval():
     """FLUX.2's levels are rounded to bf16, by up to .002: at 1024 pixels a draw just above t_2 = .9082 would become t_2
     itself, where kappa is 0. Where nothing is rounded the margin is 1 %."""
