@@ -1532,7 +1532,8 @@ def evaluate(flags, cfg):
            prompt_hash=prompt_hash, tasks=tasks, seed=cfg.seed, sampler=rows, resolution=cfg.resolution)
     if rtdmd.dist_info()[0] == 0:  # after the report: no picture is worth losing it for
         if len(panels):
-            save_grid(out / "grid.png", panels, len(shown), [*labels.values()], [captions[i] for i in shown])
+            grid = named_grid(panels, len(shown), [*labels.values()], [captions[i] for i in shown])
+            rtdmd.write_png(out / "grid.png", grid)
         if flags.run_folder:
             save_trajectories(out / "trajectory.png", trails, labels, prompts[:2])
             save_film(flags.run_folder, out / "training.gif")
@@ -1564,22 +1565,24 @@ def grid_rows(pictures, shown):
     return torch.stack([row.get(i, blank) for row in found for i in shown]).float() / 255
 
 
-def save_grid(path, images, columns, names, below=()):
-    """Writes images (B, 3, H, W) in [0, 1] as one PNG, with the names left of its rows and the texts `below` under
-    its columns, each cut after six lines."""
-    canvas, font = rtdmd.grid(images, columns), ImageFont.load_default(13)
-    margin, width = max(int(font.getlength(name)) + 12 for name in names), canvas.width // columns
-    texts = ["\n".join(textwrap.wrap(text, max(8, width // 7), max_lines=6, placeholder=" ...")) for text in below]
-    foot = 8 + 16 * max([text.count("\n") + 1 for text in texts], default=-0.5)
-    image = Image.new("RGB", (margin + canvas.width, canvas.height + int(foot)), "white")
-    image.paste(canvas, (margin, 0))
+def named_grid(images, columns, names, below):
+    """Images (B, 3, H, W) in [0, 1] as one PIL image: each row under its name, and below each column its text, cut
+    after six lines. The letters grow with the pictures and names take no margin: a phone shows them large enough."""
+    tiles = [rtdmd.grid(row, columns) for row in images.split(columns)]
+    width, height = tiles[0].width // columns, tiles[0].height
+    font = ImageFont.load_default(width // 6)
+    line, letter = int(1.3 * font.size), font.getlength("abcdefgh") / 8
+    texts = ["\n".join(textwrap.wrap(text, int(width / letter), max_lines=6, placeholder=" ...")) for text in below]
+    foot = line * (1 + max([text.count("\n") + 1 for text in texts], default=0))
+    image = Image.new("RGB", (tiles[0].width, len(names) * (line + height) + foot), "white")
     pen = ImageDraw.Draw(image)
-    for i, name in enumerate(names):
-        pen.text((margin - 6, (i + 0.5) * canvas.height / len(names)), name, "black", font, anchor="rm")
+    for i, (name, tile) in enumerate(zip(names, tiles)):
+        pen.text((2, i * (line + height) + line / 2), name, "black", font, anchor="lm")
+        image.paste(tile, (0, i * (line + height) + line))
     for i, text in enumerate(texts):
-        pen.multiline_text((margin + (i + 0.5) * width, canvas.height + 4), text, "black", font, anchor="ma",
-                           align="center")
-    rtdmd.write_png(path, image)
+        middle = (i + 0.5) * width
+        pen.multiline_text((middle, image.height - foot + 4), text, "black", font, anchor="ma", align="center")
+    return image
 
 
 def student_predictions(sampler, rows, captions):
@@ -1596,13 +1599,22 @@ def student_predictions(sampler, rows, captions):
 
 
 def save_trajectories(path, predictions, labels, captions):
-    """One row for each student of student_predictions, if all of them take as many steps."""
-    if len({len(images) for images in predictions.values()}) == 1:
-        images = torch.cat([*predictions.values()])
-        columns = len(images) // len(predictions)
-        steps = columns // len(captions)
-        below = [f"step {k}" + f": {caption}" * (k == steps) for caption in captions for k in range(1, steps + 1)]
-        save_grid(path, images, columns, [labels[name] for name in predictions], below)
+    """Side by side, under each caption, a row for each student of student_predictions, if all of them take as many
+    steps."""
+    if len({len(images) for images in predictions.values()}) > 1:
+        return
+    images = torch.stack([*predictions.values()]).unflatten(1, (len(captions), -1))         # student, caption, step
+    names, steps = [labels[name] for name in predictions], [f"step {k}" for k in range(1, images.shape[2] + 1)]
+    parts = [named_grid(images[:, i].flatten(0, 1), len(steps), names, steps) for i in range(len(captions))]
+    gap = parts[0].width // (2 * len(steps))
+    font = ImageFont.load_default(gap // 3)
+    image = Image.new("RGB", (len(parts) * (parts[0].width + gap) - gap, parts[0].height + gap), "white")
+    for i, (part, caption) in enumerate(zip(parts, captions)):
+        left = i * (part.width + gap)
+        image.paste(part, (left, gap))
+        caption = textwrap.shorten(caption, int(part.width / (font.getlength("abcdefgh") / 8)), placeholder=" ...")
+        ImageDraw.Draw(image).text((left + part.width / 2, gap / 2), caption, "black", font, anchor="mm")
+    rtdmd.write_png(path, image)
 
 
 def save_film(folder, path, width=800):

@@ -5448,9 +5448,12 @@ def test_report_has_the_contracts_rows(tiny_report):
     assert len(report["scores"]["teacher"]["attributes"]) == 8 and len(report["prompts"]) == 4
     grid = np.array(Image.open(folder / "run/grid.png"))
     cell = 2 * 48 + 2                                            # painted at 48 pixels, shown at 96, with a frame
-    margin, foot = grid.shape[1] - 4 * cell, grid.shape[0] - 3 * cell        # for the names of rows and the captions
-    assert 150 < margin < 250 and (grid[:, :margin] < 128).any((1, 2))[cell:2 * cell].any()
-    assert 24 <= foot < 120 and (grid[3 * cell:, margin:] < 128).any((0, 2)).reshape(4, cell).any(1).all()
+    line, width = 20, 4 * cell                                   # a name above each row, the captions below
+    foot = grid.shape[0] - 3 * (line + cell)
+    assert grid.shape[1] == width and line < foot <= 7 * line
+    dark = (grid < 128).any(2)
+    assert all(dark[top:top + line, :cell].any() for top in range(0, 3 * (line + cell), line + cell))
+    assert dark[-foot:].any(0).reshape(4, cell).any(1).all()
 
 
 def test_pictures_of_a_run(begun, cache, tmp_path):
@@ -5461,21 +5464,21 @@ def test_pictures_of_a_run(begun, cache, tmp_path):
         shutil.copy(tmp_path / "run/stage1/samples/000003.png", tmp_path / f"run/stage1/samples/{name}.png")
     ev.main(["--run_folder", str(tmp_path / "run"), "--cache", str(cache), "--max_prompts", "3", "--per_prompt", "1",
              "--metrics", "attributes", "--nfe", "2", "--device", "cpu"])
-    picture = Image.open(tmp_path / "run/trajectory.png")
-    assert picture.height - 2 * 98 < 120 and 4 * 98 + 100 < picture.width < 4 * 98 + 250      # 2 captions, 2 steps
+    picture = Image.open(tmp_path / "run/trajectory.png")        # 2 captions, 2 steps each, a gap of half a picture
+    assert picture.width == 4 * 98 + 49 and 2 * 98 < picture.height < 2 * 98 + 150
     with Image.open(tmp_path / "run/training.gif") as film:
         assert film.n_frames == 3 and film.width <= 800
     steps = torch.arange(8.0).view(8, 1, 1, 1).expand(8, 3, 4, 4)
-    saved = {}
+    saved, named_grid = [], ev.named_grid
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ev, "save_grid", lambda path, images, columns, names, below: saved.update(
-            images=images, columns=columns, names=names, below=below))
-        ev.save_trajectories("", {"a": steps, "b": steps + 8}, {"a": "A", "b": "B"}, ["one", "two"])
-        assert saved["columns"] == 8 and saved["names"] == ["A", "B"] and torch.equal(saved["images"][8:], steps + 8)
-        assert saved["below"][2:5] == ["step 3", "step 4: one", "step 1"] and saved["below"][-1] == "step 4: two"
+        patch.setattr(ev, "named_grid", lambda *arguments: saved.append(arguments) or named_grid(*arguments))
+        ev.save_trajectories(tmp_path / "a.png", {"a": steps, "b": steps + 8}, {"a": "A", "b": "B"}, ["one", "two"])
+        (one, columns, names, below), (two, *_) = saved
+        assert columns == 4 and names == ["A", "B"] and below == ["step 1", "step 2", "step 3", "step 4"]
+        assert one[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 8, 9, 10, 11] and torch.equal(two, one + 4)
         saved.clear()
-        ev.save_trajectories("", {"a": steps, "b": steps[:4]}, {"a": "A", "b": "B"}, ["one"])
-        assert not saved                                         # students of 8 and 4 steps share no columns
+        ev.save_trajectories(tmp_path / "b.png", {"a": steps, "b": steps[:4]}, {"a": "A", "b": "B"}, ["one"])
+        assert not saved and not (tmp_path / "b.png").exists()   # students of 8 and 4 steps share no columns
 
 
 def test_each_step_of_a_student_is_shown(cache, tmp_path):
@@ -6522,11 +6525,14 @@ def test_the_table_speaks_in_words(tiny_report, tmp_path, monkeypatch, capsys):
     """So do the grid and --compare; the keys of report.json stay."""
     folder, flags = tiny_report
     names = []
-    monkeypatch.setattr(ev, "save_grid", lambda path, images, columns, rows, below: names.extend(rows))
+    drawn = ev.named_grid
+    monkeypatch.setattr(ev, "named_grid", lambda images, columns, rows, below: names.extend(rows) or drawn(
+        images, columns, rows, below))
     ev.main([*flags, "--out", str(tmp_path)])
     words = ["teacher, 50 steps", "teacher, 50 steps, guidance 1.5", "untrained student, 4 steps"]
     out = capsys.readouterr().out
-    assert names[:3] == words and names[3:] == words[2:] and all(f"\n{name}  " in out for name in words) and "±" in out and "+-" not in out
+    assert names == words + 2 * words[2:]                        # the grid; a trajectory for each of two captions
+    assert all(f"\n{name}  " in out for name in words) and "±" in out and "+-" not in out
     assert "teacher_cfg" not in out and "student_init" not in out
     report = str(tmp_path / "report.json")
     assert [*json.loads(Path(report).read_text())["rows"]] == ["teacher", "teacher_cfg", "student_init"]
