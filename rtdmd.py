@@ -655,8 +655,9 @@ def consistency_rows(cfg, it, update, ids, k, total):
     """Which samples of a fake update get the consistency term: each with probability q (DEPARTURE 23).
 
     K samples, one of each step, form a stratum with one common u ~ U[0, 1). Step k gets the term if an
-    integer lies in ((k-1) q + u, k q + u], which happens for q K of the K steps (systematic sampling): less
-    variance, and constant shapes for torch.compile. With K = 4 and q = 1/4 it is one sample of every four."""
+    integer lies in ((k-1) q + u, k q + u], which happens for q K of the K steps (systematic sampling), so the
+    variance is less. With K = 4 and q = 1/4 it is one sample of every four. A pass that holds whole strata
+    always has the same number of them; others vary, and torch.compile makes a graph for each number."""
     q, K = cfg.consistency_share, cfg.steps
     strata = [i % (total // K) if cfg.stage == 1 else i // K for i in ids]  # stage 1: see states_of_update
     u = [key(cfg.seed, cfg.stage, it, "share", update, stratum) / 2**63 for stratum in strata]
@@ -734,8 +735,8 @@ def between(run, low, high, u):
 
 
 def draw_level(run, s, u):
-    """t ~ U[s, 1] of Eqs. 8 and 10, less 1 % at either end, where kappa or 1 - t is nearly 0, and less .0025
-    at least, which is more than bf16 rounds (DEPARTURE 17). s, u (B, 1, ..), u ~ U[0, 1)."""
+    """t ~ U[s, 1] of Eqs. 8 and 10, less 1 % at either end, where kappa or 1 - t is nearly 0, or .0025 if
+    that is more (s > .75): bf16 rounds by less there (DEPARTURE 17). s, u (B, 1, ..), u ~ U[0, 1)."""
     margin = (0.0025 / (1 - s)).clamp(max=0.25)
     return between(run, s, 1.0, torch.minimum(torch.maximum(0.01 + 0.98 * u, margin), 1 - margin))
 
@@ -877,14 +878,14 @@ def reinforce(run, it, epoch, b):
     gradient, called slots: slot j < M is step S[j], slot M is step K. The policy term is taken at all of S,
     the pathwise term at K, and the DM term at one of the M + 1, so that every k is matched equally often."""
     cfg, M, total = run.cfg, run.cfg.subset_size, run.cfg.groups * run.cfg.group_size
-    pathwise = any(reward.differentiable for reward, _ in run.rewards.values())
     for part in chunks(len(b.ids), cfg.micro_batch):
         keys = [key(cfg.seed, 2, it, "generator", epoch, i) for i in b.ids[part]]
         uniform, (noise,) = draw(keys, 2, 1, run.backbone.latent_shape, run.device)
         matched = matched_slots(cfg, uniform[0].tolist())
+        # Without DM no row is matched, and nothing reads pull.
         pull = matching_pull(run, b, part, matched, uniform[1], noise) if cfg.dm_weight else noise
         for slot in range(M + 1):
-            reward_term = bool(pathwise and cfg.det_weight) if slot == M else bool(cfg.policy_weight)
+            reward_term = is_pathwise(run) if slot == M else bool(cfg.policy_weight)
             use = [i for i, m in enumerate(matched) if m == slot or reward_term]  # of part: with this forward
             here = [j for j, i in enumerate(use) if matched[i] == slot]  # of use: matched here
             if use:
@@ -959,6 +960,11 @@ def pathwise_terms(run, x_0, prompts, scales):
     images = run.backbone.decode(x_0)
     return sum(weight * pathwise_loss(rate(reward, images, prompts), scales[name], x_0[0].numel())
                for name, (reward, weight) in run.rewards.items() if reward.differentiable)
+
+
+def is_pathwise(run):
+    """Whether Eq. 15 has a weight, and a reward with a gradient."""
+    return bool(run.cfg.det_weight) and any(r.differentiable for r, _ in run.rewards.values())
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1096,7 +1102,7 @@ def load_reward(name, cfg, own={}):
     row = REWARDS.get(name, name)
     found = find_named(row, "reward") if isinstance(row, str) else None
     try:
-        if not found:
+        if found is None:
             return ClipReward(name, row, row["host"](row, cfg))
         reward = found.load(cfg) if hasattr(found, "load") else found() if isinstance(found, type) else found
         if not hasattr(reward, "name") or not hasattr(reward, "differentiable"):
@@ -1185,7 +1191,8 @@ class Backbone:
         self.cfg, self.text, self.text_length = cfg, None, cfg.text_length or self.tokens
         self.dtype = torch.bfloat16 if cfg.dtype == "bf16" else torch.float32
         self.load = functools.partial(load_whole, cfg=cfg, dtype=self.dtype)
-        paths = [path.strip() for path in (cfg.pretrained or BACKBONES[cfg.model][1]).split(",")]
+        paths = (cfg.pretrained or BACKBONES[cfg.model][1]).split(",")
+        paths = [os.path.expanduser(path.strip()) for path in (paths[0], paths[-1])]  # generator's, teacher's
         for path in paths:
             check_pipeline(path, self.pipeline, cfg, is_teacher=path == paths[-1])
         net_class, vae_class = getattr(diffusers, self.net_class), getattr(diffusers, self.vae_class)
@@ -1606,7 +1613,7 @@ class TextCache:
     def prefetch(self, prompts):
         """Has the thread read `prompts` in this order, and returns at once. A loop that asks here for this
         iteration and the next one finds in `batch` what was read while the network worked."""
-        for prompt in dict.fromkeys(prompts):
+        for prompt in list(dict.fromkeys(prompts))[:500]:  # fewer than are kept, or they push each other out
             self.row(prompt)
 
     def batch(self, prompts, device):
@@ -1886,8 +1893,11 @@ def update_ema(run):
 # Settings that do not change what is computed (beyond the order of a sum): a run may be resumed with others.
 FREE_SETTINGS = set("out init iterations device cache weights_dir checkpointing no_compile "
                     "micro_batch max_bad_steps save_every keep sample_every watch force_resume".split())
+READ_BY_THE_OTHER = {
+    1: set("rewards groups group_size subset_size beta policy_weight det_weight dm_weight std_floor clip "
+           "inner_epochs".split()), 2: {"batch"}}
 STATE_FILE, FACTS_FILE = "state/state.safetensors", "state/run.json"
-COUNTERS = ("iteration", "ema_updates", "bad", "skipped")
+COUNTERS = ("iteration", "ema_updates", "skipped")
 
 
 def training_state(run):
@@ -1928,7 +1938,7 @@ def save_checkpoint(run):
         average = run.roles.parts("generator", run.ema)
         save_lora(beside, average, cfg.lora_rank, cfg.lora_alpha, backbone.lora_targets, sampling)
         write_atomic(beside / STATE_FILE, safetensors_bytes(training_state(run)))
-        counters = zip(COUNTERS, (run.done, run.ema_updates, run.bad, run.skipped))
+        counters = zip(COUNTERS, (run.done, run.ema_updates, run.skipped))
         facts = dict(counters, prompts=run.prompt_hash, config=vars(cfg))
         write_atomic(beside / FACTS_FILE, json.dumps(dict(facts, sha256=digest(beside, facts)), indent=1))
         shutil.rmtree(target, ignore_errors=True)
@@ -2002,13 +2012,14 @@ def find_start(run):
                              "another --out or --init.")
         then, now = dict(saved["config"], prompts=saved["prompts"]), dict(vars(cfg), prompts=run.prompt_hash)
         # To resume, all settings that change the result must agree; to begin stage 2, the network's.
-        matter = now.keys() - FREE_SETTINGS if own else {"model", "pretrained", "lora_rank", "lora_alpha"}
+        matter = now.keys() - FREE_SETTINGS - READ_BY_THE_OTHER[cfg.stage]
+        matter = matter if own else {"model", "pretrained", "lora_rank", "lora_alpha"}
         changed = [f"{n} {then.get(n)!r} -> {now[n]!r}" for n in now if n in matter and then.get(n) != now[n]]
         if changed and not cfg.force_resume:
             raise UsageError(f"{start} was made with other settings ({'; '.join(changed)}): take those, or "
                              "another --out or --init, or --force_resume.")
         if own:
-            run.done, run.ema_updates, run.bad, run.skipped = (saved[n] for n in COUNTERS)
+            run.done, run.ema_updates, run.skipped = (saved[n] for n in COUNTERS)
     return start
 
 
@@ -2032,7 +2043,8 @@ def copy_tensors(source, target, folder):
 
 
 def prepare(cfg):
-    """Everything that a stage needs, as `run`. What can be refused is refused before weights are loaded."""
+    """Everything that a stage needs, as `run`. Settings and checkpoints are checked before weights are
+    loaded; rewards come last, when the text encoders have left the GPU."""
     run = SimpleNamespace(cfg=cfg, folder=Path(cfg.out) / f"stage{cfg.stage}", done=0, ema_updates=0,
                           skipped=0, bad=dict(generator=0, fake=0), terms={}, stop=False, board=None)
     own = getattr(backbone_class(cfg.model), "rewards", ())
@@ -2052,13 +2064,13 @@ def prepare(cfg):
     run.times = timestep_schedule(cfg.steps, run.backbone.shift)
     run.text = TextCache(run.backbone, Path(cfg.cache) / "text")
     run.text.prepare(run.prompts)
-    find = lambda name: load_reward(name, cfg, getattr(run.backbone, "rewards", {}))
-    run.rewards = {n: (reward, weight) for n, weight in rewards if cfg.stage == 2 and (reward := find(n))}
-    with_gradient = any(reward.differentiable for reward, _ in run.rewards.values())
-    if cfg.stage == 2 and not (cfg.dm_weight or cfg.policy_weight or with_gradient):
+    find = functools.cache(lambda name: load_reward(name, cfg, getattr(run.backbone, "rewards", {})))
+    found = lambda pairs: {n: (find(n), weight) for n, weight in pairs if find(n) is not None}
+    run.rewards = found(rewards if cfg.stage == 2 else ())
+    if cfg.stage == 2 and not (cfg.dm_weight or cfg.policy_weight or is_pathwise(run)):
         raise UsageError("No reward is differentiable, so --policy_weight 0 and --dm_weight 0 leave nothing "
                          "to train: give one of them a weight, or a reward that has a gradient.")
-    run.watched = {n: reward for n, _ in watched if (reward := find(n))}
+    run.watched = {n: reward for n, (reward, _) in found(watched).items()}
     run.optimizers = {}
     for role, lr, decay in (("generator", cfg.lr, cfg.weight_decay), ("fake", cfg.lr_fake, 0.0)):
         p = run.roles.flat[role]
@@ -2081,13 +2093,16 @@ def micro_batch_of_card(run, most=16):
     for switch in ("disable", "enable"):
         if vae:
             getattr(vae, f"{switch}_gradient_checkpointing")()
-        one, two = (peak_bytes(run, n) for n in (1, 2))
-        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-        each = max(two - one, 1)
-        fits = max(1, min(most, int(1 + (0.85 * free - one) / each)))
+        fits, reason = 1, "two samples do not fit"
+        with contextlib.suppress(torch.OutOfMemoryError):
+            one, two = (peak_bytes(run, n) for n in (1, 2))
+            free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+            each = max(two - one, 1)
+            fits = max(1, min(most, int(1 + (0.85 * free - one) / each)))
+            reason = f"a sample takes {each / 1e9:.2f} GB, and {free / 1e9:.1f} GB are free"
         if fits >= 8:
             break
-    log(f"Micro-batch {fits}: a sample takes {each / 1e9:.2f} GB, and {free / 1e9:.1f} GB are free.")
+    log(f"Micro-batch {fits}: {reason}.")
     return fits
 
 
@@ -2097,13 +2112,14 @@ def peak_bytes(run, n):
     states = torch.randn(run.cfg.steps + 1, n, *run.backbone.latent_shape, device=run.device)
     scales = {name: torch.ones(n, device=run.device) for name in run.rewards}
     b = SimpleNamespace(states=states, prompts=[run.prompts.at(i) for i in range(n)], scales=scales)
-    differentiable = any(reward.differentiable for reward, _ in run.rewards.values())
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    with torch.compiler.set_stance("force_eager"):
-        reinforce_slot(run, b, run.cfg.subset_size, differentiable, range(n), [0], states[0], True, n)
-    run.roles.flat["generator"].grad, run.terms = None, {}
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            reinforce_slot(run, b, run.cfg.subset_size, is_pathwise(run), range(n), [0], states[0], True, n)
+    finally:
+        run.roles.flat["generator"].grad, run.terms = None, {}
     return torch.cuda.max_memory_allocated() - before
 
 
@@ -2317,6 +2333,17 @@ def parse_flags(argv, fields=None, titles=HELP_TITLES, usage="rtdmd.py --stage 1
     return vars(parser.parse_args(argv))
 
 
+# What PyTorch says, what it means here, and the exit status.
+FAULTS = (
+    ("MemoryError|can't allocate memory",
+     "out of memory: lower --micro_batch (no result changes) or --batch, or add --checkpointing.", 1),
+    ("through the graph a second time|by an inplace operation",
+     "a reward has freed the graph of its result, or changed it in place: it may not call backward, and "
+     "torch.autograd.grad only with retain_graph=True.", 2),
+    ("Connection (closed|reset) by peer|remote process exited",
+     "another process has ended: correct what it said.", 1))
+
+
 @contextlib.contextmanager
 def one_sentence(program):
     """Ends the program with one sentence, and no traceback, for all that a user can correct."""
@@ -2329,13 +2356,11 @@ def one_sentence(program):
         end(error, error.code)
     except KeyboardInterrupt:
         end("interrupted: the same command goes on from the last checkpoint, or starts again.", 130)
-    except (MemoryError, torch.OutOfMemoryError):
-        end("out of memory: lower --micro_batch (no result changes) or --batch, or add --checkpointing.", 1)
-    except RuntimeError as error:
-        if not re.search("through the graph a second time|by an inplace operation", str(error)):
-            raise
-        end("a reward has freed the graph of its result, or changed it in place: it may not call backward, "
-            "and torch.autograd.grad only with retain_graph=True.", 2)
+    except (MemoryError, RuntimeError) as error:
+        for pattern, text, code in FAULTS:
+            if re.search(pattern, f"{type(error).__name__} {error}"):
+                end(text, code)
+        raise
     except OSError as error:  # a disk is full, a folder vanished
         end(f"{error}: correct that, or choose another folder, and give the same command again.", 2)
     finally:                                                           # last: it may wait for other processes

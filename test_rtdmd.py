@@ -1465,6 +1465,27 @@ def test_micro_batch_0_is_what_the_card_holds(stage, free, expected, checkpointe
     assert checkpointed is None or vae.again is checkpointed
 
 
+@pytest.mark.parametrize("room, expected", [(2.5, 2), (1.5, 1), (0.5, 1)])
+def test_a_card_too_small_for_two_samples_gets_micro_batch_1(room, expected, monkeypatch, capfd):
+    """The probe itself runs out of memory: with the decoder's activations kept, or with them computed again, too."""
+    vae = SimpleNamespace(again=True)
+    vae.enable_gradient_checkpointing = lambda: setattr(vae, "again", True)
+    vae.disable_gradient_checkpointing = lambda: setattr(vae, "again", False)
+    run = SimpleNamespace(device="cuda:0", cfg=rtdmd.Config(stage=2), backbone=SimpleNamespace(vae=vae))
+
+    def peak_bytes(run, n):
+        if n * (1 if vae.again else 2) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return n * 1e9
+
+    monkeypatch.setattr(rtdmd, "peak_bytes", peak_bytes)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (room * 1e9 / .85, 80e9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 0)
+    assert rtdmd.micro_batch_of_card(run) == expected and vae.again
+    assert f"Micro-batch {expected}: " in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("stage", [1, 2])
 def test_the_probe_of_the_memory_leaves_nothing_behind(stage, flags, monkeypatch):
     """peak_bytes runs the pass that takes most; the run goes on as if it had not."""
@@ -1475,6 +1496,15 @@ def test_the_probe_of_the_memory_leaves_nothing_behind(stage, flags, monkeypatch
     before = rtdmd.training_state(run)
     before = {n: p.clone() for n, p in before.items()}
     assert rtdmd.peak_bytes(run, 2) > 0
+    assert run.terms == {} and all(p.grad is None for p in run.roles.flat.values())
+
+    def fails_late(*arguments):
+        run.roles.flat["generator"].grad, run.terms = torch.ones_like(run.roles.flat["generator"]), dict(dm=1)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(rtdmd, "reinforce_slot", fails_late)
+    with pytest.raises(torch.OutOfMemoryError):
+        rtdmd.peak_bytes(run, 2)
     assert run.terms == {} and all(p.grad is None for p in run.roles.flat.values())
     assert all(torch.equal(p, before[n]) for n, p in rtdmd.training_state(run).items())
 
@@ -2072,6 +2102,23 @@ class Broken:
             rtdmd.load_reward(name, settings())
     own = object()
     assert rtdmd.load_reward("judge", settings(), own={"judge": own}) is own
+
+
+def test_rewards_are_loaded_once_and_none_is_lost(flags, tmp_path, monkeypatch):
+    """One that is trained on and watched is one object; one that Python calls false, an empty list, is a reward."""
+    written(tmp_path, "odd_rewards.py", """made = []
+class Empty(list):
+    def __call__(self, images, prompts): return images.mean((1, 2, 3))
+class Counted:
+    def __init__(self): made.append(self)
+    def __call__(self, images, prompts): return images.mean((1, 2, 3))
+""")
+    monkeypatch.syspath_prepend(tmp_path)
+    names = "odd_rewards:Empty", "odd_rewards:Counted"
+    run = prepared(flags(2, "--rewards", ",".join(names), "--watch", ",".join(names), "--det_weight", 0))
+    assert tuple(run.rewards) == tuple(run.watched) == names
+    assert all(run.watched[name] is run.rewards[name][0] for name in names)
+    assert len(sys.modules["odd_rewards"].made) == 1
 
 
 def test_a_reward_that_only_says_that_it_is_differentiable(flags, tmp_path, monkeypatch, capfd):
@@ -2819,6 +2866,14 @@ def test_a_resolution_that_does_not_fit(folders):
         assert "multiple of 16" in sentence(error)
 
 
+def test_a_tilde_in_pretrained_is_the_home_folder(folders, monkeypatch):
+    """No shell expands the second of GENERATOR,TEACHER, or what stands behind "--pretrained="."""
+    one, two = map(Path, folders["flux2-4b"].split(","))
+    monkeypatch.setenv("HOME", str(one.parent))
+    backbone = backbone_of({"flux2-4b": f"~/{one.name},~/{two.name}"}, "flux2-4b")
+    assert backbone.base == str(one)
+
+
 def test_weights_dir_comes_before_the_hub(tmp_path):
     """A file in its repository's folder, or else in --weights_dir itself, is taken from there."""
     cfg = settings(tmp_path)
@@ -3272,6 +3327,21 @@ def test_processes_and_micro_batches_change_nothing(model, stage, flags, tmp_pat
             assert torch.equal(a, b) if micro == 1 else torch.allclose(a, b, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("error, words, code", [
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory", 1),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "out of memory", 1),
+    (MemoryError(), "out of memory", 1),
+    (RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer [::1]:52"), "another process has ended", 1),
+    (torch.distributed.DistBackendError("NCCL error: remote process exited"), "another process has ended", 1)])
+def test_what_pytorch_says_in_its_own_words(error, words, code, capfd):
+    """Faults that a user can do something about; any other error of PyTorch keeps its traceback."""
+    with pytest.raises(SystemExit) as exit, rtdmd.one_sentence("rtdmd"):
+        raise error
+    one_sentence(capfd.readouterr().err, exit.value.code, words, code)
+    with pytest.raises(RuntimeError, match="shapes"), rtdmd.one_sentence("rtdmd"):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+
 def test_processes_that_differ_are_refused(flags, tmp_path):
     """Another seed, or a folder that one node does not see: the gradients would be added up all the same."""
     assert finish(start(flags(1), tmp_path / "log", 2, "another_seed")) == [2, 2]
@@ -3632,6 +3702,18 @@ def test_a_changed_setting_is_refused_with_the_differences(begun, flags, tmp_pat
     assert before == {n: v for n, v in snapshot(tmp_path).items() if n != "p.txt"}
     rtdmd.main(flags(1, "--gamma", .5, "--force_resume", "--iterations", 4))
     assert rows_of(tmp_path / "run/stage1")[-1]["iteration"] == 4
+
+
+def test_settings_of_the_other_stage_may_change(begun, flags, tmp_path, capfd):
+    """One command line for both stages, in which only what the running stage reads must stay as it was."""
+    shutil.copytree(begun, tmp_path / "run")
+    others = ("--beta", 2, "--rewards", "strict=1", "--groups", 2, "--det_weight", 3, "--clip", .1)
+    rtdmd.main(flags(1, "--iterations", 4, *others))
+    assert rows_of(tmp_path / "run/stage1")[-1]["iteration"] == 4
+    rtdmd.main(flags(2, "--iterations", 1, "--init", tmp_path / "run/stage1"))
+    refused(capfd, flags(2, "--init", tmp_path / "run/stage1", "--beta", 2), "beta 1.0 -> 2.0")
+    rtdmd.main(flags(2, "--iterations", 2, "--init", tmp_path / "run/stage1", "--batch", 16))
+    assert rows_of(tmp_path / "run/stage2")[-1]["iteration"] == 2
 
 
 def test_a_checkpoint_of_another_version(begun, flags, tmp_path, capfd):
@@ -5358,6 +5440,13 @@ def test_text_cache_reads_ahead_each_row_once_and_keeps_the_latest(tmp_path, mon
         cond = cache.batch([prompts[i] for i in wanted], "cpu")
         assert all(torch.equal(cond[name], truth[name][wanted]) for name in truth)
     assert read == [cache.path(prompts[i]) for i in (0, 1, 2, 3)]
+    asked = []
+    monkeypatch.setattr(cache, "row", asked.append)
+    cache.prefetch([f"{i}" for i in range(2000)])        # more than are kept would push out what is wanted first
+    assert asked == [f"{i}" for i in range(500)]
+    monkeypatch.undo()
+    cache.row = functools.lru_cache(3)(cache.row.__wrapped__)
+    cache.batch([prompts[2]], "cpu")
     shutil.rmtree(cache.folder)
     cache.prefetch(prompts[4:])                 # a file that is not there is nobody's concern
     assert torch.equal(cache.batch([prompts[2]], "cpu")["text"], truth["text"][2:3])
