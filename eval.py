@@ -39,7 +39,6 @@ import contextlib
 import dataclasses
 import functools
 import gc
-import importlib.metadata
 import importlib.util
 import io
 import itertools
@@ -380,9 +379,10 @@ def read_geneval_metadata(path):
     """
     rows = read_rows(path, prompt=str, tag=str, include=list)
     for row in rows:
-        needs = [*row["include"], *row.get("exclude", ())]
+        needs = [*row["include"], *(row.get("exclude") or ())]
         unknown = [f"tag, {row['tag']!r}: known are {', '.join(TASKS)}"] if row["tag"] not in TASKS else []
-        unknown += [f"entry, {need!r}: write {{class, count}}" for need in needs if not isinstance(need, dict)]
+        unknown += [f"entry, {need!r}: write {{class, count}}" for need in needs or [None] if not isinstance(need, dict)
+                    or type(need.get("count")) is not int or need["count"] < 1]
         for need in needs if not unknown else ():
             if need.get("class") not in COCO:
                 unknown.append(f"class, {need.get('class')!r}: known are COCO's 80")
@@ -879,23 +879,25 @@ class OCR:
 # 8. The table of metrics, and how a set of images is scored and summed up
 # ------------------------------------------------------------------------------------------------------------
 
-# In the order of the paper's tables. REWARDS, in rtdmd.py, has the rows of hpsv2, clipscore and pickscore.
+# In the order of the paper's tables. What computes them is found by REWARDS of rtdmd.py.
 METRICS = {
-    "clipscore":   dict(column="CLIPScore", scale="cosine", licence="MIT", **REWARDS["clipscore"]),
-    "aesthetic":   dict(column="Aesthetic", scorer=Aesthetic, scale="1 to 10", licence="Apache-2.0, MIT",
+    "clipscore":   dict(column="CLIPScore", scale="cosine", licence="MIT", repo=CLIP_L14),
+    "aesthetic":   dict(column="Aesthetic", scale="1 to 10", licence="Apache-2.0, MIT",
                         repo=f"ttj/sac-logos-ava1-l14-linearMSE, {CLIP_L14}"),
-    "pickscore":   dict(column="PickScore", scale="cosine x about 100", licence="MIT", **REWARDS["pickscore"]),
-    "hpsv2":       dict(column="HPSv2", scale="cosine, v2.1 weights", licence="Apache-2.0", **REWARDS["hpsv2"]),
-    "imagereward": dict(column="ImageReward", scorer=ImageReward, scale="about 0 +- 1", licence="Apache-2.0",
+    "pickscore":   dict(column="PickScore", scale="cosine x about 100", licence="MIT",
+                        repo=REWARDS["pickscore"]["repo"]),
+    "hpsv2":       dict(column="HPSv2", scale="cosine, v2.1 weights", licence="Apache-2.0",
+                        repo=REWARDS["hpsv2"]["repo"]),
+    "imagereward": dict(column="ImageReward", scale="about 0 +- 1", licence="Apache-2.0",
                         repo="zai-org/ImageReward, google-bert/bert-base-uncased"),
-    "hpsv3":       dict(column="HPSv3", scorer=HPSv3, scale="unbounded, 10 to 16", licence="MIT, Apache-2.0",
+    "hpsv3":       dict(column="HPSv3", scale="unbounded, 10 to 16", licence="MIT, Apache-2.0",
                         repo="MizzenAI/HPSv3, Qwen/Qwen2-VL-7B-Instruct"),
-    "geneval":     dict(column="GenEval", scorer=GenEval, scale="0 to 1", licence="MIT rules, other detector",
+    "geneval":     dict(column="GenEval", scale="0 to 1", licence="MIT rules, other detector",
                         repo="facebook/mask2former-swin-small-coco-instance, "
                              "timm/vit_large_patch14_clip_224.openai"),
-    "geneval2":    dict(column="GenEval2", scorer=GenEval2, scale="0 to 1", repo="Qwen/Qwen3-VL-8B-Instruct",
+    "geneval2":    dict(column="GenEval2", scale="0 to 1", repo="Qwen/Qwen3-VL-8B-Instruct",
                         licence="Apache-2.0 judge, CC BY-NC 4.0 prompts"),
-    "ocr":         dict(column="OCR", scorer=OCR, scale="0 to 1", licence="Apache-2.0",
+    "ocr":         dict(column="OCR", scale="0 to 1", licence="Apache-2.0",
                         repo="PaddlePaddle/PP-OCRv5_server_det_safetensors, "
                              "PaddlePaddle/PP-OCRv5_server_rec_safetensors"),
 }
@@ -907,8 +909,8 @@ DEFAULT_METRICS = {"tiny": ",".join(TINY_COLUMNS), "real": "clipscore,aesthetic,
 
 def check_metrics(flags, own=()):
     """Refuses an unknown metric, and a module without it, before anything is loaded or sampled."""
-    if "=" in ",".join(flags.metrics):
-        raise UsageError(f"--metrics {','.join(flags.metrics)}: names alone, comma separated; rewards have weights.")
+    if "=" in ",".join(flags.metrics) or not all(flags.metrics) or len({*flags.metrics}) < len(flags.metrics):
+        raise UsageError(f"--metrics {','.join(flags.metrics)}: give names, each once, separated by commas.")
     rtdmd.parse_rewards(",".join(flags.metrics), own, "--metrics")
 
 
@@ -919,11 +921,13 @@ FIRST_FILE = {"xswu/HPSv2": "HPS_v2.1_compressed.pt", "zai-org/ImageReward": "Im
 
 
 def missing_weights(metrics, cfg):
-    """{metric: a sentence} of those whose files are not there or are no weights, without loading any: real ones
-    take gigabytes and minutes. What only loading shows costs that metric alone, in score_rows."""
+    """{metric: a sentence} of those whose files are not there, and not on the hub, or are no weights. None is loaded:
+    real ones take gigabytes and minutes. What only loading shows costs that metric alone, in score_rows."""
     problems = {}
     for name in (name for name in metrics if name in METRICS):
         try:
+            if name == "hpsv3":
+                hpsv3_instruction(cfg)
             for repo in METRICS[name]["repo"].split(", "):
                 look_at(Aesthetic.find_head(cfg) if repo.startswith("ttj/") else
                         find_weights(repo, FIRST_FILE.get(repo, "config.json"), cfg))
@@ -985,8 +989,11 @@ def as_shown(image):
         raise ValueError("it holds floats without a known range: save it with 8 or 16 bits")
     with contextlib.suppress(ImageCms.PyCMSError, OSError):  # viewers ignore a profile that is broken
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile or b""))
-        if image.mode in ("RGB", "L", "CMYK") and "sRGB" not in ImageCms.getProfileDescription(source):
-            image = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        if image.mode in ("P", "PA"):
+            image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+        if image.mode in ("RGB", "RGBA", "L", "CMYK") and "sRGB" not in ImageCms.getProfileDescription(source):
+            image = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"),
+                                              outputMode="RGBA" if image.mode == "RGBA" else "RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -1019,13 +1026,14 @@ def run_metric(scorer, images, prompts, batch=16, device="cpu"):
                 where = "" if isinstance(error, UsageError) else f"{scorer.name}, prompt {prompts[rows[0]]!r}: "
                 failures.append(f"{where}{error}")
                 return
-            judge(rows[:len(rows) // 2])
-            judge(rows[len(rows) // 2:])
+        else:
+            for n, i in enumerate(rows):
+                results[i] = {name: column[n].item() for name, column in found.items()}
+                if not math.isfinite(results[i][scorer.name]):
+                    failures.append(f"{scorer.name} is {results[i][scorer.name]} for the prompt {prompts[i]!r}")
             return
-        for n, i in enumerate(rows):
-            results[i] = {name: column[n].item() for name, column in found.items()}
-            if not math.isfinite(results[i][scorer.name]):
-                failures.append(f"{scorer.name} is {results[i][scorer.name]} for the prompt {prompts[i]!r}")
+        judge(rows[:len(rows) // 2])    # not inside `except`, where the exception holds the memory of the failed pass
+        judge(rows[len(rows) // 2:])
 
     for rows in rtdmd.chunks(len(prompts), batch):
         judge(range(len(prompts))[rows])
@@ -1074,7 +1082,8 @@ class Flags:
     seeds: int = opt(0, "seeds of --ablations; default: 5, with --quick 2")
     quick: bool = opt(False, "--ablations: Tables 3 and 4 only, with two seeds, in half an hour")
     jobs: int = opt(2, "rows of --ablations that are trained at a time, on the cores divided by it")
-    only: str = opt("", "rows of --ablations whose name, such as 'stage 2: SubGRPO M=2', contains this")
+    only: str = opt("", "rows of --ablations whose name, such as 'stage 2: SubGRPO M=2', contains this, or tables "
+                    "whose name begins with it")
     # ---- What to measure
     metrics: str = opt("", "names, comma separated; module:attribute for your own")
     per_prompt: int = opt(0, "pictures per prompt (ours; diversity needs two)")
@@ -1131,6 +1140,9 @@ def parse(argv):
     return flags, cfg
 
 
+ABLATION_FLAGS = set("ablations quick seeds jobs only out model cache pretrained device".split())
+
+
 def check_flags(flags, cfg, given):
     """Values out of range, commands that exclude each other, and text that is none. Raises UsageError."""
     for name, most in MOST.items():
@@ -1147,6 +1159,8 @@ def check_flags(flags, cfg, given):
         raise UsageError(f"--prompt cannot be read ({error!s:.100}): give a text in UTF-8.") from error
     if flags.ablations and cfg.model != "tiny":
         raise UsageError("--ablations are asked on the tiny world: leave out --model.")
+    if flags.ablations and rtdmd.dist_info()[2] > 1:
+        raise UsageError("--ablations start their own processes: leave out torchrun, and give --jobs.")
     commands = ("ablations", "lora", "run_folder", "teacher", "images", "compare", "prompt")
     chosen = [name for name in commands if given.get(name)]
     if not chosen:
@@ -1154,6 +1168,8 @@ def check_flags(flags, cfg, given):
                          "--compare A B or --prompt TEXT.")
     if len(chosen) > 1 and {"ablations", "images", "compare"} & set(chosen):
         raise UsageError(f"--{' and --'.join(chosen)} are different commands: give them one after the other.")
+    if flags.ablations and (more := given.keys() - ABLATION_FLAGS):
+        raise UsageError(f"--ablations have their own {', '.join(sorted(more))}: leave --{min(more)} out.")
     if {"geneval", "geneval2"} & set(flags.metrics) and not cfg.prompts.endswith(".jsonl"):
         raise UsageError("--metrics geneval and geneval2 must know what a picture has to show: give --prompts "
                          "FILE.jsonl of their metadata rows, or other --metrics.")
@@ -1195,7 +1211,7 @@ def unfit(flag, value):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 11. Sampling
+# 10. Sampling
 # ------------------------------------------------------------------------------------------------------------
 
 def checkpoint_at(path):
@@ -1375,7 +1391,7 @@ class Sampler:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 12. Scoring and reports. pictures {row: (indices, images)}: this process's share, all rows of the same captions.
+# 11. Scoring and reports. pictures {row: (indices, images)}: this process's share, all rows of the same captions.
 # An index that no process has is a picture that was not finite.
 # ------------------------------------------------------------------------------------------------------------
 
@@ -1400,6 +1416,7 @@ def score_rows(pictures, captions, flags, cfg, own=(), labels={}):
         for row, (index, images) in pictures.items():
             texts = [captions[i] for i in index]
             values, failed = run_metric(scorer, images, texts, max(flags.batch, 16), cfg.device)
+            values = {name if metric == scorer.name else metric: found for metric, found in values.items()}
             failures += [f"{labels.get(row, row)}: {text}" for text in itertools.chain(*rtdmd.everyone(failed))]
             lost = [math.nan] * len(index)  # a process without a score does not know all of the names
             for metric in dict.fromkeys(itertools.chain(*rtdmd.everyone(list(values)))):
@@ -1417,8 +1434,9 @@ def summarise(scores, captions, tasks):
 
 
 def number(mean, error):
-    """A mean with its standard error."""
-    return f"{mean:.4g}" if math.isnan(error) else f"{mean:.3f}±{error:.3f}"
+    """A mean with its standard error: three decimals, or up to five if the error is smaller."""
+    digits = min(max(3, -math.floor(math.log10(error))), 5) if 0 < error < math.inf else 3
+    return f"{mean:.4g}" if math.isnan(error) else f"{mean:.{digits}f}±{error:.{digits}f}"
 
 
 def table(rows, labels={}):
@@ -1495,7 +1513,7 @@ def warn_of_missing(flags, cfg, own):
 def evaluate(flags, cfg):
     """--run_folder, --lora, --teacher: samples the rows of a plan, scores them, writes the report and
     grid.png."""
-    own = TINY_COLUMNS if cfg.model == "tiny" else ()
+    own = TINY_COLUMNS if cfg.model == "tiny" else getattr(rtdmd.backbone_class(cfg.model), "rewards", ())
     check_metrics(flags, own)
     rows, pictures, seconds = plan(flags, cfg), {}, {}
     labels = {name: label(name, row) for name, row in rows.items()}
@@ -1525,12 +1543,14 @@ def evaluate(flags, cfg):
         results[name]["seconds_per_image"] = (seconds[name], math.nan)
     shown = range(0, len(captions), flags.per_prompt)[:8]
     panels = grid_rows(pictures, shown)
-    prompt_hash = f"{rtdmd.key(prompts):016x}"               # two reports compare only if it is the same
+    prompt_hash = f"{rtdmd.key(prompts):016x}"               # names the prompts and their order
     note = (f"{len(prompts)} prompts x {flags.per_prompt} pictures, set {prompt_hash}, seed {cfg.seed}; ± is one "
             f"standard error. Pictures: {flags.out}/grid.png.")
     report(flags, results, scores, failures, note, labels, model=cfg.model, prompts=prompts,
            prompt_hash=prompt_hash, tasks=tasks, seed=cfg.seed, sampler=rows, resolution=cfg.resolution)
-    if rtdmd.dist_info()[0] == 0:  # after the report: no picture is worth losing it for
+    if flags.save_images:  # after the report, as all pictures: none is worth losing it for
+        save_pictures(out / "images", pictures, captions)
+    if rtdmd.dist_info()[0] == 0:
         if len(panels):
             grid = named_grid(panels, len(shown), [*labels.values()], [captions[i] for i in shown])
             rtdmd.write_png(out / "grid.png", grid)
@@ -1538,14 +1558,12 @@ def evaluate(flags, cfg):
             save_trajectories(out / "trajectory.png", trails, labels, prompts[:2])
             save_film(flags.run_folder, out / "training.gif")
             draw_run_curves(Path(flags.run_folder), out / "curves.png")
-    if flags.save_images:
-        save_pictures(out / "images", pictures, captions)
     demand_scores(flags, scores, [labels[row] for row in rows if len(lost[row]) == len(captions)])
 
 
 def whole_set_metrics(backbone, index, images, captions, per_prompt):
     """tiny_set_metrics over the captions of which every picture is there."""
-    found = gathered(zip(index, images))
+    found = gathered(zip(index, map(torch.clone, images)))
     groups = [range(i, i + per_prompt) for i in range(0, len(captions), per_prompt)]
     whole = [i for group in groups if all(i in found for i in group) for i in group]
     if not whole:
@@ -1556,7 +1574,7 @@ def whole_set_metrics(backbone, index, images, captions, per_prompt):
 
 def grid_rows(pictures, shown):
     """Of each row the pictures `shown`, as floats: (rows * shown, 3, H, W). One that is missing is white."""
-    found = [gathered((i, image) for i, image in zip(index, images) if i in shown)
+    found = [gathered((i, image.clone()) for i, image in zip(index, images) if i in shown)   # or all are sent with it
              for index, images in pictures.values()]
     known = next((image for row in found for image in row.values()), None)
     if known is None:
@@ -1591,10 +1609,12 @@ def student_predictions(sampler, rows, captions):
     found = {}
     for name in (name for name, row in rows.items() if row["role"] != "teacher"):
         sampler.load_adapter(name)
-        keys = [rtdmd.key("eval", sampler.cfg.seed, caption, 0) for caption in captions]
-        _, predictions = sampler.rollout(rows[name], captions, keys)
-        images = torch.stack([sampler.backbone.decode(h).float() for h in predictions], 1).flatten(0, 1)
-        found[name] = images.nan_to_num(1.0).cpu()
+        images = []
+        for caption in captions:                             # one by one: two may not fit where --batch 1 is needed
+            key = rtdmd.key("eval", sampler.cfg.seed, caption, 0)
+            _, predictions = sampler.rollout(rows[name], [caption], [key])
+            images += [sampler.backbone.decode(h).float().nan_to_num(1.0).cpu() for h in predictions]
+        found[name] = torch.cat(images)
     return found
 
 
@@ -1602,6 +1622,7 @@ def save_trajectories(path, predictions, labels, captions):
     """Side by side, under each caption, a row for each student of student_predictions, if all of them take as many
     steps."""
     if len({len(images) for images in predictions.values()}) > 1:
+        path.unlink(missing_ok=True)                         # it would be another run's
         return
     images = torch.stack([*predictions.values()]).unflatten(1, (len(captions), -1))         # student, caption, step
     names, steps = [labels[name] for name in predictions], [f"step {k}" for k in range(1, images.shape[2] + 1)]
@@ -1623,10 +1644,15 @@ def save_film(folder, path, width=800):
     frames = []
     panels = sorted(Path(folder).glob("stage[12]/samples/*.png"))
     for panel in (path for path in panels if path.stem.isdigit()):       # others were put there by somebody
-        with Image.open(panel) as image:
-            image.thumbnail((width, width))
-            frame = Image.new("RGB", (image.width, image.height + 20), "white")
-            frame.paste(image, (0, 20))
+        try:
+            with Image.open(panel) as image:
+                image.load()
+                image.thumbnail((width, width))
+        except OSError:
+            rtdmd.log(f"{panel} is no picture, and is left out of {path}.")
+            continue
+        frame = Image.new("RGB", (image.width, image.height + 20), "white")
+        frame.paste(image, (0, 20))
         text = f"stage {panel.parts[-3][-1]}, iteration {int(panel.stem)}"
         ImageDraw.Draw(frame).text((4, 2), text, "black", ImageFont.load_default(13))
         frames.append(frame)
@@ -1674,6 +1700,7 @@ def read_folder(folder):
     if missing or not files:
         below = ", ".join(sorted(p.name for p in folder.iterdir() if p.is_dir())[:5])
         raise UsageError(f"{listed} names {missing[0]}, which does not exist: correct it." if missing else
+                         f"{listed} lists no picture: fill it, or delete it." if listed.exists() else
                          f"--images {folder} holds no picture that Pillow reads: give another folder"
                          f"{f', one of {below} in it' if below else ''}.")
     source = "metadata.jsonl" if listed.exists() else f"their names, such as {prompts[0]!r:.60}"
@@ -1702,20 +1729,20 @@ def compare(flags, cfg):
     does, if both were sampled with one seed.
     """
     called, (a, b) = f"--compare {' '.join(flags.compare)}", (read_report(path) for path in flags.compare)
-    if a["prompts"] != b["prompts"] or a["per_prompt"] != b["per_prompt"]:
-        raise UsageError(f"{called}: the reports are of different prompts, so their scores cannot be paired: "
-                         "sample both with the same --prompts, --max_prompts and --per_prompt.")
+    if a["captions"] != b["captions"]:
+        raise UsageError(f"{called}: the reports are of different prompts, so their scores cannot be paired: sample "
+                         "both with the same --prompts, --max_prompts, --per_prompt and --seed, which draws prompts.")
     tasks = a["tasks"] if set(a["prompts"]) <= a["tasks"].keys() else {}
     pairs = [(row, row) for row in a["scores"] if row in b["scores"]] or [*zip(a["scores"], b["scores"])][:1]
     common = {(left, right): [m for m in a["scores"][left] if m in b["scores"][right] and (tasks or m != "geneval")]
               for left, right in pairs}
     if not any(common.values()):
         raise UsageError(f"{called}: they have no metric in common: score both with the same --metrics.")
-    captions, results = [p for p in a["prompts"] for _ in range(a["per_prompt"])], {}
+    results = {}
     for (left, right), metrics in common.items():
         differences = {m: [y - x for x, y in zip(a["scores"][left][m], b["scores"][right][m])] for m in metrics}
-        name = in_words(b, right) if left == right else f"{in_words(b, right)} - {in_words(a, left)}"
-        results[name] = summarise(differences, captions, tasks)
+        after, before = in_words(b, right), in_words(a, left)
+        results[after if after == before else f"{after} - {before}"] = summarise(differences, a["captions"], tasks)
     print(table(results))
     if alone := [m for m in (*SET_METRICS, "geneval") if any(m in row for row in a["rows"].values())
                  and not any(m in row for row in results.values())]:
@@ -1723,21 +1750,25 @@ def compare(flags, cfg):
 
 
 def read_report(path):
-    """A report.json whose parts are what compare() needs: it may have been edited by hand. null becomes nan."""
+    """A report.json whose parts are what compare() needs: it may have been edited by hand. null becomes nan, scores are
+    in the order of their captions, and "captions" lists these."""
     kinds, optional = dict(scores=dict, prompts=list, per_prompt=int), dict(tasks={}, rows={}, sampler={})
     try:
         found = optional | json.loads(Path(path).read_text())
         good = all(isinstance(found[name], kind) for name, kind in (kinds | dict.fromkeys(optional, dict)).items())
-        if not (good and 0 < found["per_prompt"] <= MOST["per_prompt"]
+        if not (good and found["prompts"] and 0 < found["per_prompt"] <= MOST["per_prompt"]
                 and all(isinstance(text, str) for text in (*found["prompts"], *found["tasks"].values()))
                 and all(isinstance(row, dict) for row in (*found["scores"].values(), *found["rows"].values()))):
             raise ValueError("a part of it is missing or damaged")
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise UsageError(f"--compare {path}: {error!s:.150}; give two report.json of eval.py.") from None
-    count = len(found["prompts"]) * found["per_prompt"]
+    captions = [prompt for prompt in found["prompts"] for _ in range(found["per_prompt"])]
+    order = sorted(range(len(captions)), key=captions.__getitem__)          # the order of prompts depends on --seed
+    found["captions"] = [captions[i] for i in order]
     for row, metrics in found["scores"].items():
         for metric, values in metrics.items():
-            metrics[metric] = score_list(values, count, f"--compare {path}: {metric} of {row}")
+            values = score_list(values, len(order), f"--compare {path}: {metric} of {row}")
+            metrics[metric] = [values[i] for i in order]
     return found
 
 
@@ -1754,7 +1785,7 @@ def in_words(report, row):
     """The label of a report's row, if the report tells how it was sampled; else its name."""
     try:
         return label(row, report["sampler"][row])
-    except (LookupError, TypeError, ValueError):             # pictures of any origin, or edited by hand
+    except (LookupError, TypeError, ValueError, OverflowError):     # pictures of any origin, or edited by hand
         return row
 
 
@@ -1811,12 +1842,15 @@ def dry_run(argv):
         run.warm = warm
         for run.done in range(steps):
             run.terms = {}
-            with torch.compiler.set_stance("force_eager" if compiles and run.done == 0 else "default"):
+            eager = compiles and run.done == 0
+            with torch.compiler.set_stance("force_eager") if eager else contextlib.nullcontext():
                 yield run.done
 
     stand_ins = {(rtdmd, "find_start"): lambda run: None, (rtdmd, "iterations"): iterations,
                  (rtdmd, "phase"): CostMeter,
                  (rtdmd, "read_prompts"): lambda source, seed: read_prompts(source, seed)[:64]}
+    if meta and rtdmd.dist_info()[2] > 1:
+        raise UsageError("--device meta counts in one process: leave out torchrun.")
     with standing_in(stand_ins | (made_networks(cfg) if made else {})):
         run = rtdmd.prepare(cfg)
         (rtdmd.stage1 if cfg.stage == 1 else rtdmd.stage2)(run)
@@ -1884,6 +1918,7 @@ class CostMeter(TorchDispatchMode):
         """Counting begins where the last phase stood: what it left alive still takes room."""
         if self.counts:
             super().__enter__()
+            torch.backends.mha.set_fastpath_enabled(False)  # open_clip's layer as one operation without a formula
             self.run.live["peak"] = self.run.live["now"]
             if self.kind == "meta":
                 F.scaled_dot_product_attention, F.rms_norm = fused_attention, fused_norm
@@ -1903,6 +1938,7 @@ class CostMeter(TorchDispatchMode):
         self.cost["peak_bytes"] = max(self.cost["peak_bytes"], self.run.live["peak"])
         if self.counts:
             F.scaled_dot_product_attention, F.rms_norm = PLAIN_ATTENTION, PLAIN_NORM
+            torch.backends.mha.set_fastpath_enabled(True)
             super().__exit__(*error)
             grown = {n: c - self.before.get(n, 0) for n, c in self.run.forwards.items()}
             self.cost["forwards"] = {n: c for n, c in grown.items() if c}
@@ -1914,8 +1950,8 @@ class CostMeter(TorchDispatchMode):
         if operation is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return 1                                       # the loops ask only whether a gradient is finite
         result = shapes_only(operation, args, kwargs) if self.kind == "meta" else operation(*args, **kwargs)
-        if operation.overloadpacket in flop_registry:
-            flop = flop_registry[operation.overloadpacket](*args, **kwargs, out_val=result)
+        if operation.overloadpacket in FLOPS:
+            flop = FLOPS[operation.overloadpacket](*args, **kwargs, out_val=result)
             if re.search("attention.*backward", str(operation)):     # 1 of its 5 products is a recomputation
                 flop = flop * 4 / 5
             self.cost["tflop"][self.run.part] = self.cost["tflop"].get(self.run.part, 0.0) + flop / 1e12
@@ -1937,6 +1973,9 @@ def released(live, name, size):
 
 
 KNOWN_SHAPES = {}
+ATTENTION = "_scaled_dot_product_flash_attention"            # torch has a formula for it, and none for its CPU form
+FLOPS = flop_registry | {getattr(torch.ops.aten, f"{ATTENTION}_for_cpu{end}"):
+                         flop_registry[getattr(torch.ops.aten, f"{ATTENTION}{end}")] for end in ("", "_backward")}
 
 
 def shapes_only(operation, args, kwargs):
@@ -1945,8 +1984,8 @@ def shapes_only(operation, args, kwargs):
     schema = operation._schema
     if any(a.alias_info for a in [*schema.arguments, *schema.returns]):
         return operation(*args, **kwargs)
-    leaves = ((a.shape, a.stride(), a.dtype, a.device) if isinstance(a, torch.Tensor) else a
-              for a in tree_leaves((args, kwargs)))
+    leaves = ((a.shape, a.stride(), a.dtype, a.device) if isinstance(a, torch.Tensor) else (type(a), a)
+              for a in tree_leaves((args, kwargs)))             # 1, 1.0 and True are equal, and give other types
     kind = (operation, len(args), *kwargs, *leaves)
     if kind not in KNOWN_SHAPES:
         result = operation(*args, **kwargs)
@@ -2000,7 +2039,9 @@ def networks(run):
     if hasattr(run.backbone, "vae"):
         parts["decoder"] = [run.backbone.vae]
     for name, (reward, _) in run.rewards.items():
-        parts[name] = [m for m in getattr(reward, "__dict__", {}).values() if isinstance(m, nn.Module)]
+        known = {id(m) for nets in parts.values() for m in nets}           # shared work is the first one's
+        parts[name] = [m for m in getattr(reward, "__dict__", {}).values()
+                       if isinstance(m, nn.Module) and id(m) not in known]
     return parts
 
 
@@ -2161,7 +2202,7 @@ def standing_weights(run):
 def report_costs(run, timed):
     """The table of --dry_run, and OUT/stageN/dry_run.json. timed: iterations whose seconds were added up."""
     cfg = run.cfg
-    samples = (cfg.batch if cfg.stage == 1 else cfg.groups * cfg.group_size) / rtdmd.dist_info()[2]
+    samples = len(rtdmd.share(cfg.batch)) if cfg.stage == 1 else len(rtdmd.share(cfg.groups)) * cfg.group_size
     phases = {name: dict(seconds=c["seconds"] / timed, tflop_per_sample=sum(c["tflop"].values()) / samples,
                          tflop_by_part={n: f / samples for n, f in c["tflop"].items()}, peak_bytes=c["peak_bytes"],
                          forwards={n: f / samples for n, f in c["forwards"].items()})
@@ -2172,22 +2213,23 @@ def report_costs(run, timed):
         total[field] = {n: sum(p[field].get(n, 0) for p in phases.values()) for n in names}
     weights, live = standing_weights(run), max(p["peak_bytes"] for p in phases.values())
     total.update(peak_bytes=sum(weights.values()) + live, weight_bytes=sum(weights.values()))
-    rtdmd.log("\n".join(cost_lines(run, phases, total, weights, samples)))
     result = dict(total, bytes=weights, phases=phases, samples=samples, config=dataclasses.asdict(cfg))
     if rtdmd.dist_info()[0] == 0:
         rtdmd.write_atomic(run.folder / "dry_run.json", json.dumps(result, indent=1))
+    for line in cost_lines(run, phases, total, weights, samples):           # some of them measure, and may fail
+        rtdmd.log(line)
 
 
 def cost_lines(run, phases, total, weights, samples):
     """The table as lines of text. Where nothing was computed there are no seconds."""
     words = lambda numbers: ", ".join(f"{value:.3g} {name}" for name, value in numbers.items())
-    yield "phase        TFLOP  peak GB  seconds  share  TFLOP/s   TFLOP a sample, of"
+    yield "phase      TFLOP a sample  peak GB  seconds  share  TFLOP/s   TFLOP a sample, of"
     live = max(p["peak_bytes"] for p in phases.values())
     for name, p in [*phases.items(), ("all", dict(total, peak_bytes=live))]:
         rate, times = p["tflop_per_sample"] * samples / max(p["seconds"], 1e-9), 24 * " "
         if run.device != "meta":
             times = f"{p['seconds']:8.3g} {p['seconds'] / total['seconds']:6.0%} {rate:8.3g}"
-        sizes = f"{p['tflop_per_sample']:7.4g} {p['peak_bytes'] / 1e9:8.3g}"
+        sizes = f"{p['tflop_per_sample']:14.4g} {p['peak_bytes'] / 1e9:8.3g}"
         yield f"{name:10} {sizes} {times}   {words(p['tflop_by_part'])}"
     for name, p in phases.items():
         yield f"Forwards a sample, {name}: {words(p['forwards'])}."
@@ -2199,7 +2241,7 @@ def cost_lines(run, phases, total, weights, samples):
         graphs, seconds = rtdmd.compiled()
         yield f"Compiled: {graphs} graphs of transformer blocks, in {seconds:.0f} s."
         yield host_or_gpu(run)
-        if not run.cfg.no_compile:
+        if graphs:
             yield compiled_or_not(run)
         yield f"Products of large bf16 matrices in the same process: {matrix_rate(run.device):.3g} TFLOP/s."
     source = "allocator" if "cuda" in run.device else "counted, not measured"
@@ -2277,7 +2319,8 @@ STAGE2_ROWS = {
         "pathwise, last 3 steps": "--policy_weight 0 @pathwise_3",
         "pathwise, all 4 steps": "--policy_weight 0 @pathwise_4"},
     # Not reproduced: its raw pathwise scale (1e-4 per unit of reward, so that PickScore counts four times), its fake
-    # weight min(1, 10 kappa^2), its clamps of t and of the advantages (+-5), one S per iteration, bf16 adapters.
+    # weight min(1, 10 kappa^2), its clamps of t and of the advantages (+-5), one S per iteration, bf16 adapters,
+    # alpha 64 (the start has 16), delta .2, one fake update.
     "The constants and functions of the released code": {
         BASE_2: "",
         "released constants, stage 2": RELEASED_2},
@@ -2299,7 +2342,7 @@ STAGE2_ROWS = {
 #              that as good as both terms here, with DMD2's matching; not its warm-up of guidance and noise levels,
 #              whose constants we do not have
 #   Flow-GRPO  on the distilled student and without a KL to it, which would hold it back
-#   TDM-R1     on the AC-DMD student, with AC-DMD's matching; one reward for the picture, sent back through all
+#   TDM-R1     on the AC-DMD student, with A-DMD's matching; one reward for the picture, sent back through all
 #              steps, where TDM-R1 has a reward for each of them; its weight is the better of 2 and 10 (seed 0)
 # Not here: Hyper-SD (trajectory-segmented consistency, then ReFL, with guidance) and Flash Diffusion
 # (adversarial, on real pictures) are families of their own, which share no loss with these rows; of GDMD
@@ -2392,6 +2435,14 @@ def begin_worker(threads):
 
 def train_rows(jobs, out, cfg, processes):
     """The jobs (stage, row, words, seed) without a result, in that many processes at a time."""
+    for _, row, words, seed in jobs:
+        if (file := result_of(out, row, seed)).exists():
+            with contextlib.suppress(ValueError, LookupError, TypeError):
+                was = json.loads(file.read_text())
+                if (was["words"], was["pretrained"]) == (words, cfg.pretrained):
+                    continue
+            raise UsageError(f"{file} is damaged, or of other settings than today's row: move it away, or take another "
+                             "--out.")
     jobs = [job for job in jobs if not result_of(out, job[1], job[3]).exists()]
     threads, spawn = max(1, (os.cpu_count() or 1) // processes), multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(processes, spawn, begin_worker, (threads,)) as pool:
@@ -2400,7 +2451,10 @@ def train_rows(jobs, out, cfg, processes):
             for done in rtdmd.progress(concurrent.futures.as_completed(waiting), len(waiting), "ablations"):
                 done.result()
         except BaseException as error:
-            pool.shutdown(cancel_futures=True)                   # those at work stop after their iteration
+            pool.shutdown(cancel_futures=True)  # after Ctrl-C those at work end with their iteration, else their row
+            if isinstance(error, concurrent.futures.BrokenExecutor):
+                raise UsageError("A row's process was killed, perhaps for its memory: lower --jobs, and give the same "
+                                 "command again.", code=1) from None
             if isinstance(error, KeyboardInterrupt):
                 raise UsageError("Stopped: the same command goes on from here.", code=130) from None
             raise
@@ -2431,7 +2485,8 @@ def ablation(out, cfg, stage, row, words, seed):
         raise UsageError(f"The ablation {row!r} failed: {quiet.getvalue().strip().splitlines()[-1]}") from None
     scores, = json.loads((folder / "report.json").read_text())["rows"].values()
     scores = {metric: score for metric, score in scores.items() if score is not None}
-    rtdmd.write_atomic(target, json.dumps(scores | facts | dict(stage=stage, seed=seed, words=words)))
+    rtdmd.write_atomic(target, json.dumps(scores | facts | dict(
+        stage=stage, seed=seed, words=words, pretrained=cfg.pretrained)))
 
 
 def train_row(out, stage, row, words, names, seed, world):
@@ -2691,7 +2746,8 @@ def fake_knows_k(start):
 
     def __init__(self, backbone, cfg):
         roles(self, backbone, cfg)
-        self.adopt("fake", self.named["fake"] | dict(steps=torch.zeros(cfg.steps + 1, TINY_WIDTH)))
+        steps = torch.zeros(cfg.steps + 1, TINY_WIDTH, device=self.flat["fake"].device)
+        self.adopt("fake", self.named["fake"] | dict(steps=steps))
 
     def batch_with_k(self, prompts, device):
         texts, _, steps = zip(*(p.partition("\0") for p in prompts))
@@ -2710,7 +2766,7 @@ def fake_knows_k(start):
         fake(run, it, u, x_s, s, k, [f"{p}\0{i}" for p, i in zip(prompts, k.tolist())], ids, total)
 
     def matching_loss(run, x_s, s, cond, u, noise):
-        k = (run.times.float() - s.flatten()[:, None]).abs().argmin(1)
+        k = (run.times.to(s) - s.flatten()[:, None]).abs().argmin(1)
         return matching(run, x_s, s, cond | dict(k=k), u, noise)
 
     without = lambda self, x, t, cond, null: teacher(self, x, t, {n: c for n, c in cond.items() if n != "k"}, null)
@@ -2848,7 +2904,7 @@ VARIANTS = {function.__name__: function for function in (
     from_the_teacher, tdm_r1, counted)}
 VARIANTS |= dict(std_over_all=functools.partial(another_std, std="global"),
                  no_std=functools.partial(another_std, std="none"),
-                 held_out_stop=lambda start: {},                            # ablation() does that
+                 held_out_stop=lambda start: {},                            # train_row() does that
                  **{f"pathwise_{n}": functools.partial(pathwise_through, steps=n) for n in (2, 3, 4)})
 
 
@@ -2943,8 +2999,8 @@ def draw_curves(path, panels, width=560, height=330):
 # ------------------------------------------------------------------------------------------------------------
 # 14. The tiny world (--model tiny): a text-to-image problem for a laptop, through the very same stages
 #
-# 24 x 24 pictures of one or two coloured shapes and their captions; a 0.6 M parameter SD3Transformer2DModel in
-# pixel space as teacher; two classifiers, A (the reward) and B (held out).
+# 24 x 24 pictures of one or two coloured shapes and their captions; an SD3Transformer2DModel of .44 M parameters in
+# pixel space as teacher, with a text encoder of .22 M; two classifiers, A (the reward) and B (held out).
 # ------------------------------------------------------------------------------------------------------------
 
 TINY_COLOURS = {"red": (.85, .15, .15), "green": (.15, .7, .2), "blue": (.15, .25, .9), "yellow": (.9, .85, .15)}
@@ -2956,7 +3012,8 @@ TINY_REWARDS = ("attributes", "strict", "heldout", "heldout_strict")
 
 
 def tiny_captions(held_out=False):
-    """24 captions of one object and 2,142 of two, for all training; or 66 of two that no training sees."""
+    """24 captions of one object and 2,142 of two, for all training; or 66 of two in words that no training sees. (It
+    sees their scenes, told from the other object: "b below a" for "a above b".)"""
     objects = [f"a {c} {s}" for c in TINY_COLOURS for s in TINY_SHAPES]
     pairs = [f"{a} {r} {b}" for r in TINY_RELATIONS for a in objects for b in objects if a != b]
     return pairs[30::33] if held_out else objects + [p for i, p in enumerate(pairs) if i % 33 != 30]

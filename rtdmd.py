@@ -21,7 +21,8 @@ Map  section  paper                functions
                                    group_advantages, subgrpo_loss, pathwise_loss
      6        App. I, Algorithm 1  stage1, stage2
      5 is the configuration, 7 rewards, 8 backbones, 9 prompts, 10 plumbing, 11 the command line. This file
-     trains alone; eval.py has what training does not need: metrics, costs, ablations, the tiny world.
+     trains alone, with the CLIP rewards or your own; eval.py has other metrics, which may be rewards too,
+     costs, ablations and the tiny world.
 
 Symbols  theta, phi    generator, fake score; psi: frozen teacher, guided with weight w
          k = 1..K      step; t_k: noise level after it, t_0 = 1, t_K = 0; eta: randomness of the sampler
@@ -34,7 +35,8 @@ Symbols  theta, phi    generator, fake score; psi: frozen teacher, guided with w
          gamma, q      weight of the consistency term (Eq. 12); share of the samples that get it
          S, M, N       chosen stochastic steps, their number; trajectories per group (prompt)
          r, A, beta    reward, advantage, reward strength: the target is p_psi exp(beta r) / Z (Eq. 6); the KL
-                       to it has the gradient of distribution matching (DM) less beta times E r's (Eq. 7)
+                       to it has the gradient of distribution matching (DM) minus beta times that of E r
+                       (Eq. 7)
          det           the pathwise term: reward gradient through the deterministic step K (Eq. 15)
 
 docs/departures.md numbers 23 departures from the paper or its released code, with reasons; DEPARTURE n marks
@@ -115,7 +117,7 @@ def eps_from_velocity(x, v, t):
 
 
 def score_from_velocity(x, v, t):
-    """grad log p_t(x), Eq. 2 solved for s (Eq. 1 for this path). Singular only at t = 0."""
+    """grad log p_t(x), Eq. 2 solved for the score (Eq. 1 for this path). Singular only at t = 0."""
     x, v, t = fp32(x, v, t)
     return -(x + (1 - t) * v) / t
 
@@ -135,7 +137,8 @@ def cps_mean_std(x, v, t, t_next, eta):
     """Eqs. 20 and 21: mean (B, ...) and std of x_{t_next}, given x and v at level t, a number or (B, 1, ..).
 
     eta 0 is an Euler step, eta 1 re-noises the x-prediction. For every eta the result has signal coefficient
-    1 - t_next and noise coefficient t_next: "coefficient preserving". std: sigma_k of Eq. 13, like t_next."""
+    1 - t_next and noise coefficient t_next: "coefficient preserving". std, sigma_k of Eq. 13, has t_next's
+    shape."""
     x, v, t, t_next = fp32(x, v, t, t_next)
     x0, eps = x - t * v, x + (1 - t) * v
     mean = (1 - t_next) * x0 + t_next * math.cos(eta * math.pi / 2) * eps
@@ -164,7 +167,7 @@ def rollout(velocity, x, noise, times, eta):
 
 
 class CPSScheduler(diffusers.FlowMatchEulerDiscreteScheduler):
-    """Eq. 21 for the stock diffusers pipelines of SD3 and FLUX.2. To copy it, copy cps_mean_std and fp32 too.
+    """Eq. 21 for the stock diffusers pipelines of SD3, FLUX, Z-Image. To copy it, copy cps_mean_std and fp32.
 
         pipe.scheduler = CPSScheduler.from_config(pipe.scheduler.config, eta=0.9)
         pipe.scheduler.generator = torch.Generator().manual_seed(0)      # the noise of the steps
@@ -341,7 +344,7 @@ def gaussian_log_prob(x_next, mean, std):
 
 
 def reward_scale(rewards, std="group", floor=1e-4):
-    """The divisor of centred rewards (G, N): their std (with N-1) per group, (G, 1), or over all, (); or 1.
+    """The divisor of centred rewards (G, N): the std (over N-1) of each group, (G, 1), or of all, (); or 1.
     The floor matters where all members of a group score the same: their std would be rounding noise only."""
     rewards, = fp32(rewards)
     if std == "none":
@@ -403,7 +406,8 @@ class Config:
 
     # ---- What to run
     stage: int = opt(1, "1 distils (AC-DMD), 2 reinforces (hybrid policy gradient)", (1, 2))
-    model: str = opt("tiny", "tiny, sd3m, sd35m, sd35l, flux1, flux2-4b, flux2-9b, zimage, or module:Class")
+    model: str = opt("tiny", "tiny, sd3m, sd35m, sd35l, flux1, flux2-4b, flux2-9b, zimage, or module:Class; "
+                     "its row of the table MODELS overrides the defaults in brackets")
     out: str = opt("runs/MODEL", "run folder; stage 1 and stage 2 share it")
     init: str = opt("", "stage 2: checkpoint of stage 1 to start from (default: the newest under --out)")
     iterations: int = opt(0, "passes of Algorithm 1's loop; 0: the stage's own (paper 4.1: 1500, then 1000)")
@@ -446,8 +450,8 @@ class Config:
     clip: float = opt(1e-5, "PPO clip on exp(mean of the log-ratio over dimensions) (App. J)")
     inner_epochs: int = opt(1, "generator updates per rollout; the ratio is exactly 1 in the first")
     # ---- Optimisation (App. J)
-    lr: float = opt(0.0, "generator; 0: the stage's own (3e-5 or 1e-6, then 3e-6)")
-    lr_fake: float = opt(0.0, "fake score; 0: the stage's own (3e-5; FLUX.2 1e-6)")
+    lr: float = opt(0.0, "generator; 0: the stage's own (3e-5, then 3e-6; FLUX.2, Z-Image 1e-6, then 3e-6)")
+    lr_fake: float = opt(0.0, "fake score; 0: the stage's own (3e-5; FLUX.2 and Z-Image 1e-6)")
     weight_decay: float = opt(0.0, "AdamW's, generator (released stage 2: 1e-4)")
     grad_clip: float = opt(1.0, "gradient norm, per adapter (released)")
     ema: float = opt(0.95, "decay per generator update of the exported weights (ours; released .904, .81)")
@@ -546,7 +550,7 @@ def check(cfg):
              "--dm_weight is 0, and --beta or both other weights are: nothing is left to train."),
             (stage2 and re.search(r"(^|,)\s*geneval\s*(,|=|$)", cfg.rewards) and cfg.prompts[-6:] != ".jsonl",
              "--rewards geneval must know what pictures have to show: give --prompts FILE.jsonl of its rows "
-             "(README says how to make one), or other --rewards."),
+             "(docs/scores.md says how to make one), or other --rewards."),
             (not re.fullmatch(r"cpu|cuda(:\d+)?", cfg.device), f"--device {cfg.device}: take cuda or cpu."),
             (cfg.device.startswith("cuda") and gpus <= int(re.sub(r"\D", "", cfg.device) or local),
              f"--device cuda needs a GPU for each process, and PyTorch sees {gpus}: start fewer processes, "
@@ -578,7 +582,7 @@ def check(cfg):
 def tried_again(function):
     """Decorator. If GPU memory runs out it calls function(run, ...) again with half the micro-batch; if
     torch.compile fails, it calls it again uncompiled. Such a function changes weights only at its very end,
-    so the numbers are those of a run without the failure."""
+    so the numbers are those of a run without the failure, rounding apart."""
     @functools.wraps(function)
     def wrapped(run, *arguments):
         terms, reason = dict(run.terms), ""
@@ -655,9 +659,10 @@ def consistency_rows(cfg, it, update, ids, k, total):
     """Which samples of a fake update get the consistency term: each with probability q (DEPARTURE 23).
 
     K samples, one of each step, form a stratum with one common u ~ U[0, 1). Step k gets the term if an
-    integer lies in ((k-1) q + u, k q + u], which happens for q K of the K steps (systematic sampling), so the
-    variance is less. With K = 4 and q = 1/4 it is one sample of every four. A pass that holds whole strata
-    always has the same number of them; others vary, and torch.compile makes a graph for each number."""
+    integer lies in ((k-1) q + u, k q + u], which happens for q K of the K steps (systematic sampling): less
+    variance than independent draws. With K = 4 and q = 1/4 it is one sample of every four. A pass that holds
+    whole strata always has as many samples with the term; in others the number varies, and torch.compile
+    makes a graph for each."""
     q, K = cfg.consistency_share, cfg.steps
     strata = [i % (total // K) if cfg.stage == 1 else i // K for i in ids]  # stage 1: see states_of_update
     u = [key(cfg.seed, cfg.stage, it, "share", update, stratum) / 2**63 for stratum in strata]
@@ -737,8 +742,8 @@ def between(run, low, high, u):
 def draw_level(run, s, u):
     """t ~ U[s, 1] of Eqs. 8 and 10, less 1 % at either end, where kappa or 1 - t is nearly 0, or .0025 if
     that is more (s > .75): bf16 rounds by less there (DEPARTURE 17). s, u (B, 1, ..), u ~ U[0, 1)."""
-    margin = (0.0025 / (1 - s)).clamp(max=0.25)
-    return between(run, s, 1.0, torch.minimum(torch.maximum(0.01 + 0.98 * u, margin), 1 - margin))
+    margin = (0.0025 / (1 - s)).clamp(0.01, 0.25)
+    return between(run, s, 1.0, margin + (1 - 2 * margin) * u)
 
 
 def draw_next_level(run, t, u):

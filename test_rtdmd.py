@@ -28,6 +28,7 @@ would be noticed.
 """
 import argparse
 import ast
+import concurrent.futures
 import contextlib
 import dataclasses
 import errno
@@ -49,6 +50,7 @@ import sys
 import tempfile
 import threading
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -1561,6 +1563,15 @@ def test_out_of_memory_goes_on_with_half_the_micro_batch(flags, tmp_path, monkey
     always = lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory"))
     monkeypatch.setattr(rtdmd.Roles, "velocity", always)
     refused(capfd, flags(2, "--out", tmp_path / "other"), "lower --micro_batch", code=1)
+
+
+def test_re_noising_levels_are_uniform_without_a_lump_at_the_ends():
+    """DEPARTURE 17: t is linear in u, from s + e to 1 - e with e = max(.01 (1 - s), .0025), near s = 1 a quarter."""
+    run = SimpleNamespace(backbone=SimpleNamespace(quantise=lambda t: t))
+    s = torch.tensor([0.0, 0.5, 0.75, 0.9, 0.958, 0.998]).view(-1, 1)
+    e = torch.minimum(torch.maximum(0.01 * (1 - s), torch.tensor(0.0025)), (1 - s) / 4)
+    for u in (0.0, 0.1, 0.5, 1.0):
+        close(rtdmd.draw_level(run, s, torch.full_like(s, u)), s + e + u * (1 - s - 2 * e), 1e-6)
 
 
 def test_the_levels_of_a_pair():
@@ -4110,9 +4121,9 @@ def test_metric_table_is_complete():
                                 "geneval", "geneval2", "ocr"]
     for name, row in ev.METRICS.items():
         assert {"column", "scale", "licence", "repo"} <= set(row), name
-        if "scorer" in row:
-            assert row["scorer"].name == name
-            assert row["scorer"].differentiable == (name in ("aesthetic", "imagereward"))
+        if isinstance(scorer := rtdmd.REWARDS[name], str):
+            scorer = rtdmd.find_named("eval:GenEval" if name == "geneval" else scorer, "reward")
+            assert scorer.name == name and scorer.differentiable == (name in ("aesthetic", "imagereward"))
     with pytest.raises(rtdmd.UsageError, match="clip"):
         ev.load_metric("clip", settings())
 
@@ -4387,6 +4398,12 @@ def test_hpsv3_uses_plain_positions():
         assert (scores - through_the_full_model(None)).abs().max() > 1e-3
         alone = scorer.read(ids[1:, :8], mask[1:, :8], pixels[16:], grid[1:])   # padding is not seen
     torch.testing.assert_close(scores[1:], alone, atol=1e-5, rtol=1e-4)
+
+
+def test_hpsv3_without_its_instruction_is_known_before_anything_is_sampled(tmp_path):
+    """The weights, 16 GB, are there, and useless."""
+    found = ev.missing_weights(["hpsv3"], settings(tmp_path))
+    assert "instruction text was not found" in found["hpsv3"]
 
 
 def test_hpsv3_instruction_is_read_and_not_run(tmp_path):
@@ -4719,6 +4736,9 @@ def test_geneval_metadata_and_training_prompts(tmp_path):
     ('{"tag": "colors", "prompt": "x", "include": [], "exclude": [{"class": "elf", "count": 2}]}', "elf"),
     ('{"tag": "colors", "prompt": "x", "include": [{"class": "cat", "count": 1, "color": "rad"}]}', "rad.*orange"),
     ('{"tag": "colors", "prompt": "x", "include": [{"count": 1}]}', "class, None"),
+    ('{"tag": "colors", "prompt": "x", "include": []}', "entry, None"),
+    ('{"tag": "colors", "prompt": "x", "include": [{"class": "cat"}]}', "entry, .*class, count"),
+    ('{"tag": "counting", "prompt": "x", "include": [{"class": "cat", "count": 0}]}', "entry, .*class, count"),
     ('{"tag": "colors", "prompt": "x", "include": ["cat"]}', "entry, 'cat'")])
 def test_geneval_metadata_complains(tmp_path, line, words):
     """A bad row is named by its line, its field, its class or its colour."""
@@ -4726,6 +4746,12 @@ def test_geneval_metadata_complains(tmp_path, line, words):
     rows = written(tmp_path, "rows.jsonl", good.encode() + b"\n" + line + b"\n")
     with pytest.raises(rtdmd.UsageError, match=words):
         ev.read_geneval_metadata(rows)
+
+
+def test_geneval_rows_without_exclude(tmp_path):
+    """The key may be null."""
+    row = ev.geneval_row("counting", random.Random(0)) | dict(exclude=None)
+    assert ev.read_geneval_metadata(written(tmp_path, "rows.jsonl", json.dumps(row))) == [row]
 
 
 def test_metadata_is_read_as_prompts_are(tmp_path):
@@ -5087,6 +5113,24 @@ class Two:
         return {"two": images.mean((1, 2, 3)), "two_max": images.amax((1, 2, 3))}
 
 
+def test_a_batch_that_failed_leaves_memory_before_its_halves_are_scored():
+    """Or a set that is one picture too large for the GPU is never scored."""
+    alive = []
+
+    class Full:
+        name, differentiable = "full", False
+
+        def __call__(self, images, prompts):
+            work = images * 2
+            alive[:] = [one for one in alive if one() is not None] + [weakref.ref(work)]
+            if sum(len(one()) for one in alive) > 4:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return work.mean((1, 2, 3))
+
+    scores, failures = ev.run_metric(Full(), torch.rand(16, 3, 4, 4), ["a"] * 16, batch=16)
+    assert not failures and np.isfinite(scores["full"]).all()
+
+
 def test_run_metric_returns_every_number_that_a_scorer_knows():
     """details() names several; a picture that fails is nan in all."""
     scores, failures = ev.run_metric(Two(), torch.rand(4, 3, 4, 4), ["a", "b", "bad", "d"], batch=2)
@@ -5256,6 +5300,11 @@ def test_a_picture_is_scored_as_a_viewer_shows_it(tmp_path):
     swapped = profile.replace(b"rXYZ", b"....").replace(b"bXYZ", b"rXYZ").replace(b"....", b"bXYZ")
     swapped = swapped.replace("sRGB".encode("utf-16-be"), "swap".encode("utf-16-be"))
     for embedded, shown in ((profile, [255, 0, 0]), (swapped, [0, 0, 255]), (b"no profile", [255, 0, 0])):
+        Image.new("RGBA", (16, 16), "red").save(tmp_path / "alpha.png", icc_profile=embedded)
+        Image.new("RGB", (16, 16), "red").quantize(4).save(tmp_path / "palette.png", icc_profile=embedded)
+        for other in ("alpha.png", "palette.png"):
+            with Image.open(tmp_path / other) as image:
+                assert np.abs(np.array(ev.as_shown(image))[0, 0].astype(int) - shown).max() <= 2, other
         Image.new("RGB", (16, 16), "red").save(path, icc_profile=embedded)
         assert (ev.picture(path)[:, 0, 0] * 255 - torch.tensor(shown)).abs().max() <= 1
 
@@ -5551,6 +5600,7 @@ def test_pictures_of_a_run(begun, cache, tmp_path):
     shutil.copytree(begun, tmp_path / "run")
     for name in ("000010", "000020", "mine", "000030 (copy)"):
         shutil.copy(tmp_path / "run/stage1/samples/000003.png", tmp_path / f"run/stage1/samples/{name}.png")
+    written(tmp_path, "run/stage1/samples/000015.png", "no picture")         # costs its frame, and no more
     ev.main(["--run_folder", str(tmp_path / "run"), "--cache", str(cache), "--max_prompts", "3", "--per_prompt", "1",
              "--metrics", "attributes", "--nfe", "2", "--device", "cpu"])
     picture = Image.open(tmp_path / "run/trajectory.png")        # 2 captions, 2 steps each, a gap of half a picture
@@ -5570,17 +5620,55 @@ def test_pictures_of_a_run(begun, cache, tmp_path):
         assert not saved and not (tmp_path / "b.png").exists()   # students of 8 and 4 steps share no columns
 
 
-def test_each_step_of_a_student_is_shown(cache, tmp_path):
-    """The last prediction is the picture of Sampler.batch, to the bit."""
+def test_each_step_of_a_student_is_shown(cache, tmp_path, monkeypatch):
+    """The last prediction is the picture of Sampler.batch, to the bit; no pass has more than one sample, since two may
+    not fit where --batch 1 is needed."""
     flags, cfg = ev.parse(["--model", "tiny", "--teacher", "--nfe", "4", "--cache", str(cache), "--pretrained",
                            "tiny-1", "--device", "cpu", "--out", str(tmp_path)])
     row = next(iter(ev.plan(flags, cfg).values())) | dict(role="generator", eta=0.9)
     captions = ev.tiny_test_captions()[:2]
     sampler = ev.Sampler(cfg, {"student": row}, captions)
+    sizes, velocity = [], rtdmd.Roles.velocity
+    monkeypatch.setattr(rtdmd.Roles, "velocity", lambda *args: sizes.append(len(args[2])) or velocity(*args))
     found = ev.student_predictions(sampler, {"teacher": row | dict(role="teacher"), "student": row}, captions)
+    assert {*sizes} == {1}
     keys = [rtdmd.key("eval", cfg.seed, caption, 0) for caption in captions]
-    images = sampler.batch(row, captions, keys)
+    images = torch.cat([sampler.batch(row, [caption], [one]) for caption, one in zip(captions, keys)])
     assert [*found] == ["student"] and torch.equal(found["student"][3::4], images) and len(found["student"]) == 8
+
+
+class Glow:
+    """A scorer with a name of its own."""
+    name, differentiable = "geneval", False
+
+    def __call__(self, images, prompts):
+        return images.mean((1, 2, 3))
+
+
+def test_a_metric_has_the_name_that_was_asked_for(tiny_report, tmp_path, monkeypatch, capsys):
+    """Whatever its object calls itself; the rewards that a backbone brings are metrics, too."""
+    _, flags = tiny_report
+    monkeypatch.setattr(ev.TinyBackbone, "rewards", dict.fromkeys([*ev.TINY_REWARDS, "glow"]))
+    made = ev.TinyBackbone.__init__
+    glowing = lambda self, cfg: made(self, cfg) or self.rewards.update(glow=Glow())
+    monkeypatch.setattr(ev.TinyBackbone, "__init__", glowing)
+    monkeypatch.setattr(ev, "TINY_COLUMNS", ev.TINY_COLUMNS | dict(glow="glow"))
+    ev.main([*flags, "--out", str(tmp_path), "--metrics", f"{__name__}:Glow,glow,distance"])
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [*report["rows"]["teacher"]][:2] == [f"{__name__}:Glow", "glow"]
+    assert all(not isinstance(report["scores"]["teacher"][m][0], str) for m in ("glow", f"{__name__}:Glow"))
+
+
+def test_gathered_pictures_travel_alone(monkeypatch):
+    """A view is sent between processes with all of the tensor that it is a view of."""
+    seen, everyone = [], rtdmd.everyone
+    monkeypatch.setattr(rtdmd, "everyone", lambda value: seen.append(value) or everyone(value))
+    images = torch.zeros(64, 3, 24, 24, dtype=torch.uint8)
+    ev.grid_rows({"row": (list(range(64)), images)}, range(8))
+    ev.whole_set_metrics(SimpleNamespace(decode=lambda x: x / 2 + .5), [*range(64)], images,
+                         ev.tiny_captions()[:32] * 2, 2)
+    assert all(image.untyped_storage().nbytes() == 3 * 24 * 24 for pairs in seen for _, image in pairs)
+    assert [*map(len, seen)] == [8, 64]
 
 
 def test_untrained_student_is_the_teacher_without_steps(tiny_report):
@@ -5625,6 +5713,21 @@ def written_report(folder, name, scores, prompts, per_prompt=1, **facts):
                                                  per_prompt=per_prompt, **facts)))
 
 
+def test_compare_pairs_by_caption(tmp_path, capsys):
+    """--seed orders the prompts; rows of one name that were sampled otherwise are both named; small errors show."""
+    sampler = lambda nfe: {"row": dict(role="teacher", nfe=nfe, guidance=1.0)}
+    a = written_report(tmp_path, "a.json", dict(ocr=[.1, .2, .3, .4]), ["a", "b"], 2, sampler=sampler(1))
+    b = written_report(tmp_path, "b.json", dict(ocr=[.5, .6004, .1, .2]), ["b", "a"], 2, sampler=sampler(2))
+    ev.main(["--compare", a, b])
+    head, row, *_ = capsys.readouterr().out.splitlines()
+    assert row.split("  ")[0] == "teacher, 2 steps - teacher, 1 step" and row.split()[-1] == "0.100±0.100"
+    empty = written_report(tmp_path, "c.json", dict(geneval=[]), [])
+    with pytest.raises(SystemExit):
+        ev.main(["--compare", empty, empty])
+    assert "two report.json" in capsys.readouterr().err
+    assert ev.number(.0012, .0004) == "0.0012±0.0004" and ev.number(.5, 2e-17) == "0.50000±0.00000"
+
+
 def test_compare_is_the_second_less_the_first(tmp_path, capsys):
     """In the statistic of each metric; what has no score for each picture is said to be left out."""
     prompts, tasks = ["a", "b", "c", "d"], dict(a="colors", b="colors", c="colors", d="counting")
@@ -5633,7 +5736,7 @@ def test_compare_is_the_second_less_the_first(tmp_path, capsys):
     ev.main(["--compare", a, b])
     head, row, *rest = capsys.readouterr().out.splitlines()
     found = dict(zip(re.split("  +", head.strip()), row.split()[1:]))
-    assert found == {"GenEval": "0.5", "OCR": "0.500±0.000", "colors": "0.000±0.000", "counting": "1"}
+    assert found == {"GenEval": "0.5", "OCR": "0.50000±0.00000", "colors": "0.000±0.000", "counting": "1"}
     assert len(rest) == 1 and "Not compared" in rest[0] and rest[0].endswith("distance.")
     for path in (a, b):
         Path(path).write_text(json.dumps({**json.loads(Path(path).read_text()), "tasks": {}}))
@@ -5812,7 +5915,8 @@ def test_eval_prompt_makes_one_picture(tiny_report):
 
 @pytest.mark.parametrize("flags, words", [
     (["--lora", "nowhere"], "no checkpoint"), ([], "what to evaluate"), (["--teacher", "--nfe", "0"], "--nfe"),
-    (["--teacher", "--metrics", "beauty"], "beauty"), (["--teacher", "--metrics", "attributes=2"], "names alone"),
+    (["--teacher", "--metrics", "beauty"], "beauty"), (["--teacher", "--metrics", "attributes=2"], "give names"),
+    (["--teacher", "--metrics", "attributes,attributes"], "each once"), (["--ablations", "--seed", "3"], "--seed out"),
     (["--teacher", "--metrics", "geneval"], "FILE.jsonl"), (["--images", "nowhere"], "not a folder"),
     (["--compare", "a"], "2 arguments"), (["--compare", "a", "b"], "report.json"),
     (["--teacher", "--model", "sd4"], "sd4"), (["--colour", "red"], "--colour"),
@@ -6030,6 +6134,53 @@ def test_the_peak_is_what_a_gpu_would_hold(tmp_path, monkeypatch):
         kept = run.live["now"] - before
         y.sum().backward()
     assert kept == y.nbytes == x.nbytes and x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_a_product_counts_the_same_on_every_device(gradient):
+    """The CPU has an attention of its own, and open_clip's layer is one operation where nothing needs a gradient."""
+    found = {}
+    for device in ("meta", "cpu"):
+        net = nn.MultiheadAttention(64, 4, batch_first=True, device=device).requires_grad_(False).eval()
+        x = torch.zeros(2, 17, 64, device=device, requires_grad=gradient)
+        run = SimpleNamespace(device=device, done=0, warm=1, costs={}, forwards={}, part="network", standing_bytes=0,
+                              live=dict(now=0, peak=0, held=set()))
+        with ev.CostMeter(run, "x"):
+            y = net(x, x, x, need_weights=False)[0]
+            y.sum().backward() if gradient else None
+        found[device] = run.costs["x"]["tflop"]["network"]
+    linears, attention = 8 * 64 * 64 * (1 + gradient), 4 * 17 * 64 * (1 + 2 * gradient)      # weights are frozen
+    by_hand = 2 * 17 * (linears + attention) / 1e12
+    assert found == pytest.approx(dict.fromkeys(found, by_hand))
+
+
+def test_a_network_that_two_rewards_share_counts_once(cache, tmp_path):
+    """One judge, two of its outputs: its weights stand in memory once, and its work is the first one's."""
+    ev.main(["--dry_run", "1", "--stage", "2", *SMALL, "--cache", str(cache), "--out", str(tmp_path), "--rewards",
+             "attributes=1,strict=1"])
+    found = json.loads((tmp_path / "stage2/dry_run.json").read_text())
+    assert found["bytes"]["attributes"] > 0 and found["bytes"]["strict"] == 0
+    assert "strict" not in found["phases"]["reward"]["forwards"]
+
+
+def test_a_measurement_that_fails_costs_no_other(cache, tmp_path, monkeypatch):
+    """The counts are on disk by then."""
+    def fails(run, *arguments):
+        yield "phase"
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(ev, "cost_lines", fails)
+    with pytest.raises(SystemExit):
+        ev.main(["--dry_run", "1", "--stage", "1", *SMALL, "--cache", str(cache), "--out", str(tmp_path)])
+    assert json.loads((tmp_path / "stage1/dry_run.json").read_text())["tflop_per_sample"] > 0
+
+
+@pytest.mark.parametrize("line", ["--ablations", "--dry_run 1 --stage 2 --model sd3m --device meta"])
+def test_what_needs_one_process_refuses_torchrun(line, tmp_path, monkeypatch, capsys):
+    """Each process would do all of it, and wait for the others in places."""
+    monkeypatch.chdir(tmp_path)
+    for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=2, MASTER_ADDR="localhost", MASTER_PORT=29500).items():
+        monkeypatch.setenv(name, str(value))
+    eval_refused(capsys, line.split(), "leave out torchrun")
 
 
 def test_flux2_4b_trains_on_a_24_gb_card(tmp_path):
@@ -6401,6 +6552,10 @@ def test_a_fake_score_that_knows_k(flags, tmp_path):
     plain, knows = rows_of(tmp_path / "plain/stage1")[0], rows_of(tmp_path / "knows/stage1")[0]
     vectors = state_of(tmp_path / "knows/stage1")["fake"][-5 * ev.TINY_WIDTH:].view(5, -1)    # after the matrices
     assert plain["dsm"] == knows["dsm"] and vectors[1:].any(1).all() and not vectors[0].any()
+    run = prepared(flags(1, "--out", tmp_path / "other"))
+    run.backbone.nets["generator"].to("meta")                               # the vectors live where the network does
+    with ev.replaced(["fake_knows_k"], None):
+        assert rtdmd.Roles(run.backbone, run.cfg).flat["fake"].is_meta
 
 
 def test_a_fake_score_that_starts_from_zero(flags, begun):
@@ -6839,6 +6994,31 @@ def ablated(out, row, seed, **scores):
         folder.mkdir(parents=True)
         line = json.dumps(dict(iteration=1, **dict.fromkeys(names, .5)))
         written(folder, "metrics.jsonl", line + "\n" + line.replace(": 1,", ": 2,") + "\n")
+
+
+@pytest.mark.parametrize("was", [dict(words="--gamma 0"), dict(pretrained="tiny-500"), None])
+def test_results_of_another_world_or_row_are_no_results(was, tmp_path):
+    """A file of that name from other settings, or cut short, would silently stand for today's row."""
+    ablated(tmp_path, "row", 0, **(dict(words="", pretrained="") | (was or {})))
+    if was is None:
+        ev.result_of(tmp_path, "row", 0).write_text("{")
+    with pytest.raises(rtdmd.UsageError, match="damaged, or of other settings"):
+        ev.train_rows([(1, "row", "", 0)], tmp_path, rtdmd.resolve({}), 1)
+
+
+def test_a_row_whose_process_was_killed(tmp_path, monkeypatch):
+    """One sentence, and no traceback."""
+    broken = lambda self, *arguments: (_ for _ in ()).throw(concurrent.futures.process.BrokenProcessPool("gone"))
+    monkeypatch.setattr(concurrent.futures.Future, "result", broken)
+    monkeypatch.setattr(concurrent.futures.ProcessPoolExecutor, "submit", lambda *_: done_future())
+    with pytest.raises(rtdmd.UsageError, match="process was killed.*--jobs"):
+        ev.train_rows([(1, "row", "", 0)], tmp_path, rtdmd.resolve({}), 1)
+
+
+def done_future():
+    future = concurrent.futures.Future()
+    future.set_result(None)
+    return future
 
 
 def test_ablations_print_what_there_is(tmp_path, monkeypatch, capsys):
