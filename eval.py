@@ -650,7 +650,13 @@ class GenEvalCredit(GenEval):
 
 
 def geneval_tasks(metrics, prompts, cfg):
-    """{prompt: its task}, {} if geneval is not among the metrics. Refuses prompts without a metadata row."""
+    """{prompt: its task}, {} if geneval is not among the metrics. Refuses prompts without the metadata row that geneval
+    or geneval2 needs, and a set in which ocr has nothing to read."""
+    if "geneval2" in metrics:
+        find_rows(prompts, rows_of(cfg, lambda path: read_rows(path, prompt=str, vqa_list=list)), "geneval2")
+    if "ocr" in metrics and not any(map(QUOTED.search, prompts)):
+        raise UsageError("--metrics ocr compares with the text in double quotes, and no prompt has one: leave it out, "
+                         "or give other --prompts.")
     if "geneval" not in metrics:
         return {}
     rows = find_rows(prompts, rows_of(cfg, read_geneval_metadata), "geneval")
@@ -810,10 +816,13 @@ def edit_distance(a, b):
     return row[-1]
 
 
+QUOTED = re.compile(r'["“”]([^"“”]*[^"“”\s][^"“”]*)["“”]')  # in double quotes, straight or curly, and not blank
+
+
 def quoted_text(prompt):
-    """What the image should say: the prompt's first text in double quotes, straight or curly."""
-    found = re.search(r'["“”]([^"“”]+)["“”]', prompt)
-    if not found or not found[1].strip():
+    """What the image should say: the prompt's first text in quotes."""
+    found = QUOTED.search(prompt)
+    if not found:
         raise UsageError(f"ocr compares with the text in double quotes, and the prompt {prompt!r} has none.")
     return found[1]
 
@@ -1901,10 +1910,10 @@ class CostMeter(TorchDispatchMode):
 
     Of the first iteration: forwards by role; FLOPs of the transformers ("network"), of the VAE's decoder and of
     each reward, by torch's formulas (a product of (n, m) and (m, k) is 2 n m k, all else nothing); and the peak
-    of bytes beside the weights: what an operation makes lives until its last reference is gone, as in the
-    allocator of a GPU. Of those after run.warm iterations, or of the last: seconds. On `meta` nothing is computed, so
-    that full-size networks can be counted on a laptop. What a fused attention kernel recomputes in its backward
-    pass is not counted.
+    of bytes beside the weights (on a GPU the allocator's, of all iterations): what an operation makes lives until
+    its last reference is gone. Of those after run.warm iterations, or of the last: seconds. On `meta` nothing is
+    computed, so that full-size networks can be counted on a laptop. What a fused attention kernel recomputes in its
+    backward pass is not counted.
     """
 
     def __init__(self, run, name):
@@ -2003,7 +2012,8 @@ PLAIN_ATTENTION, PLAIN_NORM = F.scaled_dot_product_attention, F.rms_norm
 
 
 def fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **options):
-    """Attention on `meta` as a GPU computes it, by a kernel that keeps no matrix of attention weights."""
+    """Attention on `meta` as a GPU computes it, by a kernel that keeps no matrix of attention weights. (With a mask,
+    which no case here has, the plain one.)"""
     if attn_mask is not None:
         return PLAIN_ATTENTION(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **options)
     fused = torch.ops.aten._scaled_dot_product_flash_attention
@@ -2324,6 +2334,7 @@ STAGE2_ROWS = {
     "The constants and functions of the released code": {
         BASE_2: "",
         "released constants, stage 2": RELEASED_2},
+    # The judge that chooses the checkpoint is the one that scores it, so its columns are flattered.
     "Beyond the paper: when to stop": {
         BASE_2: "", "150 iterations": LONG, "150 iterations, stopped by the held-out judge": f"{LONG} @held_out_stop"},
 }

@@ -2062,7 +2062,8 @@ def prepare(cfg):
         raise UsageError("The processes differ in flags, prompts or newest checkpoint: start all with "
                          "one command, and give an --out that all nodes see.")
     cfg.device = run.device
-    # TF32 for what is fp32, i.e. the rewards: 2 % of the std within a group on CLIP ViT-L/14 (docs/costs.md).
+    # TF32 for what is fp32: rewards (2 % of the std within a group on CLIP ViT-L/14, docs/costs.md), and the
+    # network of a class that ignores dtype, as the tiny world's.
     torch.set_float32_matmul_precision("high" if cfg.dtype == "bf16" else "highest")
     run.backbone = backbone_class(cfg.model)(cfg)
     run.roles = Roles(run.backbone, cfg)

@@ -4748,6 +4748,16 @@ def test_geneval_metadata_complains(tmp_path, line, words):
         ev.read_geneval_metadata(rows)
 
 
+def test_prompts_that_a_metric_cannot_use_are_refused_before_sampling(tmp_path):
+    """geneval2 without its questions, ocr without a single text to read; one prompt with a text is enough."""
+    rows = written(tmp_path, "rows.jsonl", json.dumps(ev.geneval_row("counting", random.Random(0))))
+    with pytest.raises(rtdmd.UsageError, match="vqa_list"):
+        ev.geneval_tasks(["geneval2"], ["x"], settings(prompts=rows))
+    with pytest.raises(rtdmd.UsageError, match="ocr compares.*no prompt has one"):
+        ev.geneval_tasks(["ocr"], ["a sign", 'an empty " " one'], settings())
+    assert ev.geneval_tasks(["ocr"], ["a sign", 'a sign that says "open"'], settings()) == {}
+
+
 def test_geneval_rows_without_exclude(tmp_path):
     """The key may be null."""
     row = ev.geneval_row("counting", random.Random(0)) | dict(exclude=None)
