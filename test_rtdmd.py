@@ -2619,7 +2619,7 @@ def test_flux_is_told_what_quantise_says(folders, name, grids):
         told.clear()
     t = backbone.quantise(torch.rand(100_000))
     assert torch.equal(backbone.quantise(t), t) and t.max() <= 1      # such a level is told as it is
-    pipe = stock(backbone.base, torch_dtype=torch.bfloat16)
+    pipe = stock(backbone.base, dtype=torch.bfloat16)
     listen(pipe.transformer)
     image_of(pipe, latents(backbone).bfloat16())
     theirs = [row[0].item() for row in told[::2 if name == "flux1" else 1]]
@@ -2954,7 +2954,7 @@ def test_adapters_are_fp32_over_a_bf16_base_and_run_as_deployed(folders, tmp_pat
     rtdmd.save_lora(tmp_path, roles.named["generator"], 4, 2, backbone.lora_targets, {})
     torch.optim.AdamW([roles.flat["generator"]], 1e-6).step()
     assert not torch.equal(before, p)
-    pipe = stock(backbone.base, torch_dtype=torch.bfloat16)
+    pipe = stock(backbone.base, dtype=torch.bfloat16)
     pipe.load_lora_weights(tmp_path)
     with torch.no_grad():
         assert torch.equal(backbone.velocity(pipe.transformer, x, t, cond), ours)
