@@ -7422,14 +7422,25 @@ def lab_renoise():
     teacher, x, rows = Mixture(), torch.linspace(-8, 8, 16_001, dtype=torch.float64), []
     for s, t in [(0.25, 0.3), (0.25, 0.5), (0.25, 0.8), (0.5, 0.55), (0.5, 0.7), (0.5, 0.9), (0.75, 0.9)]:
         row = {"s": s, "t": t, "variance teacher": float(teacher.variance(t))}
-        for std, name in (("markov", "ours"), ("paper", "printed")):
-            a, kappa = (float(c) for c in rtdmd.renoise_coefficients(s, t, std))
+        for variants, name in (([], "ours"), (["paper_std"], "printed")):
+            with ev.replaced(variants, None):
+                a, kappa = map(float, rtdmd.renoise_coefficients(s, t))
             stds = ((a * (1 - s) * teacher.d) ** 2 + (a * s) ** 2 + kappa ** 2).sqrt()
             state = Mixture(t, m=tuple(((1 - t) * teacher.m).tolist()), d=tuple(stds.tolist()))
             gap = float((state.cdf(x, t) - teacher.cdf(x, t)).abs().sum() * (x[1] - x[0]))
             row |= {f"variance {name}": float(state.variance(t)), f"W1 {name}": gap}
         rows.append(row)
     return table("(c) Variance of the re-noised state and its W1 to the teacher's marginal at level t", rows)
+
+
+def test_the_laboratory_still_runs(capsys):
+    """Its parts (a) and (c), small; docs/claims.md quotes the row at s = .5, t = .7."""
+    rows = lab_renoise()
+    row, = (row for row in rows if (row["s"], row["t"]) == (0.5, 0.7))
+    assert [round(row[f"variance {who}"], 3) for who in ("teacher", "ours", "printed")] == [0.584, 0.584, 0.344]
+    assert round(row["W1 printed"], 2) == 0.14 and all(row["W1 ours"] < 1e-6 for row in rows)
+    assert all(math.isfinite(row["variance"]) for row in lab_variance(groups=480))
+    assert "printed" in capsys.readouterr().out
 
 
 # ---- All of it
