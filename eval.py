@@ -27,7 +27,8 @@ Metrics, better when higher, on the scale of the paper's tables, with the range 
 
 A scorer is called as scorer(images (B,3,H,W) in [0,1], prompts or metadata rows) -> (B,). Its networks are
 arguments, so that tests use the real classes at small size; `load(cfg)` takes the real ones from --weights_dir
-or the hub. No package beyond requirements.txt: mmdet, paddle and the rewards' own break on today's transformers.
+or the hub. No package beyond requirements.txt (of hpsv3's own, one text file is read): mmdet, paddle and the rewards'
+own break on today's transformers.
 
 Order: 1-7 scorers | 8 METRICS, run_metric | 9 flags | 10 sampling | 11 reports, a function for each command: evaluate,
 score_folder, compare, one_picture | 12 what training costs | 13 ablations | 14 the tiny world | 15 main. rtdmd.py
@@ -936,7 +937,7 @@ def missing_weights(metrics, cfg):
     for name in (name for name in metrics if name in METRICS):
         try:
             if name == "hpsv3":
-                hpsv3_instruction(cfg)
+                hpsv3_instruction(cfg)                       # without it the weights are useless
             for repo in METRICS[name]["repo"].split(", "):
                 look_at(Aesthetic.find_head(cfg) if repo.startswith("ttj/") else
                         find_weights(repo, FIRST_FILE.get(repo, "config.json"), cfg))
@@ -1592,14 +1593,19 @@ def grid_rows(pictures, shown):
     return torch.stack([row.get(i, blank) for row in found for i in shown]).float() / 255
 
 
+def letters(font, width):
+    """How many letters of a text are some `width` pixels wide."""
+    return int(8 * width / font.getlength("abcdefgh"))
+
+
 def named_grid(images, columns, names, below):
     """Images (B, 3, H, W) in [0, 1] as one PIL image: each row under its name, and below each column its text, cut
     after six lines. The letters grow with the pictures and names take no margin: a phone shows them large enough."""
     tiles = [rtdmd.grid(row, columns) for row in images.split(columns)]
     width, height = tiles[0].width // columns, tiles[0].height
     font = ImageFont.load_default(width // 6)
-    line, letter = int(1.3 * font.size), font.getlength("abcdefgh") / 8
-    texts = ["\n".join(textwrap.wrap(text, int(width / letter), max_lines=6, placeholder=" ...")) for text in below]
+    line, most = int(1.3 * font.size), letters(font, width)
+    texts = ["\n".join(textwrap.wrap(text, most, max_lines=6, placeholder=" ...")) for text in below]
     foot = line * (1 + max([text.count("\n") + 1 for text in texts], default=0))
     image = Image.new("RGB", (tiles[0].width, len(names) * (line + height) + foot), "white")
     pen = ImageDraw.Draw(image)
@@ -1642,7 +1648,7 @@ def save_trajectories(path, predictions, labels, captions):
     for i, (part, caption) in enumerate(zip(parts, captions)):
         left = i * (part.width + gap)
         image.paste(part, (left, gap))
-        caption = textwrap.shorten(caption, int(part.width / (font.getlength("abcdefgh") / 8)), placeholder=" ...")
+        caption = textwrap.shorten(caption, letters(font, part.width), placeholder=" ...")
         ImageDraw.Draw(image).text((left + part.width / 2, gap / 2), caption, "black", font, anchor="mm")
     rtdmd.write_png(path, image)
 
@@ -1835,6 +1841,8 @@ def dry_run(argv):
     if wrong or meta and not made:
         raise UsageError(f"--dry_run must be a number from 1 to {MOST_DRY}." if wrong else
                          f"--device meta counts networks of full size: take --model {', '.join(FULL_SIZE)}.")
+    if meta and rtdmd.dist_info()[2] > 1:
+        raise UsageError("--device meta counts in one process: leave out torchrun.")
     if made:
         given["prompts"] = "made.jsonl"  # a name for what made_prompts gives
     cfg = rtdmd.resolve(given | (dict(device="cpu", dtype=given.get("dtype", "bf16")) if meta else {}))
@@ -1858,8 +1866,6 @@ def dry_run(argv):
     stand_ins = {(rtdmd, "find_start"): lambda run: None, (rtdmd, "iterations"): iterations,
                  (rtdmd, "phase"): CostMeter,
                  (rtdmd, "read_prompts"): lambda source, seed: read_prompts(source, seed)[:64]}
-    if meta and rtdmd.dist_info()[2] > 1:
-        raise UsageError("--device meta counts in one process: leave out torchrun.")
     with standing_in(stand_ins | (made_networks(cfg) if made else {})):
         run = rtdmd.prepare(cfg)
         (rtdmd.stage1 if cfg.stage == 1 else rtdmd.stage2)(run)
@@ -2452,15 +2458,8 @@ def begin_worker(threads):
 
 def train_rows(jobs, out, cfg, processes):
     """The jobs (stage, row, words, seed) without a result, in that many processes at a time."""
-    for _, row, words, seed in jobs:
-        if (file := result_of(out, row, seed)).exists():
-            with contextlib.suppress(ValueError, LookupError, TypeError):
-                was = json.loads(file.read_text())
-                if (was["words"], was["pretrained"]) == (words, cfg.pretrained):
-                    continue
-            raise UsageError(f"{file} is damaged, or of other settings than today's row: move it away, or take another "
-                             "--out.")
-    jobs = [job for job in jobs if not result_of(out, job[1], job[3]).exists()]
+    jobs = [(stage, row, words, seed) for stage, row, words, seed in jobs
+            if not is_done(result_of(out, row, seed), words, cfg)]
     threads, spawn = max(1, (os.cpu_count() or 1) // processes), multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(processes, spawn, begin_worker, (threads,)) as pool:
         waiting = [pool.submit(ablation, out, cfg, *job) for job in jobs]
@@ -2475,6 +2474,17 @@ def train_rows(jobs, out, cfg, processes):
             if isinstance(error, KeyboardInterrupt):
                 raise UsageError("Stopped: the same command goes on from here.", code=130) from None
             raise
+
+
+def is_done(file, words, cfg):
+    """Whether a row's result is there. UsageError if it is no result of these words and this world."""
+    if not file.exists():
+        return False
+    with contextlib.suppress(ValueError, LookupError, TypeError):
+        was = json.loads(file.read_text())
+        if (was["words"], was["pretrained"]) == (words, cfg.pretrained):
+            return True
+    raise UsageError(f"{file} is damaged, or of other settings than today's row: move it away, or take another --out.")
 
 
 def result_of(out, row, seed):

@@ -1898,11 +1898,12 @@ def update_ema(run):
 # Settings that do not change what is computed (beyond the order of a sum): a run may be resumed with others.
 FREE_SETTINGS = set("out init iterations device cache weights_dir checkpointing no_compile "
                     "micro_batch max_bad_steps save_every keep sample_every watch force_resume".split())
+# Settings that only the other stage reads, by the stage that runs.
 READ_BY_THE_OTHER = {
     1: set("rewards groups group_size subset_size beta policy_weight det_weight dm_weight std_floor clip "
            "inner_epochs".split()), 2: {"batch"}}
 STATE_FILE, FACTS_FILE = "state/state.safetensors", "state/run.json"
-COUNTERS = ("iteration", "ema_updates", "skipped")
+COUNTERS = ("iteration", "ema_updates", "skipped")  # run.bad is 0 whenever a checkpoint is written
 
 
 def training_state(run):
@@ -2071,7 +2072,8 @@ def prepare(cfg):
     run.text = TextCache(run.backbone, Path(cfg.cache) / "text")
     run.text.prepare(run.prompts)
     find = functools.cache(lambda name: load_reward(name, cfg, getattr(run.backbone, "rewards", {})))
-    found = lambda pairs: {n: (find(n), weight) for n, weight in pairs if find(n) is not None}
+    # None is a reward that eval.py --dry_run cannot make and leaves out.
+    found = lambda pairs: {n: (r, weight) for n, weight in pairs if (r := find(n)) is not None}
     run.rewards = found(rewards if cfg.stage == 2 else ())
     if cfg.stage == 2 and not (cfg.dm_weight or cfg.policy_weight or is_pathwise(run)):
         raise UsageError("No reward is differentiable, so --policy_weight 0 and --dm_weight 0 leave nothing "

@@ -1450,18 +1450,23 @@ def test_only_what_a_card_has_confirmed_is_compiled():
     assert all(map(told, ("tiny", "flux1", "flux2-4b", "flux2-9b", "zimage")))
 
 
+def on_a_card(stage, free, monkeypatch):
+    """A run on a GPU with so many bytes free, and its decoder, whose `again` says whether it computes twice."""
+    vae = SimpleNamespace(again=True)
+    vae.enable_gradient_checkpointing = lambda: setattr(vae, "again", True)
+    vae.disable_gradient_checkpointing = lambda: setattr(vae, "again", False)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 80e9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 0)
+    return SimpleNamespace(device="cuda:0", cfg=rtdmd.Config(stage=stage), backbone=SimpleNamespace(vae=vae)), vae
+
+
 @pytest.mark.parametrize("stage, free, expected, checkpointed", [
     (1, 20, 16, None), (1, 6, 5, None), (1, .1, 1, None), (2, 20, 16, False), (2, 6, 10, True), (2, 1, 1, True)])
 def test_micro_batch_0_is_what_the_card_holds(stage, free, expected, checkpointed, monkeypatch, capfd):
     """85 % of the free memory, at most 16 samples; the decoder computes again only where 8 would not fit without."""
-    vae = SimpleNamespace(again=True)
-    vae.enable_gradient_checkpointing = lambda: setattr(vae, "again", True)
-    vae.disable_gradient_checkpointing = lambda: setattr(vae, "again", False)
-    run = SimpleNamespace(device="cuda:0", cfg=rtdmd.Config(stage=stage), backbone=SimpleNamespace(vae=vae))
+    run, vae = on_a_card(stage, free * 1e9, monkeypatch)
     monkeypatch.setattr(rtdmd, "peak_bytes", lambda run, n: (0.1 + n * (.5 if stage == 2 and vae.again else 1)) * 1e9)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free * 1e9, 80e9))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 0)
     assert rtdmd.micro_batch_of_card(run) == expected
     assert f"Micro-batch {expected}: " in capfd.readouterr().err
     assert checkpointed is None or vae.again is checkpointed
@@ -1470,10 +1475,7 @@ def test_micro_batch_0_is_what_the_card_holds(stage, free, expected, checkpointe
 @pytest.mark.parametrize("room, expected", [(2.5, 2), (1.5, 1), (0.5, 1)])
 def test_a_card_too_small_for_two_samples_gets_micro_batch_1(room, expected, monkeypatch, capfd):
     """The probe itself runs out of memory: with the decoder's activations kept, or with them computed again, too."""
-    vae = SimpleNamespace(again=True)
-    vae.enable_gradient_checkpointing = lambda: setattr(vae, "again", True)
-    vae.disable_gradient_checkpointing = lambda: setattr(vae, "again", False)
-    run = SimpleNamespace(device="cuda:0", cfg=rtdmd.Config(stage=2), backbone=SimpleNamespace(vae=vae))
+    run, vae = on_a_card(2, room * 1e9 / .85, monkeypatch)
 
     def peak_bytes(run, n):
         if n * (1 if vae.again else 2) > room:
@@ -1481,9 +1483,6 @@ def test_a_card_too_small_for_two_samples_gets_micro_batch_1(room, expected, mon
         return n * 1e9
 
     monkeypatch.setattr(rtdmd, "peak_bytes", peak_bytes)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (room * 1e9 / .85, 80e9))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 0)
     assert rtdmd.micro_batch_of_card(run) == expected and vae.again
     assert f"Micro-batch {expected}: " in capfd.readouterr().err
 
@@ -5655,18 +5654,19 @@ class Glow:
         return images.mean((1, 2, 3))
 
 
-def test_a_metric_has_the_name_that_was_asked_for(tiny_report, tmp_path, monkeypatch, capsys):
-    """Whatever its object calls itself; the rewards that a backbone brings are metrics, too."""
-    _, flags = tiny_report
+def test_a_metric_has_the_name_that_was_asked_for(tiny_report, tmp_path, monkeypatch):
+    """Whatever its object calls itself; the rewards that a backbone of one's own brings are metrics, too."""
+    folder, _ = tiny_report
     monkeypatch.setattr(ev.TinyBackbone, "rewards", dict.fromkeys([*ev.TINY_REWARDS, "glow"]))
     made = ev.TinyBackbone.__init__
     glowing = lambda self, cfg: made(self, cfg) or self.rewards.update(glow=Glow())
     monkeypatch.setattr(ev.TinyBackbone, "__init__", glowing)
-    monkeypatch.setattr(ev, "TINY_COLUMNS", ev.TINY_COLUMNS | dict(glow="glow"))
-    ev.main([*flags, "--out", str(tmp_path), "--metrics", f"{__name__}:Glow,glow,distance"])
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert [*report["rows"]["teacher"]][:2] == [f"{__name__}:Glow", "glow"]
-    assert all(not isinstance(report["scores"]["teacher"][m][0], str) for m in ("glow", f"{__name__}:Glow"))
+    ev.main(["--model", "eval:TinyBackbone", "--teacher", "--nfe", "1", "--cache", str(folder / "cache"),
+             "--pretrained", "tiny-10", "--prompts", "eval:tiny_test_captions", "--max_prompts", "2", "--device", "cpu",
+             "--out", str(tmp_path), "--metrics", f"{__name__}:Glow,glow"])
+    scores = json.loads((tmp_path / "report.json").read_text())["scores"]["teacher"]
+    assert [*scores] == [f"{__name__}:Glow", "glow"] and scores["glow"] == scores[f"{__name__}:Glow"]
+    assert len(scores["glow"]) == 2 and None not in scores["glow"]
 
 
 def test_gathered_pictures_travel_alone(monkeypatch):
@@ -6191,6 +6191,7 @@ def test_what_needs_one_process_refuses_torchrun(line, tmp_path, monkeypatch, ca
     for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=2, MASTER_ADDR="localhost", MASTER_PORT=29500).items():
         monkeypatch.setenv(name, str(value))
     eval_refused(capsys, line.split(), "leave out torchrun")
+    assert not [*tmp_path.iterdir()]
 
 
 def test_flux2_4b_trains_on_a_24_gb_card(tmp_path):
