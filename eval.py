@@ -1548,7 +1548,7 @@ def evaluate(flags, cfg):
     results = {name: summarise(scores[name], captions, tasks) for name in rows}
     for name, (index, images) in pictures.items():
         if of_set := [m for m in SET_METRICS if m in flags.metrics]:
-            found = whole_set_metrics(sampler.backbone, index, images, captions, flags.per_prompt)
+            found = whole_set_metrics(index, images, captions, flags.per_prompt)
             results[name].update({m: found[m] for m in of_set})
         results[name]["seconds_per_image"] = (seconds[name], math.nan)
     shown = range(0, len(captions), flags.per_prompt)[:8]
@@ -1562,7 +1562,16 @@ def evaluate(flags, cfg):
         save_pictures(out / "images", pictures, captions)
     if rtdmd.dist_info()[0] == 0:
         if len(panels):
-            grid = named_grid(panels, len(shown), [*labels.values()], [captions[i] for i in shown])
+            names = [": ".join(filter(None, [labels[row], headline(results[row])])) for row in rows]
+            verdicts = [scores[row].get("heldout_strict", {}) for row in rows]
+            if cfg.model == "tiny":                          # on top, what the captions mean
+                real = real_renders(captions)
+                judge = sampler.backbone.rewards["heldout_strict"]
+                verdicts.insert(0, judge(real.to(cfg.device), captions).tolist())
+                names.insert(0, f"real pictures: {np.mean(verdicts[0]):.0%} right")
+                panels = torch.cat([real[[*shown]], panels])
+            wrong = [at for at, (row, i) in enumerate(itertools.product(verdicts, shown)) if row and row[i] == 0]
+            grid = named_grid(panels, len(shown), names, [captions[i] for i in shown], wrong)
             rtdmd.write_png(out / "grid.png", grid)
         if flags.run_folder:
             save_trajectories(out / "trajectory.png", trails, labels, prompts[:2])
@@ -1571,7 +1580,7 @@ def evaluate(flags, cfg):
     demand_scores(flags, scores, [labels[row] for row in rows if len(lost[row]) == len(captions)])
 
 
-def whole_set_metrics(backbone, index, images, captions, per_prompt):
+def whole_set_metrics(index, images, captions, per_prompt):
     """tiny_set_metrics over the captions of which every picture is there."""
     found = gathered(zip(index, map(torch.clone, images)))
     groups = [range(i, i + per_prompt) for i in range(0, len(captions), per_prompt)]
@@ -1579,7 +1588,7 @@ def whole_set_metrics(backbone, index, images, captions, per_prompt):
     if not whole:
         return dict.fromkeys(SET_METRICS, (math.nan, math.nan))
     stack = torch.stack([found[i] for i in whole]).float() / 255
-    return tiny_set_metrics(backbone, stack, [captions[i] for i in whole], per_prompt)
+    return tiny_set_metrics(stack, [captions[i] for i in whole], per_prompt)
 
 
 def grid_rows(pictures, shown):
@@ -1593,14 +1602,21 @@ def grid_rows(pictures, shown):
     return torch.stack([row.get(i, blank) for row in found for i in shown]).float() / 255
 
 
+def headline(result):
+    """Of the tiny world, what a row's name in grid.png is followed by: its numbers over all pictures."""
+    texts = dict(heldout_strict="{:.0%} right", distance="distance {:.2f}", diversity="diversity {:.2f}")
+    return ", ".join(text.format(result[metric][0]) for metric, text in texts.items() if metric in result)
+
+
 def letters(font, width):
     """How many letters of a text are some `width` pixels wide."""
     return int(8 * width / font.getlength("abcdefgh"))
 
 
-def named_grid(images, columns, names, below):
+def named_grid(images, columns, names, below, framed=()):
     """Images (B, 3, H, W) in [0, 1] as one PIL image: each row under its name, and below each column its text, cut
-    after six lines. The letters grow with the pictures and names take no margin: a phone shows them large enough."""
+    after six lines; the images `framed` in red. The letters grow with the pictures and names take no margin: a phone
+    shows them large enough."""
     tiles = [rtdmd.grid(row, columns) for row in images.split(columns)]
     width, height = tiles[0].width // columns, tiles[0].height
     font = ImageFont.load_default(width // 6)
@@ -1612,6 +1628,9 @@ def named_grid(images, columns, names, below):
     for i, (name, tile) in enumerate(zip(names, tiles)):
         pen.text((2, i * (line + height) + line / 2), name, "black", font, anchor="lm")
         image.paste(tile, (0, i * (line + height) + line))
+    for row, column in (divmod(i, columns) for i in framed):
+        left, top = column * width, row * (line + height) + line
+        pen.rectangle((left, top, left + width - 1, top + height - 1), outline="red", width=width // 25)
     for i, text in enumerate(texts):
         middle = (i + 0.5) * width
         pen.multiline_text((middle, image.height - foot + 4), text, "black", font, anchor="ma", align="center")
@@ -3101,6 +3120,11 @@ def render(captions, generator):
     return image.clamp(0, 1) * 2 - 1
 
 
+def real_renders(captions):
+    """The pictures (B, 3, 24, 24) in [0, 1] that the tiny world's samples are measured against."""
+    return render(captions, torch.Generator().manual_seed(rtdmd.key("real renders"))) / 2 + 0.5
+
+
 class TinyText(nn.Module):
     """Word and position embeddings, each token then told of the whole caption, since it depends on the relation which
     object is where. Trained with the teacher. ids (B, 6) -> tokens (B, 6, 64), pooled (B, 64)."""
@@ -3326,14 +3350,14 @@ def spread(images, per_prompt):
     return (torch.cdist(sets, sets).sum() / (len(sets) * per_prompt * (per_prompt - 1))).item()
 
 
-def tiny_set_metrics(backbone, images, captions, per_prompt):
+def tiny_set_metrics(images, captions, per_prompt):
     """What a set of pictures tells in the tiny world: {name: (value, bootstrap error over captions)}.
 
     distance: Frechet distance, in pixels pooled 4 x 4, to real renders of the same captions; lower is better,
     a second set of renders is at .18. diversity: spread within a caption over that of the renders, 1 is right.
     Neither looks through a judge's eyes: a judge's features would also measure what the reward may have spoilt.
     """
-    real = backbone.decode(render(captions, torch.Generator().manual_seed(rtdmd.key("real renders"))))
+    real = real_renders(captions)
     pooled, truth = (F.avg_pool2d(2 * x, 4).flatten(1) for x in (images, real))
     generator, P, results = torch.Generator().manual_seed(0), len(captions) // per_prompt, []
     for draw in range(21):  # the set itself, then 20 resamples of its captions

@@ -1,10 +1,9 @@
 """RTDMD in one file: a 50-step text-to-image flow model becomes a 4-step one, tuned to human preference.
 
-Stage 1 distils (AC-DMD): the generator's noisy boundary states are matched to the teacher's, interval by
-interval. Stage 2 reinforces (hybrid policy gradient): SubGRPO on the stochastic steps, reward gradients
-through the last, deterministic step, and distribution matching to stay near the teacher. The file
-implements "Reinforcing Few-step Generators via Reward-Tilted Distribution Matching": read the two side by
-side. It is not a framework: copy what you need.
+Stage 1 distils (AC-DMD): the generator's boundary states are matched to the teacher's, interval by interval.
+Stage 2 reinforces (hybrid policy gradient): SubGRPO on the stochastic steps, reward gradients through the
+last, deterministic step, distribution matching to stay near the teacher. Read it beside "Reinforcing Few-step
+Generators via Reward-Tilted Distribution Matching". It is not a framework: copy what you need.
 
     laptop      bash train.sh  # the tiny world: both stages, a table, a picture
     1 GPU       python rtdmd.py --stage 1 --model sd3m
@@ -20,15 +19,15 @@ Map  section  paper                functions
      4        3.2, App. G, H       choose_steps, group_noise, gaussian_log_prob, reward_scale,
                                    group_advantages, subgrpo_loss, pathwise_loss
      6        App. I, Algorithm 1  stage1, stage2
-     5 is the configuration, 7 rewards, 8 backbones, 9 prompts, 10 plumbing, 11 the command line. This file
-     trains alone, with the CLIP rewards or your own; eval.py has other metrics, which may be rewards too,
-     costs, ablations and the tiny world.
+     5 is the configuration, 7 rewards, 8 backbones, 9 prompts, 10 plumbing, 11 the command line. For the
+     CLIP rewards or your own this file is enough; eval.py has costs, ablations, the tiny world and more
+     metrics, usable as rewards too.
 
 Symbols  theta, phi    generator, fake score; psi: frozen teacher, guided with weight w
          k = 1..K      step; t_k: noise level after it, t_0 = 1, t_K = 0; eta: randomness of the sampler
          x_s           state after step k ("boundary state"), at level s = t_k
-         x_t           x_s re-noised to a level t in [s, 1]: a x_s + kappa n, n new noise; a and kappa are
-                       alpha_k(t) and sigma_k(t) of 3.1
+         x_t           x_s re-noised to a level t in [s, 1]: a x_s + kappa n, n new noise; a is alpha_k(t) of
+                       3.1, and kappa stands in for its sigma_k(t) (departure 1)
          v, h          v(x, t) = E[eps - x_0 | x_t = x]; h = x - t v is the x-prediction, G_theta of 3.1
          m_psi, m_phi  E[x_s | x_t] under teacher and fake score; D = mean abs(x_s - m_psi) of a sample
          t', t''       levels of Eq. 11, t' - delta <= t'' <= t'; x', x'' are states there
@@ -39,15 +38,14 @@ Symbols  theta, phi    generator, fake score; psi: frozen teacher, guided with w
                        (Eq. 7)
          det           the pathwise term: reward gradient through the deterministic step K (Eq. 15)
 
-docs/departures.md numbers 23 departures from the paper or its released code, with reasons; DEPARTURE n marks
-those that belong to one place. The main ones: kappa adds variances (1), the reverse kernel of Eq. 11 is the
+docs/departures.md numbers 23 departures from the paper or its released code, with reasons; DEPARTURE n in the
+code marks a place of one. The main ones: kappa adds variances (1), the reverse kernel of Eq. 11 is the
 Gaussian bridge at the x-prediction (3), one forward gives old and new log pi (8), every k is matched (13).
 """
 
 from __future__ import annotations
 
 import argparse
-import collections
 import concurrent.futures
 import contextlib
 import csv
@@ -93,8 +91,8 @@ from tqdm import tqdm
 # 1. Flow algebra (paper 2.1). Rectified path x_t = (1-t) x_0 + t eps, velocity v = E[eps - x_0 | x_t].
 #
 # Sections 1 to 4 hold pure functions (CPSScheduler apart): no globals, no configuration; noise, or the
-# generator that draws it, is an argument. Levels t, s are numbers or tensors that broadcast against x. They
-# compute in fp32 (the schedule in fp64) whatever comes in: bf16 has less than three decimal digits, so
+# torch.Generator that draws it, is an argument. Levels t, s are numbers or tensors that broadcast against x.
+# All compute in fp32 (the schedule in fp64) whatever comes in: bf16 has less than three decimal digits, so
 # FLUX.2's t_1 = .9581 would become .957. Training does not call consistency_loss, ambient_velocity_target,
 # eps_from_velocity and score_from_velocity; they are here to be read and copied.
 # ------------------------------------------------------------------------------------------------------------
@@ -167,16 +165,16 @@ def rollout(velocity, x, noise, times, eta):
 
 
 class CPSScheduler(diffusers.FlowMatchEulerDiscreteScheduler):
-    """Eq. 21 for the stock diffusers pipelines of SD3, FLUX, Z-Image. To copy it, copy cps_mean_std and fp32.
+    """Eq. 21 for diffusers' own pipelines of SD3, FLUX, Z-Image. It can be pasted with fp32 and cps_mean_std.
 
         pipe.scheduler = CPSScheduler.from_config(pipe.scheduler.config, eta=0.9)
         pipe.scheduler.generator = torch.Generator().manual_seed(0)      # the noise of the steps
         image = pipe(prompt, num_inference_steps=4, guidance_scale=1).images[0]
 
     eta = 0 is the Euler step, eta = 1 fresh noise at every level (the parent's `stochastic_sampling=True`).
-    Create it with from_config or from_pretrained. Pipelines do not pass their `generator` to `step`, so that
-    of the steps' noise is an attribute; None means torch's global one. Put the old scheduler back before
-    `pipe.save_pretrained`, or diffusers cannot load what was saved."""
+    Create it with from_config or from_pretrained. Pipelines do not pass their `generator` to `step`, so the
+    noise of the steps has a generator of its own, the attribute; None means torch's global one. Put the old
+    scheduler back before `pipe.save_pretrained`, or diffusers cannot load what was saved."""
 
     eta = 0.9                # randomness of a step, 0 to 1   (paper 4.1)
     generator = None         # a torch.Generator, or a list with one per image
@@ -192,7 +190,7 @@ class CPSScheduler(diffusers.FlowMatchEulerDiscreteScheduler):
         return scheduler
 
     def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None):
-        """Levels 1, (n-1)/n ... 1/n shifted once, then 0.  `sigmas` are levels BEFORE the shift, as ever.
+        """Levels 1, (n-1)/n ... 1/n shifted once, then 0. `sigmas`: levels BEFORE the shift, as in diffusers.
 
         The parent's default shifts twice: four steps of SD3 would be 1, .858, .602, .009, 0 and not
         1, .9, .75, .5, 0.  FLUX.2's pipeline passes these very levels itself, and its shift as `mu`."""
@@ -207,7 +205,7 @@ class CPSScheduler(diffusers.FlowMatchEulerDiscreteScheduler):
         t, t_next = self.sigmas[self.step_index], self.sigmas[self.step_index + 1]
         x, std = cps_mean_std(sample, model_output, t, t_next, self.eta)
         if self.eta > 0 and self.step_index < len(self.sigmas) - 2:      # the last step has no noise
-            randn = diffusers.utils.torch_utils.randn_tensor      # a pasted class has diffusers alone
+            randn = diffusers.utils.torch_utils.randn_tensor      # in full: a pasted class imports no more
             x = x + std * randn(x.shape, generator or self.generator, x.device, torch.float32)
         self._step_index += 1
         x = x.to(model_output.dtype)
@@ -241,24 +239,24 @@ def ambient_scale(s, t):
     """c of the target v* = -x_s/(1-s) + c n: the velocity that Eq. 2 assigns to Eq. 10's score.
 
     Derivation: put that score, -n/kappa, into Eq. 2 and collect terms: c = (t - kappa^2) / ((1-t) kappa). The
-    code has the same value in a form that is finite at t = 1. c >= 1; c = 1 for s = 0 (flow matching), and
-    c -> infinity as t -> s."""
+    code has the same value in a form that is finite at t = 1. c >= 1; c = 1 for s = 0 (flow matching); for
+    s > 0, c -> infinity as t -> s."""
     s, t = fp32(s, t)
     a, kappa = renoise_coefficients(s, t)
     return (t + a * s * s / (1 - s)) / kappa
 
 
 def ambient_velocity_target(x_s, noise, s, t):
-    """What the fake score learns at x_t = a x_s + kappa n: v*, (B, ...). At s = 0 it is n - x_0 of Eq. 5."""
+    """Regression target of v_phi at x_t = a x_s + kappa n: v*, (B, ...). At s = 0 it is n - x_0 of Eq. 5."""
     x_s, noise, s = fp32(x_s, noise, s)
     return -x_s / (1 - s) + ambient_scale(s, t) * noise
 
 
 def ambient_dsm_loss(v_fake, x_s, noise, s, t):
-    """Eq. 10 -> scalar. v_fake = v_phi(x_t, t), x_s, noise (B, ...).
+    """Eq. 10, as a mean over dimensions (DEPARTURE 5) -> scalar. v_fake = v_phi(x_t, t), x_s, noise (B, ...).
 
     |v_phi - v*|^2 is divided by the variance of v* given x_0, c^2 + b^2 with b = s / (1-s). The loss is of
-    order one at every (s, t), equals Eq. 5 at s = 0, and stays finite as t -> s, where v* grows as 1/kappa.
+    order one at every (s, t), is Eq. 5 at s = 0, and stays finite as t -> s > 0, where v* grows as 1/kappa.
     In Eq. 10, omega_k = (t/(1-t))^2 over that variance. The minimiser is the marginal score (App. D)."""
     v_fake, x_s, noise, s = fp32(v_fake, x_s, noise, s)
     c, b = ambient_scale(s, t), s / (1 - s)
@@ -271,7 +269,7 @@ def reverse_step(x, v, t, t_next, noise, kernel="posterior", eta=None):
 
     "posterior": the Gaussian bridge q(x'' | x', x_0) with the x-prediction for x_0, which is p(x'' | x') to
     first order in t' - t''; it is Eq. 20 with cos = t''(1-t') / (t'(1-t'')). "cps": Eq. 20 at a fixed eta, as
-    released; even for t'' -> t' the true score then does not satisfy Eq. 11 (DEPARTURE 3). The 1e-9 avoids
+    released; then Eq. 11 is not 0 at the true score, even for t'' -> t' (DEPARTURE 3). The 1e-9 avoids
     0/0 at t' = t'' = 1, to which bf16 may round a level."""
     x, v, t, t_next, noise = fp32(x, v, t, t_next, noise)
     posterior = t_next * (1 - t + 1e-9) / (t * (1 - t_next + 1e-9))
@@ -286,8 +284,8 @@ def consistency_loss(fake, x, v, t, t_next, noise_1, noise_2, kernel="posterior"
     fake(x, t) -> v_phi;  x, v (B, ...) at level t' = t, v = fake(x, t) with its graph;  t, t_next numbers or
     (B, 1, ..);  noise_1, noise_2 (B, ...) independent;  kernel and eta as in reverse_step. The product of two
     draws is unbiased for the squared norm of the mean; the square of one draw would add the variance of
-    h(x''). The estimate may be negative. The draws carry no gradient: only the prediction h is trained.
-    (Training does not call this: update_fake takes the same gradient in two halves.)"""
+    h(x''). The estimate may be negative. The draws carry no gradient (DEPARTURE 21): only h is trained.
+    (Training does not call this: update_fake takes a gradient of the same expectation, in two halves.)"""
     x, v, t, t_next = fp32(x, v, t, t_next)
     draws = (reverse_step(x.detach(), v.detach(), t, t_next, n, kernel, eta) for n in (noise_1, noise_2))
     d_1, d_2 = (x0_from_velocity(x_next, fake(x_next, t_next), t_next) - (x - t * v) for x_next in draws)
@@ -304,7 +302,7 @@ def boundary_mean(x_t, v, s, t):
 
 def dmd_loss(x_s, x_t, v_teacher, v_fake, s, t):
     """Eq. 9 -> scalar. Its gradient with respect to x_s is g / x_s.numel(), g = (m_phi - m_psi) / D: Eq. 9
-    with lambda_k alpha_k = kappa^2 / (a D), and ordinary DMD (Eq. 4) at s = 0.
+    with lambda_k alpha_k = kappa^2 / (a D), D of each sample (DEPARTURE 6); DMD (Eq. 4) at s = 0.
 
     x_s (B, ...) with its graph; x_t = renoise(x_s); velocities at (x_t, t), treated as constants; s, t
     numbers or (B, 1, ..). g points from the teacher's boundary mean to the fake score's, so descent moves x_s
@@ -328,7 +326,7 @@ def choose_steps(steps, subset_size, generator):
 
 def group_noise(shape, selected, group_size, steps, generator):
     """Eq. 16: eps_k of a group (K-1, N, *shape): one draw per member at the steps in `selected`, one common
-    draw at the others. The start x_{t_0} is not covered by Eq. 16; it is independent for every member."""
+    draw at the others. The start x_{t_0} is not in Eq. 16: independent for every member (DEPARTURE 10)."""
     noise = torch.randn(steps - 1, group_size, *shape, generator=generator)
     for k in range(1, steps):
         if k not in selected:
@@ -337,15 +335,15 @@ def group_noise(shape, selected, group_size, steps, generator):
 
 
 def gaussian_log_prob(x_next, mean, std):
-    """log pi of Eq. 13 (App. H), divided by the dimensions (DEPARTURE 7): x_next, mean (B, ...) -> (B,)."""
+    """log pi of Eq. 13 (App. H), a mean over dimensions (DEPARTURE 7): x_next, mean (B, ...) -> (B,)."""
     x_next, mean, std = fp32(x_next, mean, std)
     log_density = -0.5 * ((x_next - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)
     return log_density.flatten(1).mean(1)
 
 
 def reward_scale(rewards, std="group", floor=1e-4):
-    """The divisor of centred rewards (G, N): the std (over N-1) of each group, (G, 1), or of all, (); or 1.
-    The floor matters where all members of a group score the same: their std would be rounding noise only."""
+    """What centred rewards (G, N) are divided by. std "group": each group's std (over N-1), (G, 1); "global":
+    that of all rewards, (); "none": 1. The floor is for groups whose scores are equal up to rounding."""
     rewards, = fp32(rewards)
     if std == "none":
         return torch.ones_like(rewards[:, :1])
@@ -354,7 +352,7 @@ def reward_scale(rewards, std="group", floor=1e-4):
 
 def group_advantages(rewards, std="group", floor=1e-4):
     """A_i of 3.2 and App. H: (G, N) -> (G, N), rewards of N trajectories for each of G prompts.
-    std="none": the baseline is the mean of the N-1 others, which multiplies by N/(N-1) (DEPARTURE 12)."""
+    std="none": r_i less the mean of the N-1 others, which is N/(N-1) (r_i - mean of all) (DEPARTURE 12)."""
     rewards, = fp32(rewards)
     centred = rewards - rewards.mean(1, keepdim=True)
     if std == "none":
@@ -366,9 +364,9 @@ def subgrpo_loss(log_prob, old_log_prob, advantages, steps, clip):
     """Loss whose gradient is minus Eq. 17 (per dimension), -> scalar. log_prob, old_log_prob (B, M): a column
     per step of S; advantages (B,).
 
-    (K-1)/M (DEPARTURE 9) makes the sum over S an unbiased estimate of the sum over all K-1 steps, which is
-    naive GRPO (Eq. 31, M = K-1), if the divisor of the advantages does not depend on S. The std of a group
-    does (docs/departures.md). The clip is PPO's; the ratio is 1 in a rollout's first update."""
+    If the divisor of the advantages does not depend on S, (K-1)/M (DEPARTURE 9) makes the sum over S an
+    unbiased estimate of the sum over all K-1 steps: naive GRPO, Eq. 31. The std of a group does depend on S
+    (docs/departures.md, 11). The clip is PPO's; the ratio is 1 in a rollout's first update."""
     ratio, A = torch.exp(log_prob.float() - old_log_prob.float()), advantages[:, None].float()
     surrogate = torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A)
     return -(steps - 1) / log_prob.shape[1] * surrogate.sum(1).mean()
@@ -384,7 +382,7 @@ def pathwise_loss(reward, scale=1.0, dims=1):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 5. Configuration. Each help text gives the unit of a setting and the source of its default.
+# 5. Configuration. Each help text gives the unit of a setting and the source of its default (none: ours).
 # ------------------------------------------------------------------------------------------------------------
 
 class UsageError(Exception):
@@ -402,7 +400,7 @@ def opt(default, help, choices=None):
 
 @dataclasses.dataclass
 class Config:
-    """Every setting: type, default, unit and source. The command line is made from it."""
+    """Every setting. The command line is made from it."""
 
     # ---- What to run
     stage: int = opt(1, "1 distils (AC-DMD), 2 reinforces (hybrid policy gradient)", (1, 2))
@@ -418,7 +416,7 @@ class Config:
     max_prompts: int = opt(25000, "prompts taken from the set; their embeddings go to disk, 2 to 8 MB each")
     cache: str = opt("runs/cache", "text embeddings, the tiny world's teacher and judges; shared by all runs")
     # ---- Network
-    pretrained: str = opt("", "local folder or hub id instead of the model's own; FLUX.2: GENERATOR,TEACHER")
+    pretrained: str = opt("", "local folder or hub id instead of the model's own; if two: GENERATOR,TEACHER")
     weights_dir: str = opt("", "folder searched for models and reward checkpoints before the hub (offline)")
     resolution: int = opt(512, "pixels, width and height (paper 4.1; its Table 1 uses 1024)")
     text_length: int = opt(0, "tokens of the long text encoder; 0: the pipeline's (SD3 256, FLUX.2 512)")
@@ -436,13 +434,13 @@ class Config:
     consistency_share: float = opt(0.25, "q: share of the samples with the consistency term (ours); 1: all")
     delta: float = opt(0.1, "largest t' - t'' of the consistency term, in noise level (ours; released: 0.2)")
     batch: int = opt(72, "samples per update in stage 1, over all processes (released: 9 x 8 GPUs)")
-    fake_updates: int = opt(0, "fake updates per generator update; 0: the stage's own (released: 10, then 1)")
+    fake_updates: int = opt(0, "fake updates per iteration; 0: the stage's own (released: 10, then 1)")
     # ---- Hybrid policy gradient (3.2)
     rewards: str = opt("hpsv2=1,clipscore=1", "name=weight,...; own: module:attribute=weight (paper 4.1)")
     groups: int = opt(48, "prompts per iteration, over all processes (paper 4.1)")
     group_size: int = opt(24, "N, trajectories per prompt (paper 4.1)")
     subset_size: int = opt(2, "M, size of S (paper 4.3); K-1 is naive GRPO")
-    beta: float = opt(1.0, "reward strength, Eq. 6 (App. J)")
+    beta: float = opt(1.0, "reward strength, Eq. 6, in our units (App. J; DEPARTURE 20)")
     policy_weight: float = opt(1.0, "weight of Eq. 17 inside Eq. 18; 0 leaves the term out")
     det_weight: float = opt(1.0, "weight of Eq. 15 inside Eq. 18; 0 leaves the term out")
     dm_weight: float = opt(1.0, "weight of the matching term inside Eq. 18; 0: no matching, no fake score")
@@ -455,29 +453,30 @@ class Config:
     weight_decay: float = opt(0.0, "AdamW's, generator (released stage 2: 1e-4)")
     grad_clip: float = opt(1.0, "gradient norm, per adapter (released)")
     ema: float = opt(0.95, "decay per generator update of the exported weights (ours; released .904, .81)")
-    micro_batch: int = opt(0, "samples per pass with gradient, per process: memory alone; 0: what fits a GPU")
+    micro_batch: int = opt(0, "samples per pass with gradient, per process; changes no result; 0: what fits")
     max_bad_steps: int = opt(5, "stop after so many non-finite updates in a row")
     # ---- Records
     save_every: int = opt(50, "iterations between checkpoints")
     keep: int = opt(2, "checkpoints kept whole, to resume from; older ones keep their exported adapter")
-    sample_every: int = opt(25, "iterations between fixed-seed panels")
+    sample_every: int = opt(25, "iterations between panels: pictures of the same prompts and noise each time")
     watch: str = opt("", "rewards measured on the panel, not trained on: they show reward hacking first")
     force_resume: bool = opt(False, "resume although settings that change the result have changed")
 
 
-# Differences from the defaults above; what stands under the key 1 or 2 holds for that stage only. The tiny
-# world and other classes that are given as module:Class have theirs in the attribute `settings`.
+# Differences from the defaults above; what stands under the key 1 or 2 holds for that stage only. Guidance w
+# is as released, but for sd35l (ours) and zimage (its pipeline's 4, plus 1). The tiny world and other classes
+# that are given as module:Class have their row in the attribute `settings`.
 STAGES = {1: dict(iterations=1500, lr=3e-5, lr_fake=3e-5, fake_updates=10),  # paper 4.1; App. J; released
           2: dict(iterations=1000, lr=3e-6, lr_fake=3e-5, fake_updates=1)}
 CLIP_REWARDS = "hpsv2=1,clipscore=1,pickscore=1"  # paper 4.3
 MODELS = {
     "sd3m": {"guidance": 7.0},
     "sd35m": {"guidance": 4.5, "rewards": CLIP_REWARDS},
-    "sd35l": {"guidance": 3.5, "rewards": CLIP_REWARDS},  # ours; w from its model card
-    "flux1": {"guidance": 3.5, "rewards": CLIP_REWARDS, 2: dict(groups=64)},  # w: released
+    "sd35l": {"guidance": 3.5, "rewards": CLIP_REWARDS},  # ours
+    "flux1": {"guidance": 3.5, "rewards": CLIP_REWARDS, 2: dict(groups=64)},  # groups: released
     "flux2-4b": {"guidance": 4.0, "rewards": f"{CLIP_REWARDS},geneval=1",
                  1: dict(lr=1e-6, lr_fake=1e-6), 2: dict(lr_fake=1e-6, groups=64)},  # App. J, paper 4.1
-    "zimage": {"guidance": 5.0, "rewards": CLIP_REWARDS,  # ours; w: the pipeline's 4 + 1
+    "zimage": {"guidance": 5.0, "rewards": CLIP_REWARDS,  # ours
                1: dict(lr=1e-6, lr_fake=1e-6), 2: dict(lr_fake=1e-6)},  # as FLUX.2: theta starts distilled
 }
 MODELS["flux2-9b"] = MODELS["flux2-4b"]  # the paper has no number for the 9B
@@ -495,7 +494,7 @@ def resolve(flags):
     cfg = Config(**values)
     cfg.device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     cfg.dtype = cfg.dtype or ("fp32" if cfg.device == "cpu" else "bf16")
-    cfg.no_compile |= not getattr(backbone_class(model), "compiles", False)  # docs/costs.md: what failed
+    cfg.no_compile |= not getattr(backbone_class(model), "compiles", False)  # docs/costs.md says why
     check(cfg)
     return cfg
 
@@ -547,11 +546,12 @@ def check(cfg):
             (stage2 and cfg.eta == 0 and cfg.policy_weight,
              "--eta 0 leaves no stochastic step to reinforce: give --eta above 0 or --policy_weight 0."),
             (stage2 and not (cfg.dm_weight or cfg.beta and (cfg.policy_weight or cfg.det_weight)),
-             "--dm_weight is 0, and --beta or both other weights are: nothing is left to train."),
+             "--dm_weight 0 with --beta 0, or with both other weights 0, leaves nothing to train."),
             (stage2 and re.search(r"(^|,)\s*geneval\s*(,|=|$)", cfg.rewards) and cfg.prompts[-6:] != ".jsonl",
              "--rewards geneval must know what pictures have to show: give --prompts FILE.jsonl of its rows "
              "(docs/scores.md says how to make one), or other --rewards."),
-            (not re.fullmatch(r"cpu|cuda(:\d+)?", cfg.device), f"--device {cfg.device}: take cuda or cpu."),
+            (not re.fullmatch(r"cpu|cuda(:\d+)?" if world == 1 else "cpu|cuda", cfg.device),
+             f"--device {cfg.device}: take cuda or cpu."),
             (cfg.device.startswith("cuda") and gpus <= int(re.sub(r"\D", "", cfg.device) or local),
              f"--device cuda needs a GPU for each process, and PyTorch sees {gpus}: start fewer processes, "
              "or take --device cpu."),
@@ -566,17 +566,17 @@ def check(cfg):
 #
 # `run` is what a stage works on (prepare, in section 10, makes it):
 #   cfg, device, backbone (section 8), times (K+1,), optimizers, ema
-#   roles            theta, phi and psi on one network: roles.velocity("generator" | "fake", x, t, cond) and
-#                    roles.teacher
+#   roles            theta, phi and psi: roles.velocity("generator" | "fake", x, t, cond), and the guided
+#                    roles.teacher(x, t, cond, null), null being cond of the empty prompt
 #   prompts          prompts.at(i) is the i-th prompt of an endless stream
-#   text             text.batch(prompts, device) -> their cached embeddings; text.prefetch reads ahead
+#   text             text.batch(prompts, device) -> cond, their cached embeddings; text.prefetch reads ahead
 #   rewards          {name: (reward, weight)}; rate (section 7) calls one and checks its result
-# Helpers of section 10: iterations(run) yields the iterations, and does log and checkpoints; share(n): the
-# global indices of this process; everyone(x): the list of x of all processes; key(...): a seed made of its
+# Helpers of section 10: iterations(run) yields the iterations, and does log and checkpoints; share(n): this
+# process's part of range(n); everyone(x): the list of x of all processes; key(...): a seed made of its
 # arguments; draw(keys, u, m, ...): u uniforms and m normals per sample, which depend on its key alone;
-# chunks(n, size): slices; level(t, x): t shaped to broadcast against x; rows_of(cond, rows): some rows of
-# cond; optimizer_step(run, role): sums the gradient over processes, clips, steps; note(run, n, ...): adds
-# means over n samples to the log; phase(run, name) names a part of an iteration.
+# chunks(n, size): slices; level(t, x): t shaped to broadcast against x; optimizer_step(run, role): sums the
+# gradient over processes, clips, steps; note(run, n, ...): adds means over n samples to the log;
+# phase(run, name) names a part of an iteration.
 # ------------------------------------------------------------------------------------------------------------
 
 def tried_again(function):
@@ -621,7 +621,7 @@ def stage1(run):
     trajectories = cfg.batch // K * cfg.fake_updates
     period = trajectories + cfg.batch   # prompts per iteration: first the fake updates', then the generator's
     for it in iterations(run):
-        # Line 2: rollouts of G_theta for line 3. Line 4 makes its own, with other prompts (see walk).
+        # Line 2: rollouts for line 3. Line 4 makes its own, with other prompts (DEPARTURE 22; see walk).
         ids = share(trajectories)
         prompts = [run.prompts.at(it * period + i) for i in ids]
         own = [*ids, *(trajectories + i for i in share(cfg.batch))]
@@ -647,7 +647,7 @@ def states_of_update(cfg, update, ids):
 
     The trajectories form fake_updates blocks of batch / K; trajectory i is in block i // (batch / K). Its
     state after step k goes to update (block - k) mod fake_updates: update 0 of 10 takes step 1 of block 1,
-    step 2 of block 2, and so on. With K updates or more no trajectory occurs twice."""
+    step 2 of block 2, and so on. With K updates or more none of them uses a trajectory twice."""
     size = cfg.batch // cfg.steps
     pick = [(row, k) for row, i in enumerate(ids) for k in range(1, cfg.steps + 1)
             if (i // size - k - update) % cfg.fake_updates == 0]
@@ -659,10 +659,10 @@ def consistency_rows(cfg, it, update, ids, k, total):
     """Which samples of a fake update get the consistency term: each with probability q (DEPARTURE 23).
 
     K samples, one of each step, form a stratum with one common u ~ U[0, 1). Step k gets the term if an
-    integer lies in ((k-1) q + u, k q + u], which happens for q K of the K steps (systematic sampling): less
-    variance than independent draws. With K = 4 and q = 1/4 it is one sample of every four. A pass that holds
-    whole strata always has as many samples with the term; in others the number varies, and torch.compile
-    makes a graph for each."""
+    integer lies in ((k-1) q + u, k q + u]. If q K is whole, this is so for q K of the K steps (systematic
+    sampling: less variance than independent draws); K = 4 and q = 1/4: one sample of every four. All passes
+    over whole strata then have the same number of samples with the term; in others it varies, and
+    torch.compile makes a graph for each number."""
     q, K = cfg.consistency_share, cfg.steps
     strata = [i % (total // K) if cfg.stage == 1 else i // K for i in ids]  # stage 1: see states_of_update
     u = [key(cfg.seed, cfg.stage, it, "share", update, stratum) / 2**63 for stratum in strata]
@@ -674,8 +674,8 @@ def consistency_rows(cfg, it, update, ids, k, total):
 def update_generator(run, it, first):
     """Line 4: one AdamW step of theta on Eq. 9. Sample i: prompt first + i, step k = 1 + floor(i K / batch).
 
-    Every k gets exactly batch / K samples, and on each process the same number to within one. (With k = 1 +
-    i mod K a process, which takes every world-th sample, could get only long rollouts.)"""
+    Every k gets exactly batch / K samples (DEPARTURE 16), on each process the same number to within one.
+    (With k = 1 + i mod K a process, which takes every world-th sample, could get only long rollouts.)"""
     cfg, K, ids = run.cfg, run.cfg.steps, share(run.cfg.batch)
     k = torch.tensor([1 + i * K // cfg.batch for i in ids])
     prompts = [run.prompts.at(first + i) for i in ids]
@@ -686,8 +686,8 @@ def update_generator(run, it, first):
     for rows in chunks(len(ids), cfg.micro_batch):
         x, cond = before[rows], run.text.batch(prompts[rows], run.device)
         t, t_next = level(run.times[k[rows] - 1], x), level(run.times[k[rows]], x)
-        v = run.roles.velocity("generator", x, t, cond)  # the one forward of the rollout with gradient
-        x_s, s = boundary_state(x, v, t, t_next, normal[k, range(len(ids))][rows], cfg.eta)
+        v = run.roles.velocity("generator", x, t, cond)  # DEPARTURE 19: the one forward with gradient
+        x_s, s = boundary_state(x, v, t, t_next, normal[k[rows], range(rows.start, rows.stop)], cfg.eta)
         loss = matching_loss(run, x_s, s, cond, level(uniform[0, rows], x), normal[K, rows])
         (loss * len(x) / cfg.batch).backward()
         note(run, len(x), dm=loss)
@@ -711,7 +711,7 @@ def walk(run, normal, k, prompts):
 
 
 def boundary_state(x, v, t, t_next, noise, eta):
-    """x_s and s, the state matched to the teacher after a step from x (B, ...): x_{t_k} and t_k (3.1)."""
+    """x_s and s: the state x_{t_k} that is matched after a step from x (B, ...), and its level t_k (3.1)."""
     return cps_step(x, v, t, t_next, noise, eta), t_next
 
 
@@ -730,35 +730,34 @@ def rollout_in_chunks(run, x, noise, prompts):
 
 
 def boundary_states(run, states, predictions, k):
-    """boundary_state of stored rollouts: x_s, s. (predictions: for what eval.py's ablations put here.)"""
+    """boundary_state of stored rollouts: x_s, s. (predictions: unused here; eval.py's ablations read it.)"""
     return states[k, range(len(k))], run.times[k].float()
 
 
 def between(run, low, high, u):
     """low + u (high - low), rounded to what the network can be told, within [low, high]. All (B, 1, ..)."""
-    return run.backbone.quantise(low + u * (high - low)).clamp(low, torch.as_tensor(high, device=u.device))
+    return run.backbone.quantise(low + u * (high - low)).clamp(low, high)
 
 
 def draw_level(run, s, u):
-    """t ~ U[s, 1] of Eqs. 8 and 10, less 1 % at either end, where kappa or 1 - t is nearly 0, or .0025 if
-    that is more (s > .75): bf16 rounds by less there (DEPARTURE 17). s, u (B, 1, ..), u ~ U[0, 1)."""
+    """t ~ U[s, 1] of Eqs. 8 and 10 without the ends, where kappa or 1 - t is nearly 0 (DEPARTURE 17). Left
+    out at each: 1 %; .0025 for s > .75 (bf16 rounds by less); a quarter for s > .99. s, u (B, 1, ..)."""
     margin = (0.0025 / (1 - s)).clamp(0.01, 0.25)
-    return between(run, s, 1.0, margin + (1 - 2 * margin) * u)
+    return between(run, s, torch.ones_like(s), margin + (1 - 2 * margin) * u)
 
 
 def draw_next_level(run, t, u):
-    """t'' of Eq. 11: at most delta below t, not beyond a boundary level (DEPARTURE 4). t, u (B, 1, ..)."""
-    times = run.times.to(t)
+    """t'' of Eq. 11: at most delta below t, and not below the next t_j < t (DEPARTURE 4). t, u (B, 1, ..)."""
+    times = to_device(run.times.float(), t.device)
     boundary = torch.where(times < t.view(-1, 1), times, 0.0).amax(1)
     return between(run, torch.maximum(t - run.cfg.delta, level(boundary, t)), t, u)
 
 
 @tried_again
 def update_fake(run, it, update, x_s, s, k, prompts, ids, total):
-    """Lines 3 and 12: one AdamW step of phi on Eq. 12. x_s (B, ...): states after steps k (B,), at levels s.
-
-    ids: their trajectories, for the keys of the draws; total: number of samples of all processes. The
-    consistency term is computed for a share q of the samples and divided by q: the same expectation."""
+    """Lines 3 and 12: one AdamW step of phi, one for all k (DEPARTURE 18), on Eq. 12. x_s (B, ...): states
+    after steps k (B,), at levels s, of trajectories ids, for the keys of the draws; total: number of samples
+    of all processes. A share q of them gets the consistency term, divided by q: the same mean."""
     cfg, q = run.cfg, run.cfg.consistency_share
     for rows in chunks(len(x_s), cfg.micro_batch):
         keys = [key(cfg.seed, cfg.stage, it, "fake", update, *ik) for ik in zip(ids[rows], k[rows].tolist())]
@@ -773,10 +772,12 @@ def update_fake(run, it, update, x_s, s, k, prompts, ids, total):
         if not some:
             (weight * loss).backward()
             continue
+        some = to_device(torch.tensor(some), x.device)  # every index by a list would wait for the GPU
         # Eq. 22 is E[d_1 d_2], d_i = h(x''_i) - h(x'), for two draws with the same law. Its gradient is 2
         # E[d_1 grad d_2], so d_1 needs no graph. The parts of d_2 are back-propagated one by one: -h(x') with
         # Eq. 10, then h(x''_2), so that the graph of only one forward is in memory at a time.
-        x_t, t, v, u, cond = x_t[some], t[some], v[some], level(uniform[1], x)[some], rows_of(cond, some)
+        x_t, t, v, u = x_t[some], t[some], v[some], level(uniform[1], x)[some]
+        cond = {name: values[some] for name, values in cond.items()}
         t_next, gamma = draw_next_level(run, t, u), cfg.gamma * len(some) / (q * len(x))
         fake = lambda x: run.roles.velocity("fake", x, t_next, cond)
         h = x0_from_velocity(x_t, v, t)
@@ -792,7 +793,7 @@ def update_fake(run, it, update, x_s, s, k, prompts, ids, total):
 
 
 def matching_loss(run, x_s, s, cond, u, noise):
-    """Eq. 9 at one t ~ U[s, 1] (Eq. 8) -> scalar. x_s (B, ...) with its graph; s, u (B, 1, ..)."""
+    """Eq. 9 at one t ~ U[s, 1] (Eq. 8), psi guided (DEPARTURE 21). x_s (B, ...), graph; s, u (B, 1, ..)."""
     with torch.no_grad():
         t = draw_level(run, s, u)
         x_t = renoise(x_s, s, t, noise)
@@ -806,7 +807,7 @@ def stage2(run):
 
     A group lives on one process. `b` (for batch) holds the process's L trajectories, N for each of its
     groups: ids and prompts (L); states and predictions of rollout_in_chunks; subsets (L, M), the S of each;
-    advantages (L,); scales {reward: (L,)}; old (L, M), log pi before the first update of theta."""
+    advantages (L,); scales {reward: (L,)}; old (L, M), log pi before this rollout's first update."""
     cfg, N = run.cfg, run.cfg.group_size
     for it in iterations(run):
         groups = share(cfg.groups)
@@ -855,7 +856,7 @@ def fake_steps(cfg, it, update, ids):
 @torch.no_grad()
 def judge_groups(run, b):
     """Line 10. b.advantages (L,): the A_i of all rewards, weighted and summed; b.scales[name] (L,): the std
-    in A_i. A reward may have its own lower bound of the std, .std_floor, since its unit may differ."""
+    that A_i was divided by. A reward may have its own floor of it, .std_floor, since its unit may differ."""
     cfg, (rank, _, world) = run.cfg, dist_info()
     values = {name: [] for name in run.rewards}
     for rows in chunks(len(b.ids), 4 * cfg.micro_batch):  # all images at once would be gigabytes
@@ -877,7 +878,7 @@ def judge_groups(run, b):
 
 @tried_again
 def reinforce(run, it, epoch, b):
-    """Line 13: one AdamW step of theta on Eq. 18, the gradient of Eq. 7 (the KL to Eq. 6).
+    """Line 13: one AdamW step of theta on Eq. 18: Eq. 7's two terms, each rescaled (DEPARTURES 6, 11, 20).
 
     Its reward part is Eq. 14 (proved as Eqs. 23-30 in App. G). Each trajectory costs M + 1 forwards with
     gradient, called slots: slot j < M is step S[j], slot M is step K. The policy term is taken at all of S,
@@ -891,8 +892,8 @@ def reinforce(run, it, epoch, b):
         pull = matching_pull(run, b, part, matched, uniform[1], noise) if cfg.dm_weight else noise
         for slot in range(M + 1):
             reward_term = is_pathwise(run) if slot == M else bool(cfg.policy_weight)
-            use = [i for i, m in enumerate(matched) if m == slot or reward_term]  # of part: with this forward
-            here = [j for j, i in enumerate(use) if matched[i] == slot]  # of use: matched here
+            use = [i for i, m in enumerate(matched) if m == slot or reward_term]  # rows of part run here
+            here = [j for j, i in enumerate(use) if matched[i] == slot]  # positions in use matched here
             if use:
                 rows = [part.start + i for i in use]
                 reinforce_slot(run, b, slot, reward_term, rows, here, pull[use], epoch == 0, total)
@@ -904,7 +905,7 @@ def matched_slots(cfg, u):
     """The slot at which each trajectory is distribution-matched, -1 if DM is off. u: one U[0, 1) for each.
 
     Step K has probability 1/K, and each slot of S an equal part of the rest. S is uniform, so every k is
-    matched equally often, as in stage 1. K = 4, M = 2: slot 2 if u < 1/4, else slot 0 if u < 5/8, else 1."""
+    matched equally often (DEPARTURE 13). K = 4, M = 2: slot 2 if u < 1/4, else slot 0 if u < 5/8, else 1."""
     K, M = cfg.steps, cfg.subset_size
     if cfg.dm_weight == 0:
         return [-1] * len(u)
@@ -912,8 +913,8 @@ def matched_slots(cfg, u):
 
 
 def matching_pull(run, b, part, matched, u, noise):
-    """Gradient of Eq. 9 in the boundary state (B, ...) at which each trajectory of part is matched. It
-    depends on the states' values alone, so one pass of teacher and fake score serves all slots."""
+    """Gradient of Eq. 9 with respect to the state at which each trajectory of part is matched, per sample
+    (B, ...). It needs the states' values alone: one pass of teacher and fake score serves all slots."""
     k = torch.tensor([run.cfg.steps if m == run.cfg.subset_size else b.subsets[part.start + i, m]
                       for i, m in enumerate(matched)])
     x_s = b.states[k, range(part.start, part.stop)].requires_grad_()
@@ -924,9 +925,9 @@ def matching_pull(run, b, part, matched, u, noise):
 
 
 def reinforce_slot(run, b, slot, reward_term, rows, here, pull, fresh, total):
-    """Gradient of Eq. 18 through one step of each trajectory in rows; DM acts on rows[i] for i in here.
-    The losses are differentiated in the velocity first, and their sum is back-propagated through the network
-    once. So the size of each term's gradient is known for free, and decoder and rewards are freed by then."""
+    """Gradient of Eq. 18 through one step of each trajectory in rows; DM, by matching_pull's pull, acts on
+    rows[i] for i in here. fresh: epoch 0. Losses are differentiated at the velocity, their sum then goes once
+    through the network: so each term's gradient norm is known, and decoder and rewards are freed by then."""
     cfg, K, M = run.cfg, run.cfg.steps, run.cfg.subset_size
     k = torch.full((len(rows),), K) if slot == M else b.subsets[rows, slot]
     x, x_next, prompts = b.states[k - 1, rows], b.states[k, rows], [b.prompts[r] for r in rows]
@@ -961,7 +962,7 @@ def reinforce_slot(run, b, slot, reward_term, rows, here, pull, fresh, total):
 
 
 def pathwise_terms(run, x_0, prompts, scales):
-    """Eq. 15, summed over the differentiable rewards: weight times reward over the std in its advantages."""
+    """Eq. 15's loss over the differentiable rewards: weight times reward over the std in its advantages."""
     images = run.backbone.decode(x_0)
     return sum(weight * pathwise_loss(rate(reward, images, prompts), scales[name], x_0[0].numel())
                for name, (reward, weight) in run.rewards.items() if reward.differentiable)
@@ -996,7 +997,7 @@ def normalise(images, mean=CLIP_MEAN, std=CLIP_STD):
 
 def square_crop(images, size=224, mode="bicubic", offset=round):
     """CLIP's view: short side to `size`, centre crop, normalise. (B, 3, H, W) -> (B, 3, size, size). Bicubic
-    resizing overshoots to -.03 .. 1.03 where PIL clips, hence the clamp; PIL differs by at most 2/255.
+    resizing overshoots to -.03 .. 1.03 where PIL clips, hence the clamp; PIL's result differs by <= 2/255.
     offset: how half a pixel is rounded (torchvision rounds, transformers truncates)."""
     height, width = (int(size * side / min(images.shape[-2:])) for side in images.shape[-2:])
     top, left = offset((height - size) / 2), offset((width - size) / 2)
@@ -1012,22 +1013,20 @@ def letterbox(images, size=224):
 
 
 def open_clip_host(row, cfg):
-    """HPSv2.1 in open_clip's ViT-H-14: the same 686 tensors, so the load is strict. Hosts return the network
-    and embeddings (B, D) of pixels and of prompts: (net, embed_image, embed_text)."""
+    """HPSv2.1 in open_clip's ViT-H-14: the same 686 tensors, so the load is strict. A host returns the
+    network and two functions that embed pixels and prompts (B, D): (net, embed_image, embed_text)."""
     import open_clip
     from hpsv2.utils import hps_version_map
-    weights = torch.load(find_weights(row["repo"], hps_version_map["v2.1"], cfg), "cpu", weights_only=True)
-    net = open_clip.CLIP(**open_clip.get_model_config("ViT-H-14"))  # create_model would warn: no weights
-    net.load_state_dict(weights["state_dict"], strict=True)
-    net, tokenise = net.to(cfg.device), open_clip.get_tokenizer("ViT-H-14")
+    weights = find_weights(row["repo"], hps_version_map["v2.1"], cfg)
+    net = open_clip.create_model("ViT-H-14", pretrained=str(weights), device=cfg.device)
+    tokenise = open_clip.get_tokenizer("ViT-H-14")
     return net, net.encode_image, lambda prompts: net.encode_text(tokenise(prompts).to(cfg.device))
 
 
 def transformers_host(row, cfg):
     """CLIPScore and PickScore by transformers: open_clip's tokenizer reads curly quotes differently."""
-    from transformers import CLIPModel, CLIPTokenizer
-    net = load_whole(CLIPModel, row["repo"], cfg, dtype=torch.float32)
-    tokenizer = from_hub(CLIPTokenizer.from_pretrained, row["repo"], cfg, needs="tokenizer.json")
+    net = load_whole(transformers.CLIPModel, row["repo"], cfg, dtype=torch.float32)
+    tokenizer = from_hub(transformers.CLIPTokenizer.from_pretrained, row["repo"], cfg, needs="tokenizer.json")
 
     def embed_text(prompts):
         tokens = tokenizer(prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
@@ -1078,8 +1077,8 @@ class ClipReward:
 def parse_rewards(text, own=(), flag="--rewards"):
     """"hpsv2=1,ocr=.5,my_module:score=2" -> [(name, weight), ...]. own: names that the backbone brings.
 
-    No weight means 1, a negative one makes a penalty; 0 would load a network for nothing. Only --watch may be
-    empty. Every name is looked up, so that nothing is loaded in vain."""
+    No weight means 1, a negative one makes a penalty; 0 (a network for nothing) is refused. Only --watch may
+    be empty. Every name is looked up, so that nothing is loaded in vain."""
     pairs = {}
     for item in text.split(",") if text or flag != "--watch" else ():
         name, equals, weight = (part.strip() for part in item.partition("="))
@@ -1100,21 +1099,20 @@ def parse_rewards(text, own=(), flag="--rewards"):
 
 
 def load_reward(name, cfg, own={}):
-    """The reward of that name: the backbone's own, one of REWARDS, or what module:attribute names: a function
-    (images, prompts) -> (B,), such an object, or its class, which is made by load(cfg) if it has a load."""
+    """The backbone's own reward of that name, one of REWARDS, or what module:attribute names: a function
+    (images, prompts) -> (B,), an object that is called so, or its class (load(cfg) or class() makes it)."""
     if name in own:
         return own[name]
     row = REWARDS.get(name, name)
-    found = find_named(row, "reward") if isinstance(row, str) else None
     try:
-        if found is None:
+        if isinstance(row, dict):
             return ClipReward(name, row, row["host"](row, cfg))
+        found = find_named(row, "reward")
         reward = found.load(cfg) if hasattr(found, "load") else found() if isinstance(found, type) else found
         if not hasattr(reward, "name") or not hasattr(reward, "differentiable"):
             reward, found = functools.partial(reward), reward  # methods and builtins take no attributes
             reward.name, reward.differentiable = name, getattr(found, "differentiable", False)
-            if hasattr(found, "std_floor"):
-                reward.std_floor = found.std_floor
+            reward.std_floor = getattr(found, "std_floor", cfg.std_floor)
     except (UsageError, torch.OutOfMemoryError):
         raise
     except (Exception, SystemExit) as error:  # a file that is cut short or a web page, or foreign code
@@ -1168,13 +1166,13 @@ def rate(reward, images, prompts):
 #   lora_targets     full names of the linears that get an adapter
 #   latent_shape     (C, H, W) of one sample
 #   shift            of the schedule for cfg.steps (see timestep_schedule); shift_for(steps) for others
-#   base, text_key   repository that an export is loaded into; a string of all that text embeddings depend on
+#   base, text_key   repository into which an export is loaded; a string naming all that embeddings depend on
 #   encode(prompts)  -> cond: dict of tensors, batch first, CPU. free_text() drops the text encoders
 #   velocity(net, x, t, cond)   v = eps - x0 (B,C,H,W) fp32 at levels t (B,); differentiable
 #   quantise(t)      the level that the network is really told when it is asked for t
 #   decode(x)        latents -> images (B,3,H,W) in [0,1]; differentiable
-#   optional         rewards, {name: reward} of its own (of the class: their names); text_length; of the
-#                    class: settings, its defaults as a row of MODELS, and compiles, whether its blocks are
+#   optional         rewards: of the object {name: reward}, of the class their names; text_length. Of the
+#                    class alone: settings, its defaults as a row of MODELS; compiles, whether its blocks are
 #                    compiled on a GPU
 # ------------------------------------------------------------------------------------------------------------
 
@@ -1188,15 +1186,17 @@ class Backbone:
     # which the stock pipeline samples without guidance
     vae_class, channels, pixels, tokens, unguided = "AutoencoderKL", 16, 8, 512, 1.0
     # Linears that get an adapter: attention of both streams. SD3: 191; SD3.5: 243, with its second,
-    # image-only attention attn2; FLUX.2: 80 and 112, whose single-stream blocks fuse q, k, v and the MLP into
-    # one linear: there the MLP is adapted too (App. J speaks of attention only).
+    # image-only attention attn2; FLUX.2: 80 (4B) and 112 (9B). Its single-stream blocks fuse q, k, v and the
+    # MLP into one linear, so the MLP is adapted too (App. J speaks of attention only).
     attention = r"(single_)?transformer_blocks\.\d+\.attn2?\..+"
 
     def __init__(self, cfg):
         self.cfg, self.text, self.text_length = cfg, None, cfg.text_length or self.tokens
         self.dtype = torch.bfloat16 if cfg.dtype == "bf16" else torch.float32
         self.load = functools.partial(load_whole, cfg=cfg, dtype=self.dtype)
-        paths = (cfg.pretrained or BACKBONES[cfg.model][1]).split(",")
+        paths = (cfg.pretrained or BACKBONES.get(cfg.model, ("", ""))[1]).split(",")
+        if not all(paths):
+            raise UsageError(f"--model {cfg.model} names no repository of its own: give --pretrained.")
         paths = [os.path.expanduser(path.strip()) for path in (paths[0], paths[-1])]  # generator's, teacher's
         for path in paths:
             check_pipeline(path, self.pipeline, cfg, is_teacher=path == paths[-1])
@@ -1271,13 +1271,13 @@ class SD3Backbone(Backbone):
 
 def flux_velocity(backbone, net, x, t, text, axes, **more):
     """What FLUX.1 and FLUX.2 share: the network wants tokens (B, h w, C) with positions (0, row, column,
-    word), or the first three. t is rounded as in the pipeline: other levels are never asked for."""
+    word), or the first three of them. t is rounded as the pipeline rounds it: see flux_level."""
     sizes = 1, *x.shape[2:], text.shape[1]
     one, row, column, word = (torch.arange(size, device=x.device) for size in sizes)
-    grid = lambda *sizes: torch.cartesian_prod(*sizes)[:, :axes]
+    places = lambda *sizes: torch.cartesian_prod(*sizes)[:, :axes]
     tokens, told = x.flatten(2).mT.to(backbone.dtype), (1000 * t.float()).to(backbone.dtype) / 1000
     v = net(hidden_states=tokens, timestep=told, encoder_hidden_states=text, return_dict=False, **more,
-            img_ids=grid(one, row, column, one), txt_ids=grid(one, one, one, word))[0]
+            img_ids=places(one, row, column, one), txt_ids=places(one, one, one, word))[0]
     return v.float().mT.unflatten(2, x.shape[2:])
 
 
@@ -1296,7 +1296,7 @@ class Flux1Backbone(Backbone):
     def __init__(self, cfg):
         super().__init__(cfg)
         if not self.nets["teacher"].config.guidance_embeds:
-            raise UsageError(f"--pretrained {cfg.pretrained}: FLUX.1-schnell ignores guidance: no teacher.")
+            raise UsageError(f"--pretrained {cfg.pretrained}: schnell ignores guidance; let TEACHER be dev.")
 
     def shift_for(self, steps):
         """e^mu, mu linear in the number of tokens: 1.88 at 512 pixels, 3.16 at 1024. FLUX.1-schnell: 1."""
@@ -1400,14 +1400,15 @@ def check_pipeline(path, pipeline, cfg, is_teacher):
     found = " without ".join([str(index.get("_class_name")), *lacking])
     if found != pipeline or is_teacher and index.get("is_distilled"):
         wrong = f"a {found}" if found != pipeline else "distilled: it cannot be the teacher"
-        raise UsageError(f"{path} is {wrong}: take a whole {pipeline} (GENERATOR,TEACHER if "
-                         f"they differ) such as {BACKBONES[cfg.model][1]}.")
+        raise UsageError(f"{path} is {wrong}: take a whole {pipeline} (GENERATOR,TEACHER if they differ).")
 
 
 def find_weights(repo, filename, cfg):
-    """Path of `filename`: in the folder `repo`, weights_dir/<its last part>, weights_dir, or of the hub."""
+    """Path of `filename`: in `repo`, in weights_dir/<last part of repo>, in weights_dir, or on the hub."""
     own = Path(cfg.weights_dir or repo).expanduser()
-    places = [folder / filename for folder in (Path(repo), own / Path(repo).name, own)]
+    places = [Path(repo) / filename, own / Path(repo).name / filename]
+    if own.name == Path(repo).name or not filename.endswith(".json"):  # every repository has a config.json
+        places.append(own / filename)
     if found := next(filter(Path.is_file, places), None):
         return found
     if Path(repo).is_dir():                               # or the hub would be asked for it, some 20 s
@@ -1424,15 +1425,15 @@ def find_weights(repo, filename, cfg):
 
 
 def from_hub(load, repo, cfg, needs="config.json", **options):
-    """load(repo), load being a from_pretrained, from where find_weights finds the file `needs`. It is looked
-    for first, since transformers silently makes a tokenizer without a vocabulary, and asks a hub out of
-    reach for every file in turn, 20 s each."""
+    """Calls load, a from_pretrained, with the repository or the folder where find_weights finds `needs`. This
+    file is looked for first, since transformers silently makes a tokenizer without a vocabulary, and asks a
+    hub that is out of reach for every file in turn, 20 s each."""
     found = find_weights(repo, needs, cfg)
     if cfg.weights_dir and found.is_relative_to(Path(cfg.weights_dir).expanduser()):
         repo = str(found.parents[needs.count("/")])        # the folder in which `needs` was found
     try:
         return load(repo, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, LookupError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:150]
         raise UsageError(f"{repo} is incomplete or damaged ({reason}): get the whole of it again.") from error
 
@@ -1449,8 +1450,8 @@ def load_whole(cls, repo, cfg, part="", **options):
 
 
 def matching_linears(net, pattern):
-    """Full names of the linears whose name matches. Full, because PEFT takes others as suffixes: attn.to_q
-    would miss attn2.to_q, and to_out also match the list that holds it."""
+    """Full names of the linears whose name matches. Full, because PEFT takes a shorter name as a suffix:
+    attn.to_q would miss attn2.to_q, and to_out would also match the list that holds the linear."""
     return [n for n, part in net.named_modules() if isinstance(part, nn.Linear) and re.fullmatch(pattern, n)]
 
 
@@ -1470,7 +1471,7 @@ LONGEST_PROMPT = 20_000          # characters; the encoders read some 2,000, mor
 def read_prompts(source, seed=None):
     """--prompts as list[str]: a .txt, .jsonl (GenEval's too), .csv, .tsv or .parquet file, a known name, or
     module:attribute, a list of texts or a function that returns one. Stripped, without blank lines and
-    duplicates; in an order by seed and text alone (a new line moves no other), or without a seed in the
+    duplicates. Seed and text alone decide the order (a new line moves no other); without a seed it is the
     file's. UsageError names the line that is wrong."""
     texts, known = [], ", ".join([name for name in KNOWN_PROMPTS if name != source] + ["module:attribute"])
     done = int(source.lower().endswith((".csv", ".tsv")))                   # lines read: a table has a header
@@ -1481,7 +1482,9 @@ def read_prompts(source, seed=None):
     except OSError as error:
         raise UsageError(f"--prompts {source} cannot be read ({error.strerror or error}): give a file, or "
                          f"{known}.") from error
-    except (ValueError, RuntimeError, LookupError, TypeError, AttributeError, csv.Error) as error:
+    except (UsageError, MemoryError):
+        raise
+    except Exception as error:                             # a list of one's own raises anything
         reason = " ".join(str(getattr(error, "msg", error)).split())[:150]
         raise UsageError(f"--prompts {source}, line {done + 1}: {reason}; correct it, or give {known}.") \
             from error
@@ -1506,7 +1509,7 @@ def prompt_of(row):
     if not isinstance(row, str) or "\0" in row or len(row) > LONGEST_PROMPT:
         raise ValueError(f"a prompt is text without NUL, up to {LONGEST_PROMPT:,} characters: {row!r:.30}")
     row.encode()            # JSON can hold half a surrogate pair: an error here, and not in the tokenizer
-    seen = any(unicodedata.category(letter)[0] not in "CZ" for letter in row)  # not only blanks of zero width
+    seen = any(unicodedata.category(letter)[0] not in "CZ" for letter in row)  # blanks of zero width are none
     return row.strip() if seen else ""
 
 
@@ -1532,7 +1535,7 @@ def prompt_rows(source):
         return file.read([n for n in file.schema_arrow.names if n.lower() in PROMPT_COLUMNS]).to_pylist()
     lines = (line.decode("utf-8-sig") for line in Path(source).read_bytes().splitlines(keepends=True))
     if kind in (".csv", ".tsv"):
-        # strict: or a quote that is never closed swallows the rows after it, in silence.
+        # strict, or a quote that is never closed silently swallows the rows after it.
         return csv.DictReader(lines, delimiter="," if kind == ".csv" else "\t", strict=True)
     if kind not in (".txt", ".jsonl"):
         raise ValueError(f"it ends in {kind or 'nothing'}, in none of .txt, .jsonl, .csv, .tsv, .parquet")
@@ -1557,8 +1560,8 @@ class PromptStream(list):
 
 class TextCache:
     """Text embeddings on disk, so that the encoders need not live beside the network while it trains.
-    FOLDER/<hash of text_key>/<hash of prompt>.safetensors is encode([prompt]) of any backbone without batch
-    axis. One thread reads ahead of the network; the 512 latest rows stay in memory (1.4 GB for SD3)."""
+    FOLDER/<hash of text_key>/<hash of prompt>.safetensors holds encode([prompt]) without its batch axis. One
+    thread reads ahead of the network; the 512 latest rows stay in memory (1.4 GB for SD3)."""
 
     def __init__(self, backbone, folder):
         self.backbone, reader = backbone, concurrent.futures.ThreadPoolExecutor(1)
@@ -1569,21 +1572,19 @@ class TextCache:
         """The file of one prompt."""
         return self.folder / f"{hashlib.sha256(prompt.encode()).hexdigest()}.safetensors"
 
-    def shapes(self, prompt):
-        """Shapes in the prompt's file, of which the header alone is read; None if the file is not whole."""
+    def is_whole(self, prompt):
+        """Whether the prompt's file is there, as long as its header says (no more of it is read)."""
         try:
-            with safe_open(self.path(prompt), "pt") as file:
-                return str({name: file.get_slice(name).get_shape() for name in file.keys()})
+            with safe_open(self.path(prompt), "pt"):
+                return True
         except (OSError, SafetensorError):
-            return None
+            return False
 
     def prepare(self, prompts, batch=16):
         """Encode what is missing of `prompts` and "" (the null condition), split over ranks; then free_text.
-        A file with other shapes than most counts as missing. Ranks list before any of them writes."""
+        All ranks list before any of them writes."""
         rank, _, world = dist_info()
-        found = {prompt: self.shapes(prompt) for prompt in dict.fromkeys(["", *prompts])}
-        usual = collections.Counter(filter(None, found.values())).most_common(1)
-        missing = [prompt for prompt, shapes in found.items() if not usual or shapes != usual[0][0]]
+        missing = [prompt for prompt in dict.fromkeys(["", *prompts]) if not self.is_whole(prompt)]
         barrier()
         if missing:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -1603,28 +1604,33 @@ class TextCache:
         barrier()
 
     def read(self, prompt):
-        """One row from its file. Cloned: load_file maps files into memory, and Linux allows 65,530 maps."""
+        """One row from its file. Cloned, so that no file stays mapped into memory."""
         try:
             row = {name: x.clone() for name, x in load_file(self.path(prompt)).items()}
             empty = prompt and not any(x.any() for x in row.values())
             if not empty and all(x.isfinite().all() for x in row.values()):
                 return row
-            self.path(prompt).unlink()                     # no encoder gives nan, or a text nothing but zeros
+            self.path(prompt).unlink()                     # no encoder gives nan, or zeros alone for a text
         except (OSError, SafetensorError):
             pass
-        raise UsageError(f"{self.path(prompt)} cannot be read, or holds no embedding: start again, and it is "
-                         "made anew, unless encode itself gives nan or 0 (nodes need one --cache for all).")
+        raise UsageError(f"{self.path(prompt)} cannot be read, or holds no embedding: start again to make it "
+                         "anew (if that fails: encode gives nan or 0, or nodes do not share their --cache).")
 
     def prefetch(self, prompts):
-        """Has the thread read `prompts` in this order, and returns at once. A loop that asks here for this
+        """Makes the thread read `prompts` in this order, and returns at once. A loop that asks here for this
         iteration and the next one finds in `batch` what was read while the network worked."""
         for prompt in list(dict.fromkeys(prompts))[:500]:  # fewer than are kept, or they push each other out
             self.row(prompt)
 
     def batch(self, prompts, device):
-        """cond of `prompts`, batch first, on `device`."""
-        rows = [future.result() for future in [self.row(prompt) for prompt in prompts]]
-        return {name: to_device(torch.stack([row[name] for row in rows]), device) for name in rows[0]}
+        """cond of `prompts`, batch first, on `device`. A prompt of several samples is copied there once."""
+        kinds = list(dict.fromkeys(prompts))
+        rows = [future.result() for future in [self.row(prompt) for prompt in kinds]]
+        cond = {name: to_device(torch.stack([row[name] for row in rows]), device) for name in rows[0]}
+        if len(kinds) == len(prompts):
+            return cond
+        at = to_device(torch.tensor([kinds.index(prompt) for prompt in prompts]), device)
+        return {name: values[at] for name, values in cond.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1658,11 +1664,11 @@ def start_processes(device):
         except OSError as error:                           # torch would ask again for half an hour
             raise UsageError(f"MASTER_ADDR {os.environ['MASTER_ADDR']} is unknown here: give the "
                              "name or address of the node with rank 0.") from error
-        # torchrun keeps one store over restarts; the prefix hides the addresses of the processes before.
+        # torchrun keeps one store over restarts; the prefix hides the addresses of earlier processes.
         life = f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
         store = dist.PrefixStore(life, next(dist.rendezvous("env://"))[0])
-        # One node may download 20 GB, or encode its prompts, for longer than another: ten minutes, the
-        # default of NCCL, would end the run. A process that dies is noticed by torchrun, which ends all.
+        # One node may need longer than another to download 20 GB or to encode its prompts, and NCCL's
+        # default of ten minutes would end the run. torchrun notices a process that dies, and ends all.
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", store=store, rank=rank,
                                 world_size=world, timeout=datetime.timedelta(days=1))
     return device
@@ -1698,7 +1704,7 @@ def progress(iterable, total, label, start=0):
 
 
 def key(*parts):
-    """A 63-bit seed made of the parts, of anything that has a repr. Every draw names its purpose, so there is
+    """A 63-bit seed made of parts that may be anything with a repr. Every draw names its purpose, so there is
     no random state to save: a restart, other processes or another micro-batch give the same numbers."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
 
@@ -1715,9 +1721,8 @@ def draw(keys, uniforms, normals, shape, device):
 
 
 def to_device(x, device):
-    """A copy on the device. From pinned memory it does not make the host wait for a GPU."""
-    pin = torch.device(device).type == "cuda"
-    return (x.pin_memory() if pin else x).to(device, non_blocking=True)
+    """x on the device. From pinned memory the host need not wait for a GPU."""
+    return (x.pin_memory() if "cuda" in str(device) and not x.is_cuda else x).to(device, non_blocking=True)
 
 
 def chunks(total, size):
@@ -1726,19 +1731,13 @@ def chunks(total, size):
     return [slice(i * total // n, (i + 1) * total // n) for i in range(n)]
 
 
-def rows_of(cond, rows):
-    """Some rows of each tensor of cond."""
-    return {name: values[rows] for name, values in cond.items()}
-
-
 def level(values, like):
     """Noise levels (B,) as fp32 (B, 1, ..., 1), which broadcasts against `like` (B, ...)."""
-    return values.to(like.device, torch.float32).view(-1, *[1] * (like.dim() - 1))
+    return to_device(values.float(), like.device).view(-1, *[1] * (like.dim() - 1))
 
 
 def write_atomic(path, data):
     """Writes to a file beside `path` and renames it: a reader sees the old file or the whole new one."""
-    path = Path(path)
     beside = path.with_name(f".{path.name[:200]}.{uuid.uuid4().hex[:8]}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1870,10 +1869,8 @@ def optimizer_step(run, role):
     p.grad = torch.zeros_like(p) if p.grad is None else p.grad           # this process may have had no sample
     if dist.is_initialized():
         dist.all_reduce(p.grad)
-    norm = p.grad.norm()
-    good = bool(norm.isfinite())                                            # the only wait for the GPU
-    if good:
-        p.grad *= (run.cfg.grad_clip / (norm + 1e-6)).clamp(max=1)
+    norm = nn.utils.clip_grad_norm_(p, run.cfg.grad_clip)
+    if good := bool(norm.isfinite()):                                       # the only wait for the GPU
         optimizer.step()
         note(run, 1, **{f"grad_{role}": norm})
     optimizer.zero_grad(set_to_none=True)
@@ -1884,7 +1881,7 @@ def optimizer_step(run, role):
         log(f"Iteration {run.done + 1}: the {role}'s gradient is not finite ({source}); it is skipped.")
         if run.bad[role] >= run.cfg.max_bad_steps:
             raise UsageError(f"{run.bad[role]} updates of the {role} in a row are not finite ({source}): see "
-                             "what is named, or go on from the last checkpoint with a lower --lr.", code=1)
+                             "that, or go on with a lower --lr or --lr_fake and --force_resume.", code=1)
     return good
 
 
@@ -1898,7 +1895,7 @@ def update_ema(run):
 # Settings that do not change what is computed (beyond the order of a sum): a run may be resumed with others.
 FREE_SETTINGS = set("out init iterations device cache weights_dir checkpointing no_compile "
                     "micro_batch max_bad_steps save_every keep sample_every watch force_resume".split())
-# Settings that only the other stage reads, by the stage that runs.
+# {stage that runs: settings that only the other stage reads}
 READ_BY_THE_OTHER = {
     1: set("rewards groups group_size subset_size beta policy_weight det_weight dm_weight std_floor clip "
            "inner_epochs".split()), 2: {"batch"}}
@@ -1980,8 +1977,7 @@ def list_checkpoints(folder):
     """Checkpoints in a folder, newest first, without copies such as checkpoint-best. OSError if it may not be
     read (glob would find nothing)."""
     found = Path(folder).iterdir() if Path(folder).is_dir() else ()
-    found = [path for path in found if re.fullmatch(r"checkpoint-\d{6,}", path.name)]
-    return sorted(found, key=iteration_of, reverse=True)
+    return sorted((p for p in found if re.fullmatch(r"checkpoint-\d{6,}", p.name)), key=iteration_of)[::-1]
 
 
 def find_checkpoint(path):
@@ -1990,7 +1986,7 @@ def find_checkpoint(path):
     the run. A file that cannot be read (a passing fault of the disk) is not damaged: OSError ends the run."""
     path = Path(path)
     candidates = [path] if path.name.startswith("checkpoint-") and path.exists() else list_checkpoints(path)
-    for folder in (path for path in candidates if (path / "state").exists()):  # of others the export is left
+    for folder in (path for path in candidates if (path / "state").exists()):  # others have only their export
         with contextlib.suppress(FileNotFoundError, ValueError, TypeError, KeyError, AttributeError,
                                  RecursionError):
             facts = json.loads((folder / FACTS_FILE).read_text())
@@ -2062,10 +2058,14 @@ def prepare(cfg):
     if len(set(everyone(key(vars(cfg), run.prompt_hash, start and start.name)))) > 1:
         raise UsageError("The processes differ in flags, prompts or newest checkpoint: start all with "
                          "one command, and give an --out that all nodes see.")
+    if cfg.stage == 1 and cfg.batch // cfg.steps % dist_info()[2]:
+        log(f"--batch {cfg.batch} splits unevenly: multiples of {cfg.steps * dist_info()[2]} are faster.")
     cfg.device = run.device
-    # TF32 for what is fp32: rewards (2 % of the std within a group on CLIP ViT-L/14, docs/costs.md), and the
-    # network of a class that ignores dtype, as the tiny world's.
+    # With bf16, TF32 for what stays fp32: rewards (an error of 2 % of a group's std with CLIP ViT-L/14,
+    # docs/costs.md) and the network of a class that ignores dtype, as the tiny world's does.
     torch.set_float32_matmul_precision("high" if cfg.dtype == "bf16" else "highest")
+    if "flux" in cfg.model and torch.__version__ < (2, 14):
+        torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass mixes up memory layouts (costs.md)
     run.backbone = backbone_class(cfg.model)(cfg)
     run.roles = Roles(run.backbone, cfg)
     run.times = timestep_schedule(cfg.steps, run.backbone.shift)
@@ -2097,14 +2097,18 @@ def micro_batch_of_card(run, most=16):
     faster (docs/costs.md). The decoder computes activations twice only if fewer than 8 fit otherwise."""
     if not run.device.startswith("cuda"):
         return 4
-    vae = getattr(run.backbone, "vae", None)
+    cfg, vae = run.cfg, getattr(run.backbone, "vae", None)
+    rolled = cfg.groups * cfg.group_size if cfg.stage == 2 else cfg.batch // cfg.steps * cfg.fake_updates
+    # Noise, states and predictions of every trajectory: K + (K + 1) + K latents in fp32.
+    kept = len(share(rolled)) * (3 * cfg.steps + 1) * 4 * math.prod(run.backbone.latent_shape)
     for switch in ("disable", "enable"):
         if vae:
             getattr(vae, f"{switch}_gradient_checkpointing")()
         fits, reason = 1, "two samples do not fit"
         with contextlib.suppress(torch.OutOfMemoryError):
             one, two = (peak_bytes(run, n) for n in (1, 2))
-            free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+            spare = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+            free = torch.cuda.mem_get_info()[0] + spare - kept
             each = max(two - one, 1)
             fits = max(1, min(most, int(1 + (0.85 * free - one) / each)))
             reason = f"a sample takes {each / 1e9:.2f} GB, and {free / 1e9:.1f} GB are free"
@@ -2116,7 +2120,7 @@ def micro_batch_of_card(run, most=16):
 
 def peak_bytes(run, n):
     """GPU memory in bytes that n samples take in the largest pass with gradient: stage 2's through the last
-    step, i.e. network, decoder and rewards. Stage 1 has no rewards, and no decoder then."""
+    step, i.e. network, decoder and rewards. Stage 1 has no rewards, so it needs no decoder."""
     states = torch.randn(run.cfg.steps + 1, n, *run.backbone.latent_shape, device=run.device)
     scales = {name: torch.ones(n, device=run.device) for name in run.rewards}
     b = SimpleNamespace(states=states, prompts=[run.prompts.at(i) for i in range(n)], scales=scales)
@@ -2147,7 +2151,7 @@ def gather(run):
 
 def iterations(run):
     """Yields the iterations that are left. After each it logs, looks for signals and, if due, makes a panel
-    and a checkpoint; none while updates are not finite: it would displace a good one."""
+    and a checkpoint (but not while updates are not finite: that checkpoint would displace a good one)."""
     cfg, last, due = run.cfg, run.cfg.iterations, False
     bar = progress(range(run.done, last), last, f"stage {cfg.stage}", start=run.done)
     for it in bar:
@@ -2156,7 +2160,7 @@ def iterations(run):
         run.done = it + 1
         if (new := compiled()[0] - graphs) > 0:
             log(f"Iteration {run.done} compiled {new} graphs of the network's blocks, in "
-                f"{compiled()[1] - before:.0f} s; no later one of the same shape will.")
+                f"{compiled()[1] - before:.0f} s; later ones of the same shapes need none.")
         row = dict(iteration=run.done, **gather(run), skipped=run.skipped)
         if run.done % cfg.sample_every == 0 or run.done == last:
             row.update(panel(run))
@@ -2174,7 +2178,7 @@ def iterations(run):
             return
         if run.done == last and not good:
             raise UsageError("the last update was not finite, so no checkpoint is saved: correct what was "
-                             "named, or lower --lr, and start again.", code=1)
+                             "named, or give a lower --lr or --lr_fake and --force_resume.", code=1)
 
 
 def phase(run, name):
@@ -2226,7 +2230,7 @@ def open_log(run):
     for name, content in made_by.items():
         path = run.folder / name
         if run.done and path.exists() and path.read_bytes() != content:
-            log(f"{name} has changed since iteration {run.done}; what made that one is kept beside it.")
+            log(f"{name} has changed since iteration {run.done}; the earlier one is kept beside it.")
             if not (old := path.with_stem(f"{path.stem}-until-{run.done:06d}")).exists():
                 os.replace(path, old)
         write_atomic(path, content)
@@ -2253,17 +2257,16 @@ def record(run, row):
 
 @torch.no_grad()
 def panel(run):
-    """Samples the averaged generator with fixed prompts and noise: 16 pictures in
-    OUT/stageN/samples/000100.png, and over 64 the watched rewards and numbers that move when a reward is
+    """Samples the averaged generator with fixed prompts and noise. Writes 16 pictures into
+    OUT/stageN/samples/000100.png; returns, over 64, the watched rewards and what moves when a reward is
     hacked: saturation (max - min over channels), contrast (std of grey), edges (mean step to neighbours)."""
     prompts = sorted(run.prompts, key=lambda prompt: key("panel", prompt))[:64]
     keys, shape = [key("panel", p) for p in prompts], run.backbone.latent_shape
     _, normal = draw(keys, 0, run.cfg.steps, shape, run.device)
-    theta = run.roles.flat["generator"].data
-    raw = theta.clone()
-    theta.copy_(run.ema)
+    theta = run.roles.flat["generator"]
+    raw, theta.data = theta.data, run.ema
     states, _ = rollout_in_chunks(run, normal[0], normal[1:], prompts)
-    theta.copy_(raw)
+    theta.data = raw
     parts = chunks(len(prompts), run.cfg.micro_batch)
     images = torch.cat([run.backbone.decode(states[-1][rows]).float() for rows in parts])
     rated = lambda reward: torch.cat([rate(reward, images[rows], prompts[rows]) for rows in parts])
@@ -2279,12 +2282,9 @@ def panel(run):
 def grid(images, columns):
     """Images (B, 3, H, W) in [0, 1] as one PIL image; small ones are enlarged to some 96 pixels."""
     images = F.interpolate(images, scale_factor=max(1, 96 // images.shape[-1]))
-    images = F.pad(images, (1, 1, 1, 1), value=1.0)
-    height, width = images.shape[-2:]
-    tiles = F.pad(images.flatten(1).T, (0, -len(images) % columns), value=1.0)  # white after the last
-    rows = tiles.shape[1] // columns
-    canvas = F.fold(tiles, (rows * height, columns * width), (height, width), stride=(height, width))
-    return Image.fromarray((canvas * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+    images = F.pad(images, (1, 1, 1, 1, 0, 0, 0, -len(images) % columns), value=1.0)  # white after the last
+    canvas = images.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
+    return Image.fromarray((canvas * 255).round().byte().cpu().numpy())
 
 
 def write_png(path, image):
@@ -2296,7 +2296,7 @@ def write_png(path, image):
 
 def watch_signals(run):
     """SIGTERM and SIGINT end the run after this iteration, with a checkpoint and exit 0. A second SIGINT ends
-    it at once; a second SIGTERM does not: torchrun repeats what the cluster sent to every process."""
+    it at once, a second SIGTERM does not: torchrun sends one more. (It kills after 30 s: see train.sh.)"""
     def handler(number, _):
         run.stop = True
         if dist_info()[0] == 0:  # print may be what was interrupted
@@ -2343,7 +2343,7 @@ def parse_flags(argv, fields=None, titles=HELP_TITLES, usage="rtdmd.py --stage 1
 
 # What PyTorch says, what it means here, and the exit status.
 FAULTS = (
-    ("MemoryError|can't allocate memory",
+    ("MemoryError|ALLOC_FAILED|out of memory|can't allocate memory",
      "out of memory: lower --micro_batch (no result changes) or --batch, or add --checkpointing.", 1),
     ("through the graph a second time|by an inplace operation",
      "a reward has freed the graph of its result, or changed it in place: it may not call backward, and "
@@ -2371,8 +2371,15 @@ def one_sentence(program):
         raise
     except OSError as error:  # a disk is full, a folder vanished
         end(f"{error}: correct that, or choose another folder, and give the same command again.", 2)
-    finally:                                                           # last: it may wait for other processes
-        if dist.is_initialized():
+    finally:
+        error = sys.exc_info()[1]
+        if error and dist.is_initialized() and dist.get_backend() == "nccl":
+            # An orderly end would wait for processes that wait for this one. Now torchrun ends them.
+            if not isinstance(error, SystemExit):
+                sys.excepthook(type(error), error, error.__traceback__)
+            sys.stdout.flush()
+            os._exit(error.code if isinstance(error, SystemExit) else 1)
+        elif dist.is_initialized():
             dist.destroy_process_group()
 
 

@@ -30,6 +30,7 @@ import argparse
 import ast
 import concurrent.futures
 import contextlib
+import copy
 import dataclasses
 import errno
 import functools
@@ -129,7 +130,7 @@ def sentence(error):
 
 def settings(weights_dir=None, prompts=None):
     """The least that a reward or metric must be told."""
-    return SimpleNamespace(weights_dir=weights_dir and str(weights_dir), device="cpu", prompts=prompts)
+    return SimpleNamespace(weights_dir=weights_dir and str(weights_dir), device="cpu", prompts=prompts, std_floor=1e-4)
 
 
 def prepared(argv):
@@ -1391,7 +1392,7 @@ def test_each_shape_has_a_graph_of_its_own(folders, monkeypatch):
     x, cond = latents(backbone), backbone.encode(PROMPTS)
     for rows in ([0], [0, 1], [0, 1, 0]):
         with torch.no_grad():
-            roles.velocity("teacher", x[rows], torch.full((len(rows),), .5), rtdmd.rows_of(cond, rows))
+            roles.velocity("teacher", x[rows], torch.full((len(rows),), .5), {n: c[rows] for n, c in cond.items()})
     assert not any(isinstance(n, torch.SymInt) for n in sizes) and {1, 2, 3} <= set(sizes)
 
 
@@ -1458,7 +1459,8 @@ def on_a_card(stage, free, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 80e9))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 0)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 0)
-    return SimpleNamespace(device="cuda:0", cfg=rtdmd.Config(stage=stage), backbone=SimpleNamespace(vae=vae)), vae
+    backbone = SimpleNamespace(vae=vae, latent_shape=(0,))
+    return SimpleNamespace(device="cuda:0", cfg=rtdmd.Config(stage=stage), backbone=backbone), vae
 
 
 @pytest.mark.parametrize("stage, free, expected, checkpointed", [
@@ -1470,6 +1472,19 @@ def test_micro_batch_0_is_what_the_card_holds(stage, free, expected, checkpointe
     assert rtdmd.micro_batch_of_card(run) == expected
     assert f"Micro-batch {expected}: " in capfd.readouterr().err
     assert checkpointed is None or vae.again is checkpointed
+
+
+@pytest.mark.parametrize("stage, kept", [(2, 48 // 2 * 24), (1, 72 // 4 * 10 // 2)])
+def test_the_trajectories_of_an_iteration_need_memory_too(stage, kept, monkeypatch):
+    """Noise, states and predictions of those of this process, 13 latents each. FLUX.2's are 524 kB: 10 GB on one
+    card, more than the margin."""
+    run, _ = on_a_card(stage, 8 / .85 * 1e9, monkeypatch)
+    monkeypatch.setattr(rtdmd, "dist_info", lambda: (0, 0, 2))
+    monkeypatch.setattr(rtdmd, "peak_bytes", lambda run, n: n * 1e9)
+    run.cfg.fake_updates, run.backbone.latent_shape = 10, (1000, 1000)
+    assert rtdmd.micro_batch_of_card(run) == max(1, int(8 - .85 * kept * 13 * 4e-3))
+    run.backbone.latent_shape = (1,)
+    assert rtdmd.micro_batch_of_card(run) == 7
 
 
 @pytest.mark.parametrize("room, expected", [(2.5, 2), (1.5, 1), (0.5, 1)])
@@ -1964,7 +1979,7 @@ def test_hpsv2_host_loads_strictly_and_scores_a_cosine(tmp_path, monkeypatch):
     sizes = dict(embed_dim=8, vision_cfg=dict(layers=1, width=64, image_size=224, patch_size=56),
                  text_cfg=dict(layers=1, width=16, heads=2, vocab_size=49408, context_length=77))
     small = open_clip.CLIP(**sizes)
-    monkeypatch.setattr(open_clip, "get_model_config", {"ViT-H-14": sizes}.get)
+    monkeypatch.setattr(open_clip.factory, "get_model_config", lambda name: copy.deepcopy({"ViT-H-14": sizes}[name]))
     cfg = settings(tmp_path)
     file = tmp_path / "HPSv2" / hps_version_map["v2.1"]
     file.parent.mkdir()
@@ -2894,6 +2909,42 @@ def test_weights_dir_comes_before_the_hub(tmp_path):
     assert rtdmd.find_weights("some/repo", "file.pt", cfg) == tmp_path / "repo" / "file.pt"
 
 
+def test_a_repository_is_not_taken_for_another(tmp_path, monkeypatch):
+    """Every repository has a config.json. --weights_dir a/generator held the teacher's, too, and trained on itself."""
+    monkeypatch.setattr(rtdmd.huggingface_hub, "hf_hub_download", lambda repo, name: f"hub/{repo}/{name}")
+    cfg = settings(tmp_path / "generator")
+    (tmp_path / "generator/transformer").mkdir(parents=True)
+    found = written(tmp_path, "generator/transformer/config.json", "{}")
+    assert rtdmd.find_weights("some/generator", "transformer/config.json", cfg) == Path(found)
+    assert rtdmd.find_weights("some/teacher", "transformer/config.json", cfg) == \
+        Path("hub/some/teacher/transformer/config.json")
+
+
+class OneOfAFamily(rtdmd.SD3Backbone):
+    """As module:Class it has no row in BACKBONES."""
+
+
+def test_a_class_that_extends_a_family(folders):
+    """It needs --pretrained, and is told so; with another pipeline's folder the sentence names no example."""
+    make = lambda path: OneOfAFamily(rtdmd.Config(model=f"{__name__}:OneOfAFamily", pretrained=path, resolution=64,
+                                                  device="cpu"))
+    assert make(folders["sd3m"]).base == folders["sd3m"]
+    for path, words in (("", "give --pretrained"), (",", "give --pretrained"),
+                        (folders["flux1"], "take a whole StableDiffusion3Pipeline")):
+        with pytest.raises(rtdmd.UsageError, match=words) as error:
+            make(path)
+        sentence(error)
+
+
+def test_a_tokenizer_that_is_another_thing(tmp_path):
+    """transformers answers with a KeyError."""
+    from transformers import CLIPTokenizer
+    written(tmp_path, "tokenizer.json", "{}")
+    with pytest.raises(rtdmd.UsageError, match="incomplete or damaged") as error:
+        rtdmd.from_hub(CLIPTokenizer.from_pretrained, str(tmp_path), settings(), needs="tokenizer.json")
+    sentence(error)
+
+
 # ---- Export
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -3137,6 +3188,23 @@ def test_the_readmes_own_backbone_and_reward_train(tmp_path, monkeypatch):
     assert json.loads(Path("runs/eval/report.json").read_text())["scores"]["stage2"]
 
 
+def test_the_readmes_reward_with_a_network(tmp_path, monkeypatch):
+    """Loaded by its name, it scores, and its gradient reaches the pictures."""
+    from transformers import ViTConfig, ViTForImageClassification
+    sizes = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    ViTForImageClassification(ViTConfig(**sizes)).save_pretrained(tmp_path / "model")
+    code = readme_block("import torch\nimport transformers")
+    assert "your/model" in code
+    written(tmp_path, "with_network.py", code.replace("your/model", str(tmp_path / "model")))
+    monkeypatch.syspath_prepend(tmp_path)
+    reward = rtdmd.load_reward("with_network:Classifier", settings())
+    images = torch.rand(2, 3, 64, 64, requires_grad=True)
+    values = rtdmd.rate(reward, images + 0, ["a cat", "a dog"])
+    assert reward.differentiable and values.shape == (2,)
+    assert torch.autograd.grad(values.sum(), images)[0].abs().amax((1, 2, 3)).min() > 0
+    assert not any(p.requires_grad for p in reward.func.net.parameters())
+
+
 def test_the_readmes_snippet_for_diffusers(real_run, folders, tmp_path, monkeypatch):
     """As it stands, with our folder and size: the picture has the size that was trained, not the pipeline's own."""
     from diffusers import StableDiffusion3Pipeline
@@ -3341,6 +3409,7 @@ def test_processes_and_micro_batches_change_nothing(model, stage, flags, tmp_pat
     (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory", 1),
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "out of memory", 1),
     (MemoryError(), "out of memory", 1),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), "out of memory", 1),
     (RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer [::1]:52"), "another process has ended", 1),
     (torch.distributed.DistBackendError("NCCL error: remote process exited"), "another process has ended", 1)])
 def test_what_pytorch_says_in_its_own_words(error, words, code, capfd):
@@ -3350,6 +3419,35 @@ def test_what_pytorch_says_in_its_own_words(error, words, code, capfd):
     one_sentence(capfd.readouterr().err, exit.value.code, words, code)
     with pytest.raises(RuntimeError, match="shapes"), rtdmd.one_sentence("rtdmd"):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+
+@pytest.mark.parametrize("error, code", [(rtdmd.UsageError("The disk is full."), 2), (SystemExit(3), 3),
+                                         (ZeroDivisionError("a defect"), 1), (None, None)])
+def test_after_an_error_nccl_is_not_left_in_order(error, code, monkeypatch, capfd):
+    """destroy_process_group waits for processes that wait for this one in a collective: the run would hang."""
+    class Left(BaseException):
+        pass
+
+    ends = []
+    monkeypatch.setattr(rtdmd.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(rtdmd.dist, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(rtdmd.dist, "destroy_process_group", lambda: ends.append("in order"))
+    monkeypatch.setattr(os, "_exit", lambda code: ends.append(code) or (_ for _ in ()).throw(Left))
+    with pytest.raises(Left) if error else contextlib.nullcontext(), rtdmd.one_sentence("rtdmd"):
+        if error:
+            raise error
+    assert ends == ([code] if error else ["in order"])
+    shown = capfd.readouterr().err
+    assert ("rtdmd: The disk is full." in shown) == (code == 2)
+    assert ("Traceback" in shown and "a defect" in shown) == (code == 1)
+
+
+@pytest.mark.parametrize("batch, warned", [(4, True), (8, False)])
+def test_an_uneven_batch_is_said(batch, warned, flags, tmp_path):
+    """On two processes with K = 4 each should get as many samples of every step."""
+    argv = flags(1, "--batch", batch, "--iterations", 1)
+    assert finish(start(argv, tmp_path / "log", 2)) == [0, 0]
+    assert (f"--batch {batch} splits unevenly: multiples of 8" in (tmp_path / "log/rank-0").read_text()) == warned
 
 
 def test_processes_that_differ_are_refused(flags, tmp_path):
@@ -3642,7 +3740,7 @@ def test_what_made_a_run_is_kept_when_it_changes(begun, flags, tmp_path, capfd):
     own, other = tmp_path / "run/stage1/rtdmd.py", b"an older version"
     own.write_bytes(other)
     rtdmd.main(flags(1, "--iterations", 4))
-    assert "rtdmd.py has changed since iteration 3; what made that one is kept" in capfd.readouterr().err
+    assert "rtdmd.py has changed since iteration 3; the earlier one is kept beside" in capfd.readouterr().err
     assert own.with_name("rtdmd-until-000003.py").read_bytes() == other
     assert own.read_bytes() == Path(rtdmd.__file__).read_bytes() and own.with_name("eval.py").exists()
     first, second = (json.loads(own.with_name(name).read_text())["config"]["iterations"]
@@ -3973,8 +4071,8 @@ WRONG = [line.split(" | ") for line in r"""
 2 --std_floor -1 | at least 0
 2 --inner_epochs 0 | at least 1
 2 --eta 0 | no stochastic step
-2 --policy_weight 0 --det_weight 0 --dm_weight 0 | nothing is left to train
-2 --beta 0 --dm_weight 0 | nothing is left to train
+2 --policy_weight 0 --det_weight 0 --dm_weight 0 | leaves nothing to train
+2 --beta 0 --dm_weight 0 | leaves nothing to train
 2 --policy_weight 0 --dm_weight 0 --rewards strict=1 | No reward is differentiable
 2 --lora_rank 8 | lora_rank 4 -> 8
 2 --lora_alpha 8 | lora_alpha 4 -> 8
@@ -4049,6 +4147,7 @@ def test_other_wrong_input(flags, tmp_path, capfd, monkeypatch):
         refused(capfd, flags(1), "MASTER_PORT is not torchrun's")
     monkeypatch.setenv("MASTER_PORT", "29500")
     refused(capfd, flags(2), "--groups 4 does not split over 3 processes: take 6")
+    refused(capfd, flags(1, "--device", "cuda:0"), "--device cuda:0: take cuda or cpu")  # all on one GPU
     with monkeypatch.context() as patch:                            # or it would wait for half an hour
         patch.setenv("MASTER_ADDR", "nowhere.invalid")
         refused(capfd, flags(1), "MASTER_ADDR nowhere.invalid is unknown here")
@@ -4070,6 +4169,11 @@ def test_what_is_found_by_name(tmp_path, monkeypatch):
     for name in ("found_here:nothing", "no_such_module:x", "found_here:", ":x", "json:"):
         with pytest.raises(rtdmd.UsageError, match="correct it, or put"):
             rtdmd.find_named(name, "reward")
+    written(tmp_path, "lazily.py", "nothing = None\ndef texts():\n    yield 'a cat'\n    import no_such_module")
+    with pytest.raises(rtdmd.UsageError, match="line 2: No module named 'no_such_module'; correct it"):
+        rtdmd.read_prompts("lazily:texts")
+    with pytest.raises(rtdmd.UsageError, match="lazily:nothing cannot be loaded .*must be callable"):
+        rtdmd.load_reward("lazily:nothing", settings())
     program = SimpleNamespace(__file__=str(tmp_path / "someprogram.py"), marker=7)
     monkeypatch.setitem(sys.modules, "__main__", program)
     assert rtdmd.find_named("someprogram:marker", "reward") == 7
@@ -5476,6 +5580,19 @@ def test_text_cache(tmp_path, capsys):
     assert rtdmd.TextCache(backbone, tmp_path).folder != cache.folder
 
 
+def test_a_prompt_of_several_samples_goes_to_the_card_once(tmp_path, monkeypatch):
+    """24 trajectories of SD3 share one prompt: 2.7 MB, not 64."""
+    backbone = Letters()
+    cache, sent, to_device = rtdmd.TextCache(backbone, tmp_path), [], rtdmd.to_device
+    cache.prepare(["a", "b"])
+    monkeypatch.setattr(rtdmd, "to_device", lambda x, device: sent.append(x.shape[0]) or to_device(x, device))
+    for prompts, rows in ((["b", "a", "b", "b"], 2), (["a", "a"], 1), (["a", "b"], 2)):
+        sent.clear()
+        cond, truth = cache.batch(prompts, "cpu"), backbone.encode(prompts)
+        assert all(torch.equal(cond[name], truth[name]) for name in truth)
+        assert sorted(sent)[:2] == [rows, rows]
+
+
 def test_text_cache_reads_ahead_each_row_once_and_keeps_the_latest(tmp_path, monkeypatch):
     """In a thread of its own; the row not asked for the longest goes first."""
     backbone, prompts = Letters(), [f"prompt {i}" for i in range(5)]
@@ -5550,7 +5667,7 @@ def test_text_cache_refuses_a_full_disk_and_splits_over_ranks(tmp_path, monkeypa
         monkeypatch.setattr(rtdmd, "dist_info", lambda: (rank, rank, 3))
         before = len(list(tmp_path.rglob("*.safetensors")))
         cache = rtdmd.TextCache(Letters(), tmp_path / "shared")
-        monkeypatch.setattr(cache, "shapes", lambda prompt: None)      # all three listed before one wrote
+        monkeypatch.setattr(cache, "is_whole", lambda prompt: False)   # all three listed before one wrote
         cache.prepare(prompts)
         assert len(list(tmp_path.rglob("*.safetensors"))) - before in range(20, 49)
     assert len(list(tmp_path.rglob("*.safetensors"))) == 101
@@ -5596,11 +5713,35 @@ def test_report_has_the_contracts_rows(tiny_report):
     grid = np.array(Image.open(folder / "run/grid.png"))
     cell = 2 * 48 + 2                                            # painted at 48 pixels, shown at 96, with a frame
     line, width = 20, 4 * cell                                   # a name above each row, the captions below
-    foot = grid.shape[0] - 3 * (line + cell)
+    foot = grid.shape[0] - 4 * (line + cell)                     # real pictures on top
     assert grid.shape[1] == width and line < foot <= 7 * line
     dark = (grid < 128).any(2)
-    assert all(dark[top:top + line, :cell].any() for top in range(0, 3 * (line + cell), line + cell))
+    assert all(dark[top:top + line, :cell].any() for top in range(0, 4 * (line + cell), line + cell))
+    real = ev.real_renders([caption for caption in report["prompts"] for _ in range(2)])[::2]
+    shown = torch.from_numpy(grid[line:line + cell]).permute(2, 0, 1) / 255.0
+    for column, picture in enumerate(real):                      # but the edge, where a frame may lie
+        close(shown[:, 7:-5:4, column * cell + 7:(column + 1) * cell - 5:4], picture[:, 1:-1, 1:-1], 1 / 255)
     assert dark[-foot:].any(0).reshape(4, cell).any(1).all()
+
+
+def test_wrong_pictures_stand_in_red_frames(tiny_report, tmp_path, monkeypatch):
+    """Those of which the held-out judge says 0; not those without a verdict, and none if it was not asked."""
+    _, flags = tiny_report
+    score_rows, verdicts = ev.score_rows, [1, 0, 1, 1, math.nan, 0, 0, 1]
+
+    def judged(*args):
+        scores, failures = score_rows(*args)
+        for row in scores.values():
+            row.update({name: verdicts for name in row if name == "heldout_strict"})
+        return scores, failures
+    monkeypatch.setattr(ev, "score_rows", judged)
+    for metrics, wrong in (("heldout_strict,heldout", [False, False, False, True]), ("heldout", 4 * [False])):
+        ev.main([*flags, "--out", str(tmp_path), "--metrics", metrics])
+        grid = np.array(Image.open(tmp_path / "grid.png")).astype(int)
+        cell, line = 98, 20                                      # as in the test of the report
+        for top in range(line + line + cell, 4 * (line + cell), line + cell):  # shown are pictures 0, 2, 4 and 6
+            corners = grid[top, [98 * column for column in range(4)]]
+            assert [*(corners == (255, 0, 0)).all(1)] == wrong
 
 
 def test_pictures_of_a_run(begun, cache, tmp_path):
@@ -5675,8 +5816,7 @@ def test_gathered_pictures_travel_alone(monkeypatch):
     monkeypatch.setattr(rtdmd, "everyone", lambda value: seen.append(value) or everyone(value))
     images = torch.zeros(64, 3, 24, 24, dtype=torch.uint8)
     ev.grid_rows({"row": (list(range(64)), images)}, range(8))
-    ev.whole_set_metrics(SimpleNamespace(decode=lambda x: x / 2 + .5), [*range(64)], images,
-                         ev.tiny_captions()[:32] * 2, 2)
+    ev.whole_set_metrics([*range(64)], images, ev.tiny_captions()[:32] * 2, 2)
     assert all(image.untyped_storage().nbytes() == 3 * 24 * 24 for pairs in seen for _, image in pairs)
     assert [*map(len, seen)] == [8, 64]
 
@@ -6781,12 +6921,17 @@ def test_the_table_speaks_in_words(tiny_report, tmp_path, monkeypatch, capsys):
     folder, flags = tiny_report
     names = []
     drawn = ev.named_grid
-    monkeypatch.setattr(ev, "named_grid", lambda images, columns, rows, below: names.extend(rows) or drawn(
-        images, columns, rows, below))
+    monkeypatch.setattr(ev, "named_grid", lambda images, columns, rows, below, framed=(): names.extend(rows) or drawn(
+        images, columns, rows, below, framed))
     ev.main([*flags, "--out", str(tmp_path)])
     words = ["teacher, 50 steps", "teacher, 50 steps, guidance 1.5", "untrained student, 4 steps"]
     out = capsys.readouterr().out
-    assert names == words + 2 * words[2:]                        # the grid; a trajectory for each of two captions
+    found = json.loads((tmp_path / "report.json").read_text())["rows"]
+    numbers = [f": {100 * row['heldout_strict']:.0f}% right, distance {row['distance']:.2f}, "
+               f"diversity {row['diversity']:.2f}" for row in found.values()]
+    # The grid, under its real pictures; a trajectory for each of two captions.
+    assert re.fullmatch(r"real pictures: \d+% right", names[0])
+    assert names[1:] == [*map("".join, zip(words, numbers))] + 2 * words[2:]
     assert all(f"\n{name}  " in out for name in words) and "±" in out and "+-" not in out
     assert "teacher_cfg" not in out and "student_init" not in out
     report = str(tmp_path / "report.json")
@@ -7251,11 +7396,10 @@ def test_frechet_and_spread_against_known_values():
 
 def test_set_metrics_of_renders():
     """Fresh renders are near the real ones and as diverse; one picture for each caption is not."""
-    backbone = SimpleNamespace(decode=lambda x: (x / 2 + 0.5).clamp(0, 1))
     captions = [caption for caption in ev.tiny_captions(True)[:24] for _ in range(8)]
-    fresh = backbone.decode(ev.render(captions, rng(5)))
-    right = ev.tiny_set_metrics(backbone, fresh, captions, 8)
-    collapsed = ev.tiny_set_metrics(backbone, fresh[::8].repeat_interleave(8, 0), captions, 8)
+    fresh = ev.render(captions, rng(5)) / 2 + 0.5
+    right = ev.tiny_set_metrics(fresh, captions, 8)
+    collapsed = ev.tiny_set_metrics(fresh[::8].repeat_interleave(8, 0), captions, 8)
     assert abs(right["diversity"][0] - 1) < 0.1 and collapsed["diversity"][0] < 0.01
     assert right["distance"][0] < 0.6 and collapsed["distance"][0] > 2 * right["distance"][0]
     assert all(0 < error < 0.5 for _, error in right.values())
