@@ -20,15 +20,15 @@ Metrics, better when higher, on the scale of the paper's tables, with the range 
     imagereward  about 0 +- 1                 ImageReward
     hpsv3        unbounded, 10 to 16          HPSv3
     geneval      0 to 1                       GenEval: mean of six tasks; prompts are rows of its metadata
-    geneval2     0 to 1                       GenEval2: likewise
+    geneval2     0 to 1                       GenEval2: geometric mean over a prompt's atoms; prompts likewise
     ocr          0 to 1                       OCR: the prompt has the wanted text in double quotes
-    tiny world   attributes, strict, heldout, heldout_strict (judges, section 14); of the whole set distance
-                 (better when lower) and diversity (better near 1): tiny_set_metrics
+    tiny world   of a picture: attributes, strict, heldout, heldout_strict (judges, section 14); of the whole set:
+                 distance (better when lower), diversity (better near 1): tiny_set_metrics
 
 A scorer is called as scorer(images (B,3,H,W) in [0,1], prompts or metadata rows) -> (B,). Its networks are
 arguments, so that tests use the real classes at small size; `load(cfg)` takes the real ones from --weights_dir
-or the hub. No package beyond requirements.txt (of hpsv3's own, one text file is read): mmdet, paddle and the rewards'
-own break on today's transformers.
+or the hub. Only packages of requirements.txt are needed (hpsv3 wants one text file of its own, too): mmdet and
+paddle are no dependencies, and the rewards' own packages break on today's transformers.
 
 Order: 1-7 scorers | 8 METRICS, run_metric | 9 flags | 10 sampling | 11 reports, a function for each command: evaluate,
 score_folder, compare, one_picture | 12 what training costs | 13 ablations | 14 the tiny world | 15 main. rtdmd.py
@@ -47,7 +47,6 @@ import json
 import math
 import multiprocessing
 import os
-import operator
 import random
 import re
 import sys
@@ -119,7 +118,7 @@ def chat_inputs(processor, images, texts, **options):
 
 def read_rows(path, **fields):
     """The objects of a .jsonl file, one a line, each with the fields name=type. UsageError names the line.
-    Lines are what prompt_rows takes for lines, and prompts are stripped: the two files may be one."""
+    Splits lines and strips prompts as prompt_rows and read_prompts do, since --prompts may name the same file."""
     rows = []
     for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
         try:
@@ -130,7 +129,8 @@ def read_rows(path, **fields):
             raise UsageError(f"{path}, line {number}: this is not JSON in UTF-8 ({error}).") from error
         for name, kind in fields.items():
             if not isinstance(row, dict) or not isinstance(row.get(name), kind):
-                raise UsageError(f"{path}, line {number}: the field {name!r} is missing, or no {kind.__name__}.")
+                wanted = "text" if kind is str else "list"
+                raise UsageError(f"{path}, line {number}: the field {name!r} is missing, or no {wanted}.")
         rows.append({**row, "prompt": row["prompt"].strip()})
     return rows
 
@@ -281,9 +281,14 @@ def hpsv3_instruction(cfg):
     if found is None:
         raise UsageError(f"HPSv3's instruction text was not found ({name}, in the package hpsv3 or in "
                          f"--weights_dir {cfg.weights_dir}): run `pip install --no-deps hpsv3==1.0.0`.")
-    texts = {node.targets[0].id: node.value.value for node in ast.parse(found.read_text(encoding="utf-8")).body
-             if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)}
-    return texts["INSTRUCTION"] + texts["prompt_with_special_token"]
+    try:
+        texts = {node.targets[0].id: node.value.value for node in ast.parse(found.read_text(encoding="utf-8")).body
+                 if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
+                 and isinstance(node.targets[0], ast.Name)}
+        return texts["INSTRUCTION"] + texts["prompt_with_special_token"]
+    except (OSError, SyntaxError, ValueError, LookupError, TypeError) as error:
+        raise UsageError(f"{found} is not HPSv3's file ({error!r:.100}): run `pip install --no-deps "
+                         "hpsv3==1.0.0`.") from error
 
 
 @dataclasses.dataclass
@@ -380,6 +385,8 @@ def read_geneval_metadata(path):
     """
     rows = read_rows(path, prompt=str, tag=str, include=list)
     for row in rows:
+        if not isinstance(row.get("exclude"), (list, type(None))):
+            raise UsageError(f"{path}: {row['prompt']!r} has an exclude that is no list: correct it.")
         needs = [*row["include"], *(row.get("exclude") or ())]
         unknown = [f"tag, {row['tag']!r}: known are {', '.join(TASKS)}"] if row["tag"] not in TASKS else []
         unknown += [f"entry, {need!r}: write {{class, count}}" for need in needs or [None] if not isinstance(need, dict)
@@ -389,6 +396,12 @@ def read_geneval_metadata(path):
                 unknown.append(f"class, {need.get('class')!r}: known are COCO's 80")
             if need.get("color", COLOURS[0]) not in COLOURS:
                 unknown.append(f"colour, {need['color']!r}: known are {', '.join(COLOURS)}")
+        for place, need in enumerate(row["include"] if not unknown else ()):
+            where = need.get("position")
+            if "position" in need and not (isinstance(where, list) and len(where) == 2 and where[0] in RELATIONS
+                                           and where[1] in range(place)):
+                unknown.append(f"position, {where!r}: write [relation, index of an earlier entry], the relation one of "
+                               f"{', '.join(RELATIONS)}")
         if unknown:
             raise UsageError(f"{path}: {row['prompt']!r} has an unknown {unknown[0]}.")
     return rows
@@ -470,7 +483,7 @@ def detector_class():
 
 
 def detector_view(images):
-    """(B,3,H,W) -> (B,3,h,w) and the size before padding: up to 800 x 1333, then to multiples of 32."""
+    """(B,3,H,W) -> (B,3,h,w), resized to fit 800 x 1333 and padded to multiples of 32, and its size before padding."""
     height, width = images.shape[-2:]
     scale = min(1333 / max(height, width), 800 / min(height, width))
     size = int(height * scale + .5), int(width * scale + .5)
@@ -530,8 +543,8 @@ def geneval_terms(objects, row, colours, best=False):
     """Partial credit for each thing that a row asks for, and whether all of it is there: (list, bool).
 
     objects {class: Detections, best first}; colours(Detections, class name) -> colour names. A count gives
-    1 - |count - found| / count, which may be negative, a colour the same, a position 0 or 1; colour and
-    position of objects in the wrong number give one 0. A violated position gives a 0 and then a 1: an oddity
+    1 - |count - found| / count, which may be negative; a colour the same; a position 0 or 1. Where the count is
+    wrong, colour and position together give one 0. A violated position gives a 0 and then a 1: an oddity
     of the original, kept because scores are compared with its own. best: look at the best `count` only.
     """
     terms, groups = [], []  # groups: the objects that meet each need, or None; positions refer to them
@@ -556,7 +569,7 @@ def geneval_terms(objects, row, colours, best=False):
 
 def geneval_official(objects, row, colours):
     """GenEval's verdict on one image. More objects than asked for fail only through `exclude`."""
-    absent = all(len(objects.get(no["class"], [])) < no["count"] for no in row.get("exclude", ()))
+    absent = all(len(objects.get(no["class"], [])) < no["count"] for no in row.get("exclude") or ())
     return absent and geneval_terms(objects, row, colours, best=True)[1]
 
 
@@ -607,9 +620,9 @@ class GenEval:
     others that were made with it: they move most near the .9 threshold of counting.
     """
     name, differentiable = "geneval", False
+    rule = "geneval"         # which of the three scores a call returns
     detector: object         # pixels (B,3,h,w) -> class logits, mask logits
     colours: object          # (image, Detections, class name) -> colour names
-    rule: str = "geneval"    # which of the three scores a call returns
     known: dict = dataclasses.field(default_factory=dict)  # {prompt: row}, for callers who have only prompts
 
     @classmethod
@@ -643,18 +656,26 @@ class GenEvalCredit(GenEval):
     """GenEval as a training reward: partial credit instead of the official verdict."""
     rule = "geneval_partial"
 
-    @classmethod
-    def load(cls, cfg):
-        scorer = super().load(cfg)
-        scorer.rule = cls.rule
-        return scorer
+
+def read_geneval2_metadata(path):
+    """Rows of GenEval2, each {prompt, vqa_list}: pairs of a question and its answer, one at least."""
+    rows = read_rows(path, prompt=str, vqa_list=list)
+    for row in rows:
+        try:
+            asked = [accepted_answers(question, answer) for question, answer in row["vqa_list"]]
+        except (ValueError, TypeError, AttributeError):
+            asked = []
+        if not asked:
+            raise UsageError(f"{path}: {row['prompt']!r} has a vqa_list that is no list of [question, answer]: "
+                             "correct it.")
+    return rows
 
 
 def geneval_tasks(metrics, prompts, cfg):
     """{prompt: its task}, {} if geneval is not among the metrics. Refuses prompts without the metadata row that geneval
     or geneval2 needs, and a set in which ocr has nothing to read."""
     if "geneval2" in metrics:
-        find_rows(prompts, rows_of(cfg, lambda path: read_rows(path, prompt=str, vqa_list=list)), "geneval2")
+        find_rows(prompts, rows_of(cfg, read_geneval2_metadata), "geneval2")
     if "ocr" in metrics and not any(map(QUOTED.search, prompts)):
         raise UsageError("--metrics ocr compares with the text in double quotes, and no prompt has one: leave it out, "
                          "or give other --prompts.")
@@ -707,7 +728,7 @@ class GenEval2:
     @classmethod
     def load(cls, cfg):
         """The judge of the benchmark's authors, in bf16: some 17 GB."""
-        repo, known = "Qwen/Qwen3-VL-8B-Instruct", rows_of(cfg, lambda p: read_rows(p, prompt=str, vqa_list=list))
+        repo, known = "Qwen/Qwen3-VL-8B-Instruct", rows_of(cfg, read_geneval2_metadata)
         net = load_whole(transformers.Qwen3VLForConditionalGeneration, repo, cfg, dtype=torch.bfloat16)
         processor = from_hub(transformers.AutoProcessor.from_pretrained, repo, cfg, needs="tokenizer.json")
         return cls(net, processor, known, cfg.device)
@@ -839,7 +860,7 @@ def text_score(read, wanted):
 class OCR:
     """How much of the quoted text can be read in the image.
 
-    Another version of PP-OCR than the paper's (2.9.1 of paddleocr): scores come close to its own, not equal.
+    Another version of PP-OCR than the paper's (2.9.1 of paddleocr): compare scores with others of this file only.
     """
     name, differentiable = "ocr", False
     detector: object         # PP-OCRv5's network that finds lines of text
@@ -931,8 +952,8 @@ FIRST_FILE = {"xswu/HPSv2": "HPS_v2.1_compressed.pt", "zai-org/ImageReward": "Im
 
 
 def missing_weights(metrics, cfg):
-    """{metric: a sentence} of those whose files are not there, and not on the hub, or are no weights. None is loaded:
-    real ones take gigabytes and minutes. What only loading shows costs that metric alone, in score_rows."""
+    """{metric: a sentence} for each whose files are neither here nor on the hub, or hold no weights. No network is
+    loaded, which would take minutes: a fault that only loading shows costs that metric alone, in score_rows."""
     problems = {}
     for name in (name for name in metrics if name in METRICS):
         try:
@@ -953,7 +974,9 @@ def look_at(path):
         try:
             with open(file, "rb") as opened:
                 head = opened.read(32).strip().lower()
-            if not head or head.startswith((b"<", b"version https://git-lfs")):
+            # (The length at the start of a .safetensors may look like "<": safe_open judges that.)
+            if not head or head.startswith(b"version https://git-lfs") or \
+                    head.startswith(b"<") and file.suffix != ".safetensors":
                 raise ValueError("it is empty, a web page or a pointer of Git LFS")
             if head.startswith(b"pk") and not zipfile.is_zipfile(file):      # PyTorch's own format is a zip
                 raise ValueError("it is cut short")
@@ -1017,7 +1040,7 @@ def run_metric(scorer, images, prompts, batch=16, device="cpu"):
     images: anything indexable that gives what picture() takes, files too: a set may not fit into memory.
     Scorers that know more than one number (geneval, geneval2) have `details`, which returns them all.
     """
-    results, failures = [{} for _ in prompts], []
+    results, failures, own = [{} for _ in prompts], [], getattr(scorer, "name", type(scorer).__name__)
 
     def judge(rows):
         """Scores a batch, or its halves if it fails: one bad image or file costs its own score and no other."""
@@ -1025,29 +1048,29 @@ def run_metric(scorer, images, prompts, batch=16, device="cpu"):
 
         def call(images, prompts):
             found.update(scorer.details(images, prompts) if hasattr(scorer, "details") else {})
-            return found[scorer.name] if found else scorer(images, prompts)
+            return found[own] if found else scorer(images, prompts)
 
-        call.name = scorer.name
+        call.name = own
         try:
             stack = torch.stack([picture(images[i]) for i in rows]).to(device)
-            found[scorer.name] = rate(call, stack, [prompts[i] for i in rows])
+            found[own] = rate(call, stack, [prompts[i] for i in rows])
         except (UsageError, OSError, RuntimeError) as error:     # scorer, file, images of more than one size
             if len(rows) == 1:
-                where = "" if isinstance(error, UsageError) else f"{scorer.name}, prompt {prompts[rows[0]]!r}: "
+                where = "" if isinstance(error, UsageError) else f"{own}, prompt {prompts[rows[0]]!r}: "
                 failures.append(f"{where}{error}")
                 return
         else:
             for n, i in enumerate(rows):
                 results[i] = {name: column[n].item() for name, column in found.items()}
-                if not math.isfinite(results[i][scorer.name]):
-                    failures.append(f"{scorer.name} is {results[i][scorer.name]} for the prompt {prompts[i]!r}")
+                if not math.isfinite(results[i][own]):
+                    failures.append(f"{own} is {results[i][own]} for the prompt {prompts[i]!r}")
             return
         judge(rows[:len(rows) // 2])    # not inside `except`, where the exception holds the memory of the failed pass
         judge(rows[len(rows) // 2:])
 
     for rows in rtdmd.chunks(len(prompts), batch):
         judge(range(len(prompts))[rows])
-    names = dict.fromkeys([scorer.name, *(name for row in results for name in row)])
+    names = dict.fromkeys([own, *(name for row in results for name in row)])
     return {name: [row.get(name, math.nan) for row in results] for name in names}, failures
 
 
@@ -1137,7 +1160,7 @@ def parse(argv):
     shared, run = {n: v for n, v in given.items() if n in MODEL_FLAGS}, settings_of(given.get("run_folder", ""))
     of_model = {*MODEL_FLAGS, "guidance"} - {"device", "prompts"}
     cfg = rtdmd.resolve({**{n: v for n, v in run.items() if n in of_model}, **shared})
-    cfg.steps, cfg.eta = run.get("steps", cfg.steps), run.get("eta", cfg.eta)  # resolve would want its --batch
+    cfg.steps, cfg.eta = run.get("steps", cfg.steps), run.get("eta", cfg.eta)  # in resolve, --batch would have to fit
     cfg.no_compile = True                                                       # a report has many shapes
     own = dict(OWN_DEFAULTS["tiny" if cfg.model == "tiny" else "real"])
     cfg.prompts = given.get("prompts", own.pop("prompts"))
@@ -1178,6 +1201,8 @@ def check_flags(flags, cfg, given):
                          "--compare A B or --prompt TEXT.")
     if len(chosen) > 1 and {"ablations", "images", "compare"} & set(chosen):
         raise UsageError(f"--{' and --'.join(chosen)} are different commands: give them one after the other.")
+    if flags.images and (more := {"max_prompts", "per_prompt", "save_images"} & set(given)):
+        raise UsageError(f"--images scores every picture of the folder: leave --{min(more)} out.")
     if flags.ablations and (more := given.keys() - ABLATION_FLAGS):
         raise UsageError(f"--ablations have their own {', '.join(sorted(more))}: leave --{min(more)} out.")
     if {"geneval", "geneval2"} & set(flags.metrics) and not cfg.prompts.endswith(".jsonl"):
@@ -1199,8 +1224,8 @@ def settings_of(run):
 
 
 def checked(facts, fields, where, remedy, needed=()):
-    """`facts`, from the file `where`, if its `fields` {name: flag of rtdmd.py} could be given as these flags, since
-    they are used like them. Only those that are `needed` must be there. UsageError names file and field."""
+    """Returns `facts`, read from the file `where`. UsageError names file and field if one of the `fields` {name: flag
+    of rtdmd.py} has a value that its flag would refuse, or is missing though it is `needed`."""
     for name, flag in fields.items():
         wrong = unfit(flag, facts[name]) if name in facts else "is missing" if name in needed else ""
         if wrong:
@@ -1226,7 +1251,7 @@ def unfit(flag, value):
 
 def checkpoint_at(path):
     """The newest whole checkpoint at a path, or a bare folder with an exported adapter. Raises UsageError."""
-    bare = (Path(path) / rtdmd.LORA_FILE).exists() and not (Path(path) / "state").exists()  # else it is checked
+    bare = (Path(path) / rtdmd.LORA_FILE).exists() and not (Path(path) / "state").exists()  # with state/ it is checked
     found = Path(path) if bare else rtdmd.find_checkpoint(path)
     if not found:
         raise UsageError(f"There is no checkpoint at {path}: give a stage's folder, such as runs/tiny/stage2.")
@@ -1272,7 +1297,7 @@ def plan(flags, cfg):
 
 
 def adapter_info(folder, given):
-    """load_lora's info, with all that is needed to sample the adapter and that no flag says."""
+    """load_lora's info. UsageError if it lacks a setting that sampling needs and that no flag gives."""
     flag_of = dict(model="", steps="nfe", eta="eta", resolution="resolution")
     return checked(load_lora(folder)[1], ADAPTER_FIELDS, Path(folder) / rtdmd.LORA_FILE, "take another checkpoint",
                    needed=[name for name, flag in flag_of.items() if flag not in given])
@@ -1407,7 +1432,7 @@ class Sampler:
 
 def gathered(pairs):
     """{index: value} of all processes in the order of the index, a picture's place in the set."""
-    return dict(sorted(itertools.chain(*rtdmd.everyone(list(pairs))), key=operator.itemgetter(0)))
+    return dict(sorted(itertools.chain(*rtdmd.everyone(list(pairs)))))
 
 
 def score_rows(pictures, captions, flags, cfg, own=(), labels={}):
@@ -1426,7 +1451,8 @@ def score_rows(pictures, captions, flags, cfg, own=(), labels={}):
         for row, (index, images) in pictures.items():
             texts = [captions[i] for i in index]
             values, failed = run_metric(scorer, images, texts, max(flags.batch, 16), cfg.device)
-            values = {name if metric == scorer.name else metric: found for metric, found in values.items()}
+            own_name = getattr(scorer, "name", type(scorer).__name__)
+            values = {name if metric == own_name else metric: found for metric, found in values.items()}
             failures += [f"{labels.get(row, row)}: {text}" for text in itertools.chain(*rtdmd.everyone(failed))]
             lost = [math.nan] * len(index)  # a process without a score does not know all of the names
             for metric in dict.fromkeys(itertools.chain(*rtdmd.everyone(list(values)))):
@@ -1444,7 +1470,7 @@ def summarise(scores, captions, tasks):
 
 
 def number(mean, error):
-    """A mean with its standard error: three decimals, or up to five if the error is smaller."""
+    """A mean with its standard error: three decimals, or four or five where the error needs them."""
     digits = min(max(3, -math.floor(math.log10(error))), 5) if 0 < error < math.inf else 3
     return f"{mean:.4g}" if math.isnan(error) else f"{mean:.{digits}f}±{error:.{digits}f}"
 
@@ -1558,7 +1584,7 @@ def evaluate(flags, cfg):
             f"standard error. Pictures: {flags.out}/grid.png.")
     report(flags, results, scores, failures, note, labels, model=cfg.model, prompts=prompts,
            prompt_hash=prompt_hash, tasks=tasks, seed=cfg.seed, sampler=rows, resolution=cfg.resolution)
-    if flags.save_images:  # after the report, as all pictures: none is worth losing it for
+    if flags.save_images:  # after the report, like grid.png: if they cannot be written, the report is there
         save_pictures(out / "images", pictures, captions)
     if rtdmd.dist_info()[0] == 0:
         if len(panels):
@@ -1593,7 +1619,7 @@ def whole_set_metrics(index, images, captions, per_prompt):
 
 def grid_rows(pictures, shown):
     """Of each row the pictures `shown`, as floats: (rows * shown, 3, H, W). One that is missing is white."""
-    found = [gathered((i, image.clone()) for i, image in zip(index, images) if i in shown)   # or all are sent with it
+    found = [gathered((i, image.clone()) for i, image in zip(index, images) if i in shown)   # a view would send all
              for index, images in pictures.values()]
     known = next((image for row in found for image in row.values()), None)
     if known is None:
@@ -1603,7 +1629,7 @@ def grid_rows(pictures, shown):
 
 
 def headline(result):
-    """Of the tiny world, what a row's name in grid.png is followed by: its numbers over all pictures."""
+    """The tiny world's numbers over all pictures, which follow a row's name in grid.png."""
     texts = dict(heldout_strict="{:.0%} right", distance="distance {:.2f}", diversity="diversity {:.2f}")
     return ", ".join(text.format(result[metric][0]) for metric, text in texts.items() if metric in result)
 
@@ -1653,8 +1679,8 @@ def student_predictions(sampler, rows, captions):
 
 
 def save_trajectories(path, predictions, labels, captions):
-    """Side by side, under each caption, a row for each student of student_predictions, if all of them take as many
-    steps."""
+    """Side by side, under each caption, a row for each student of student_predictions. No file if their numbers of
+    steps differ."""
     if len({len(images) for images in predictions.values()}) > 1:
         path.unlink(missing_ok=True)                         # it would be another run's
         return
@@ -1682,7 +1708,7 @@ def save_film(folder, path, width=800):
             with Image.open(panel) as image:
                 image.load()
                 image.thumbnail((width, width))
-        except OSError:
+        except Exception:                                    # Pillow raises ten kinds, SyntaxError among them
             rtdmd.log(f"{panel} is no picture, and is left out of {path}.")
             continue
         frame = Image.new("RGB", (image.width, image.height + 20), "white")
@@ -1691,6 +1717,9 @@ def save_film(folder, path, width=800):
         ImageDraw.Draw(frame).text((4, 2), text, "black", ImageFont.load_default(13))
         frames.append(frame)
     if frames:
+        width, height = (max(frame.size[i] for frame in frames) for i in (0, 1))
+        frames = [ImageOps.pad(frame, (width, height), color="white", centering=(0, 0)) if frame.size != (width, height)
+                  else frame for frame in frames]            # or the first frame's size would crop the others
         film = io.BytesIO()
         frames[0].save(film, "GIF", save_all=True, append_images=frames[1:], duration=400, loop=0)
         rtdmd.write_atomic(path, film.getvalue())
@@ -1765,7 +1794,7 @@ def compare(flags, cfg):
     called, (a, b) = f"--compare {' '.join(flags.compare)}", (read_report(path) for path in flags.compare)
     if a["captions"] != b["captions"]:
         raise UsageError(f"{called}: the reports are of different prompts, so their scores cannot be paired: sample "
-                         "both with the same --prompts, --max_prompts, --per_prompt and --seed, which draws prompts.")
+                         "both with the same --prompts, --max_prompts, --per_prompt and --seed (it chooses prompts).")
     tasks = a["tasks"] if set(a["prompts"]) <= a["tasks"].keys() else {}
     pairs = [(row, row) for row in a["scores"] if row in b["scores"]] or [*zip(a["scores"], b["scores"])][:1]
     common = {(left, right): [m for m in a["scores"][left] if m in b["scores"][right] and (tasks or m != "geneval")]
@@ -1780,7 +1809,7 @@ def compare(flags, cfg):
     print(table(results))
     if alone := [m for m in (*SET_METRICS, "geneval") if any(m in row for row in a["rows"].values())
                  and not any(m in row for row in results.values())]:
-        print(f"Not compared, since the reports do not have them picture by picture: {', '.join(alone)}.")
+        print(f"Not compared, since not both reports have them picture by picture: {', '.join(alone)}.")
 
 
 def read_report(path):
@@ -1936,9 +1965,9 @@ class CostMeter(TorchDispatchMode):
     Of the first iteration: forwards by role; FLOPs of the transformers ("network"), of the VAE's decoder and of
     each reward, by torch's formulas (a product of (n, m) and (m, k) is 2 n m k, all else nothing); and the peak
     of bytes beside the weights (on a GPU the allocator's, of all iterations): what an operation makes lives until
-    its last reference is gone. Of those after run.warm iterations, or of the last: seconds. On `meta` nothing is
-    computed, so that full-size networks can be counted on a laptop. What a fused attention kernel recomputes in its
-    backward pass is not counted.
+    its last reference is gone. Seconds are those of the iterations after the first run.warm, or of the last one if
+    there are no more. On `meta` nothing is computed, so that full-size networks can be counted on a laptop. What a
+    fused attention kernel recomputes in its backward pass is not counted.
     """
 
     def __init__(self, run, name):
@@ -1966,10 +1995,11 @@ class CostMeter(TorchDispatchMode):
         if self.kind == "cuda":
             torch.cuda.synchronize()
             self.run.live["peak"] = torch.cuda.max_memory_allocated() - self.run.standing_bytes
-        if 1 <= self.run.done <= getattr(self.run, "warm", 1):  # those before counted and compiled
+        if 1 <= self.run.done <= getattr(self.run, "warm", 1):  # so far was counting or compiling
             self.cost["seconds"] = 0.0
         self.cost["seconds"] += time.perf_counter() - self.start
-        self.cost["peak_bytes"] = max(self.cost["peak_bytes"], self.run.live["peak"])
+        if self.counts or self.kind == "cuda":
+            self.cost["peak_bytes"] = max(self.cost["peak_bytes"], self.run.live["peak"])
         if self.counts:
             F.scaled_dot_product_attention, F.rms_norm = PLAIN_ATTENTION, PLAIN_NORM
             torch.backends.mha.set_fastpath_enabled(True)
@@ -2037,8 +2067,8 @@ PLAIN_ATTENTION, PLAIN_NORM = F.scaled_dot_product_attention, F.rms_norm
 
 
 def fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **options):
-    """Attention on `meta` as a GPU computes it, by a kernel that keeps no matrix of attention weights. (With a mask,
-    which no case here has, the plain one.)"""
+    """Attention on `meta` as a GPU computes it, by a kernel that keeps no matrix of attention weights. (With a mask, as
+    in open_clip's text tower, the plain one.)"""
     if attn_mask is not None:
         return PLAIN_ATTENTION(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **options)
     fused = torch.ops.aten._scaled_dot_product_flash_attention
@@ -2073,7 +2103,7 @@ def networks(run):
     parts = {"network": list(dict.fromkeys(run.roles.nets.values()))}
     if hasattr(run.backbone, "vae"):
         parts["decoder"] = [run.backbone.vae]
-    for name, (reward, _) in run.rewards.items():
+    for name, reward in ({n: reward for n, (reward, _) in run.rewards.items()} | run.watched).items():
         known = {id(m) for nets in parts.values() for m in nets}           # shared work is the first one's
         parts[name] = [m for m in getattr(reward, "__dict__", {}).values()
                        if isinstance(m, nn.Module) and id(m) not in known]
@@ -2287,10 +2317,10 @@ def cost_lines(run, phases, total, weights, samples):
 # ------------------------------------------------------------------------------------------------------------
 # 13. The paper's questions, asked on the tiny world (bash train.sh ablations)
 #
-# A question is a dict {row: words}: flags of rtdmd.py, and @names of VARIANTS, which are none of its flags:
-# experiments beyond the paper, small functions that stand in for one of rtdmd's. Its first row is what the others
-# are compared with, seed by seed. Rows of stage 2 start from the stage-1 student of the row BASE of their seed.
-# Held-out judges decide, not the trained reward.
+# A question is a dict {row: words}: flags of rtdmd.py, and @names of VARIANTS, which are none of its flags: small
+# functions that stand in for some of rtdmd's. Its first row is what the others are compared with, seed by seed. Rows
+# of stage 2 start from the stage-1 student of the row BASE of their seed. The held-out judge decides, not the trained
+# reward.
 # ------------------------------------------------------------------------------------------------------------
 
 BASE, BASE_2 = "base (gamma .01)", "base (SubGRPO M=2 + pathwise)"
@@ -2316,6 +2346,8 @@ STAGE1_ROWS = {
         "behind, gamma 0": f"{BEHIND} --gamma 0", "behind, gamma .01": BEHIND,
         "behind, gamma 1": f"{BEHIND} --gamma 1"},
     "Beyond the paper, stage 1": {BASE: "", "a fake score that knows k": "@fake_knows_k"},
+    # Not reproduced: its fake weight min(1, 10 kappa^2), its clamp of t, the noise draw in D, the consistency term on
+    # all samples, bf16 adapters.
     "The constants and functions of the released code": {
         BASE: "", "released constants": "--lora_rank 32 --lora_alpha 64 --delta .2 --ema .904 @released_kernel"},
 }
@@ -2333,7 +2365,7 @@ STAGE2_ROWS = {
     "Table 5: a reward without gradient": {
         "strict, naive GRPO": "--rewards strict=1 --subset_size 3", "strict, SubGRPO M=2": "--rewards strict=1",
         "strict, SubGRPO M=1": "--rewards strict=1 --subset_size 1"},
-    "Departures 12 and 13": {
+    "Departures 10 to 13, and Eq. 16's shared noise": {
         BASE_2: "", "std over all prompts": "@std_over_all",
         "no std (leave one out)": "--beta 8 @no_std", "shared x_{t_0}": "@shared_start",
         "independent noise outside S": "@independent_noise", "DM at the last step only": "@matching_last"},
@@ -2353,15 +2385,15 @@ STAGE2_ROWS = {
         BASE_2: "", "pathwise, last 2 steps": "--policy_weight 0 @pathwise_2",
         "pathwise, last 3 steps": "--policy_weight 0 @pathwise_3",
         "pathwise, all 4 steps": "--policy_weight 0 @pathwise_4"},
-    # Not reproduced: its raw pathwise scale (1e-4 per unit of reward, so that PickScore counts four times), its fake
-    # weight min(1, 10 kappa^2), its clamps of t and of the advantages (+-5), one S per iteration, bf16 adapters,
-    # alpha 64 (the start has 16), delta .2, one fake update.
+    # Not reproduced: what stage 1's row leaves out, and its raw pathwise scale (1e-4 per unit of reward, so that
+    # PickScore counts four times), its clamp of the advantages (+-5), one S per iteration, alpha 64 (the start has
+    # 16), delta .2, one fake update.
     "The constants and functions of the released code": {
         BASE_2: "",
         "released constants, stage 2": RELEASED_2},
     "Beyond the paper: a recipe": {                         # at RTDMD's number of forwards, to within 2 %
-        BASE_2: "", "naive GRPO + pathwise, 44 iterations": "--subset_size 3 --iterations 44",
-        "naive GRPO (policy_weight 3) + pathwise, 44 iterations": "--subset_size 3 --policy_weight 3 --iterations 44",
+        BASE_2: "", "naive GRPO + pathwise, 47 iterations": "--subset_size 3 --iterations 47",
+        "naive GRPO (policy_weight 3) + pathwise, 47 iterations": "--subset_size 3 --policy_weight 3 --iterations 47",
         "base, policy_weight 3": "--policy_weight 3", "base, det_weight 60": "--det_weight 60",
         "base, beta 2": "--beta 2", "base, lr 2e-3": "--lr 2e-3",
         "base, 2 fake updates, 60 iterations": "--fake_updates 2 --iterations 60"},
@@ -2370,26 +2402,27 @@ STAGE2_ROWS = {
         BASE_2: "", "150 iterations": LONG, "150 iterations, stopped by the held-out judge": f"{LONG} @held_out_stop"},
 }
 # Table 1 in small (--only "Table 1"): the methods that the paper compares itself with, each by its own rule,
-# from one teacher. The rows of a block spend the same number of network forwards, to within 5 %: samples that
-# go through the network as generator, fake score, teacher or surrogate; guidance makes two of one; rewards
-# and panels do not count (see `counted`). The number of iterations is chosen for that. Distillation has the
-# 93,600 forwards of AC-DMD's 150 iterations; a row with a reward starts from that student and has the 38,400
-# of RTDMD's 50 iterations; a row that needs no start has both. What a method leaves open, or asks for what is
-# not here, is decided in its favour:
+# from one teacher. The rows of a block, but for AC-DMD with the budget of both stages, spend the same number of
+# network forwards, to within 5 %: samples that go through the network as generator, fake score, teacher or surrogate;
+# guidance makes two of one; rewards and panels do not count (see `counted`). The number of iterations is chosen for
+# that. Distillation has the 93,600 forwards of AC-DMD's 150 iterations; a row with a reward starts from that student
+# and has the 38,400 of RTDMD's 50 iterations; a row that needs no start has both. What a method leaves open, or asks
+# for what is not here, is decided in its favour:
 #   DMD        four steps instead of one, trained on its own rollouts as DMD2 introduced it, and the sampler
 #              that x-predictions suit (eta 1)
 #   DMD2       no GAN, as in App. K: it takes real pictures, which no other row sees
 #   TDM        its fake score learns from Eq. 10 (no importance weights) and three times per update, not once
-#   DMDR       with the reward from the first step; its ReFL variant, the reward's gradient, since Table 4 finds
-#              that as good as both terms here, with DMD2's matching; not its warm-up of guidance and noise levels,
-#              whose constants we do not have
-#   Flow-GRPO  on the distilled student and without a KL to it, which would hold it back
+#   DMDR       with the reward from the first step and DMD2's matching; its ReFL variant, the reward's gradient alone,
+#              which does as well as both terms in our Table 4; without its warm-up of guidance and noise levels, whose
+#              constants we do not have
+#   Flow-GRPO  on the distilled student, with CPS steps, the last one deterministic, and without a KL to the
+#              student, which would hold it back
 #   TDM-R1     on the AC-DMD student, with A-DMD's matching; one reward for the picture, sent back through all
 #              steps, where TDM-R1 has a reward for each of them; its weight is the better of 2 and 10 (seed 0)
 # Not here: Hyper-SD (trajectory-segmented consistency, then ReFL, with guidance) and Flash Diffusion
-# (adversarial, on real pictures) are families of their own, which share no loss with these rows; of GDMD
-# (forward-process RL beside DMD) and R_dm (distribution matching as the reward of GRPO) App. A has a sentence
-# each, and rules that we guess would be no comparison.
+# (adversarial, on real pictures) are families of their own, which share no loss with these rows. Of GDMD
+# (forward-process RL beside DMD) and R_dm (distribution matching as the reward of GRPO) App. A says one sentence
+# each, and to guess their rules would be no comparison.
 FLOW_GRPO = "--det_weight 0 --dm_weight 0 --subset_size 3 --iterations 114"
 TABLE1 = [
     (0, "Table 1 in small: not trained", {
@@ -2448,11 +2481,15 @@ def ablations(flags, cfg):
     if not jobs:
         raise UsageError(f"--only {flags.only!r} names no row of these tables, such as {BASE!r}: correct it.")
     try_folder(out)
+    files = {row: [result_of(out, row, seed) for seed in seeds] for _, _, rows in tables for row in rows}
+    for _, _, rows in tables:                                # also of rows that are not asked for: the table has them
+        for row in rows:
+            for file in files[row]:
+                is_done(file, rows[row], cfg)
     world = dict(cache=cfg.cache, pretrained=cfg.pretrained, device=cfg.device)
     TinyBackbone(rtdmd.resolve(world))                                      # makes it, if it is not there
     train_rows(base, out, cfg, flags.jobs)  # where these rows start
     train_rows(list(jobs.values()), out, cfg, flags.jobs)
-    files = {row: [result_of(out, row, seed) for seed in seeds] for _, _, rows in tables for row in rows}
     results = {row: [json.loads(file.read_text()) for file in found if file.exists()] for row, found in files.items()}
     names_in = lambda table: TABLE1_NAMES if table.startswith("Table 1") else {}
     parts = [f"### {name}\n\n{ablation_table(rows, results, names_in(name))}" for _, name, rows in tables
@@ -2486,7 +2523,7 @@ def train_rows(jobs, out, cfg, processes):
             for done in rtdmd.progress(concurrent.futures.as_completed(waiting), len(waiting), "ablations"):
                 done.result()
         except BaseException as error:
-            pool.shutdown(cancel_futures=True)  # after Ctrl-C those at work end with their iteration, else their row
+            pool.shutdown(cancel_futures=True)  # rows at work: after Ctrl-C they end with their iteration, else whole
             if isinstance(error, concurrent.futures.BrokenExecutor):
                 raise UsageError("A row's process was killed, perhaps for its memory: lower --jobs, and give the same "
                                  "command again.", code=1) from None
@@ -2555,7 +2592,7 @@ def train_row(out, stage, row, words, names, seed, world):
     facts = dict(iterations=rtdmd.iteration_of(found)) | (dict(dm=float(np.mean(gaps))) if gaps else {})
     started = (stage == 2 or "fake_from_zero" in names) and "from_the_teacher" not in names
     before = json.loads(base.read_text()).get("forwards") if started else 0
-    if before is not None:                                   # the start's version may not have counted
+    if before is not None:                                   # None: the start's version did not count
         facts["forwards"] = before + sum(line["forwards"] for line in log)
     return found, facts
 
@@ -2615,8 +2652,8 @@ def replaced(names, start):
 
 
 def paper_std(start):
-    """DEPARTURE 1 undone: the std sigma_k(t) = (t-s)/(1-s) of 3.1 and App. B, and the c of Eq. 10 that goes with
-    it."""
+    """DEPARTURE 1 undone: the std sigma_k(t) = (t-s)/(1-s) of 3.1 and App. B, and what goes with it: the c of Eq. 10
+    and the boundary mean."""
     def renoise_coefficients(s, t):
         s, t = rtdmd.fp32(s, t)
         return (1 - t) / (1 - s), (t - s) / (1 - s)
@@ -2625,13 +2662,19 @@ def paper_std(start):
         s, t = rtdmd.fp32(s, t)
         _, kappa = renoise_coefficients(s, t)
         return (t + s * (t + kappa) / (1 - s)) / kappa  # s (t + kappa) is (t^2 - kappa^2) / a
-    return {(rtdmd, "renoise_coefficients"): renoise_coefficients, (rtdmd, "ambient_scale"): ambient_scale}
+
+    def boundary_mean(x_t, v, s, t):
+        x_t, v, s, t = rtdmd.fp32(x_t, v, s, t)
+        a, kappa = renoise_coefficients(s, t)
+        return (x_t - kappa.square() * (x_t + (1 - t) * v) / t) / a         # t < 1 in training, so a > 0
+    return {(rtdmd, "renoise_coefficients"): renoise_coefficients, (rtdmd, "ambient_scale"): ambient_scale,
+            (rtdmd, "boundary_mean"): boundary_mean}
 
 
 def dmd2_renoising(start):
     """App. K: DMD2 takes the x-prediction of a step for a clean sample, s = 0, and re-noises it over [0, 1].
-    In stage 2 only at --eta 1: there a step's mean is 1 - t_k times its x-prediction, and hands the gradient
-    on."""
+    In stage 2 it needs --eta 1, where a step's mean is 1 - t_k times its x-prediction: the gradient reaches this
+    through the mean."""
     def boundary_state(x, v, t, t_next, noise, eta):
         return rtdmd.x0_from_velocity(x, v, t), torch.zeros_like(t_next)
 
@@ -2708,7 +2751,7 @@ def released_kernel(start):
 
 
 def app_f_times(start):
-    """DEPARTURE 4 undone, App. F: t' = t_k, so x' is the boundary state itself, and t'' = t_{k+1}."""
+    """DEPARTURES 4 and 23 undone: t' = t_k, so x' is x_s, and t'' = t_{k+1}, for all samples; 0 for k = K (App. F)."""
     def update_fake(run, it, update, x_s, s, k, prompts, ids, total):
         cfg = run.cfg
         for rows in rtdmd.chunks(len(x_s), cfg.micro_batch):
@@ -2769,7 +2812,7 @@ def shared_start(start):
 
 
 def antithetic(start):
-    """Half of a group has minus the noise of the other half, wherever Eq. 16 draws it anew. x_{t_0} too."""
+    """Half of a group has minus the other half's x_{t_0}, and minus its noise where Eq. 16 draws that anew."""
     original = rtdmd.group_draws
 
     def group_draws(run, it, groups):
@@ -2798,7 +2841,7 @@ def fake_knows_k(start):
     def batch_with_k(self, prompts, device):
         texts, _, steps = zip(*(p.partition("\0") for p in prompts))
         cond = batch(self, texts, device)
-        return cond | dict(k=torch.tensor([int(k) for k in steps])) if steps[0] else cond
+        return cond | dict(k=torch.tensor([int(k) for k in steps], device=device)) if steps[0] else cond
 
     def velocity_with_k(self, role, x, t, cond):
         cond = dict(cond)
@@ -2873,8 +2916,8 @@ def tdm_r1(start, updates=2, kept=40):
     that begins as the teacher: r(x_0) is how much better than the teacher it denoises x_0, half the difference
     of their squared errors at a random t. It learns which pictures of a group score above the group's mean
     (Bradley-Terry on the means of those above and of those below; t and noise are the group's), from groups
-    drawn among the latest `kept` that do not all score the same. It is in no checkpoint: a row that was stopped
-    goes on with a new one."""
+    drawn among the latest `kept` that do not all score the same. Surrogate and groups are in no checkpoint: a row
+    that was stopped goes on with new ones."""
     prepare, judge, memory = rtdmd.prepare, rtdmd.judge_groups, deque(maxlen=kept)
 
     def begin(cfg):
@@ -2993,8 +3036,8 @@ def draw_run_curves(run, path):
 
 
 def mean_curve(logs, name):
-    """[(iteration, value)]: mean over logs, then over a window of lines that have it: the last 5 of at least 20, from
-    50 on the last 10, a tenth of all from 100 on, at most 50."""
+    """[(iteration, value)]: mean over logs, then over the latest lines that have it: 1; 5 if there are 20 or more; 10
+    from 50 on; a tenth of all from 100 on, at most 50."""
     lines = [[(line["iteration"], line[name]) for line in log if name in line] for log in logs]
     mean = [(pairs[0][0], float(np.mean([value for _, value in pairs]))) for pairs in zip(*lines)]
     width = 1 if len(mean) < 20 else 5 if len(mean) < 50 else min(max(10, len(mean) // 10), 50)
@@ -3065,9 +3108,7 @@ def tiny_captions(held_out=False):
     return pairs[30::33] if held_out else objects + [p for i, p in enumerate(pairs) if i % 33 != 30]
 
 
-def tiny_test_captions():
-    """The 66."""
-    return tiny_captions(held_out=True)
+tiny_test_captions = functools.partial(tiny_captions, held_out=True)  # the 66
 
 
 @functools.cache
@@ -3126,7 +3167,7 @@ def real_renders(captions):
 
 
 class TinyText(nn.Module):
-    """Word and position embeddings, each token then told of the whole caption, since it depends on the relation which
+    """Word and position embeddings, then an MLP that tells each token of the whole caption: the relation decides which
     object is where. Trained with the teacher. ids (B, 6) -> tokens (B, 6, 64), pooled (B, 64)."""
 
     def __init__(self):
@@ -3187,8 +3228,9 @@ def tiny_transformer():
 
 
 def tiny_velocity(net, x, t, cond):
-    """The network predicts x_0, and v = (x - x_0) / t: the 48 numbers of a patch of noise would not pass its 64
-    channels, while those of a picture do. SD3's calling convention: time in 0 .. 1000."""
+    """The network predicts x_0, and v = (x - x_0) / t: its 64 channels, which carry more than the patch, seem to have
+    no room for a patch's 48 numbers of noise; those of a picture are few in effect. SD3's calling convention: time in
+    0 .. 1000."""
     x0 = net(hidden_states=x, timestep=1000 * t, return_dict=False, **cond)[0]
     return (x - x0) / t.view(-1, 1, 1, 1).clamp_min(0.05)
 
@@ -3257,7 +3299,7 @@ class TinyBackbone:
 
     shift, latent_shape, rewards = 1.0, (3, TINY_SIDE, TINY_SIDE), dict.fromkeys(TINY_REWARDS)
     # Matching is divided by D (DEPARTURE 20), so the balance of Eq. 18 does not carry over from the paper's models:
-    # the pathwise term has thirty times the weight of the others here. docs/claims.md has both.
+    # the pathwise term has thirty times the weight of the others here. docs/claims.md has 1, 10 and 30.
     settings = {
         "prompts": "eval:tiny_captions", "resolution": TINY_SIDE, "guidance": 1.5, "micro_batch": 48,
         "rewards": "attributes=1", "watch": "heldout", "sample_every": 10, "lora_rank": 32, "lora_alpha": 16,
@@ -3291,7 +3333,7 @@ class TinyBackbone:
         except (OSError, RuntimeError, SafetensorError) as error:
             raise UsageError(f"{path} is damaged ({type(error).__name__}): delete it, and the tiny world is made "
                              "anew.") from error
-        weights = rtdmd.key(safetensors_bytes(text.state_dict()))  # of a world that was made anew they are others
+        weights = rtdmd.key(safetensors_bytes(text.state_dict()))  # made anew, they are others, and so is the key
         self.base, self.text_key = name, f"{name} {weights:016x}"
         parts.to(cfg.device).eval().requires_grad_(False)
         self.nets, self.text = {"generator": net, "teacher": net}, text
@@ -3355,7 +3397,7 @@ def tiny_set_metrics(images, captions, per_prompt):
 
     distance: Frechet distance, in pixels pooled 4 x 4, to real renders of the same captions; lower is better,
     a second set of renders is at .18. diversity: spread within a caption over that of the renders, 1 is right.
-    Neither looks through a judge's eyes: a judge's features would also measure what the reward may have spoilt.
+    Neither uses a judge's features, which the student may have learned to deceive.
     """
     real = real_renders(captions)
     pooled, truth = (F.avg_pool2d(2 * x, 4).flatten(1) for x in (images, real))
@@ -3386,8 +3428,8 @@ def main(argv=None):
         try:
             next(command for given, command in commands if given)(flags, cfg)
         except torch.OutOfMemoryError:
-            raise UsageError(f"out of GPU memory: lower --batch (was {flags.batch}; no result changes).",
-                             code=1) from None
+            raise UsageError(f"out of GPU memory: lower --batch (was {flags.batch}; no result changes); if that "
+                             "does not help, the model is too large for this GPU.", code=1) from None
 
 
 if __name__ == "__main__":

@@ -334,6 +334,21 @@ def test_literal_std_of_the_paper_loses_variance():
         close(a ** 2 * s ** 2 + kappa ** 2, t ** 2)
 
 
+@pytest.mark.parametrize("s, t", [(0.25, 0.6), (0.5, 0.7)])
+def test_the_boundary_mean_goes_with_the_papers_std(s, t):
+    """Tweedie, App. B, on Gaussians: E[x_s | x_t] by regression, for whatever std re-noises."""
+    g = rng(91)
+    x_s, noise = 0.5 + 0.8 * torch.randn(200_000, 1, generator=g), torch.randn(200_000, 1, generator=g)
+    with ev.replaced(["paper_std"], None):
+        a, kappa = rtdmd.renoise_coefficients(s, t)
+        mean, var = a * 0.5, (a * 0.8) ** 2 + kappa ** 2
+        x_t = rtdmd.renoise(x_s, s, t, noise)
+        v = (-x_t - t * -(x_t - mean) / var) / (1 - t)            # Eq. 2 with the score of x_t's law
+        found = rtdmd.boundary_mean(x_t, v, s, t)
+    close(found, 0.5 + a * 0.64 / var * (x_t - mean), 1e-4)
+    assert off((found - x_s) * torch.cat([x_t, torch.ones_like(x_t)], 1)) < AGREE
+
+
 @pytest.mark.parametrize("variants", [[], ["paper_std"]])
 @pytest.mark.parametrize("s, t", LEVELS)
 def test_ambient_loss_is_a_weighted_score_regression(s, t, variants):
@@ -4517,6 +4532,9 @@ def test_hpsv3_instruction_is_read_and_not_run(tmp_path):
         'prompt_with_special_token = """ <|Reward|>"""\nraise SystemExit\n')
     cfg = settings(tmp_path)
     assert ev.hpsv3_instruction(cfg).format(text_prompt="a fox") == "Rate. Prompt - a fox <|Reward|>"
+    for text in ("<!DOCTYPE html>", "x = 1\n", "", "a.b = 'x'\n", "INSTRUCTION = 1\nprompt_with_special_token = ''\n"):
+        (tmp_path / "HPSv3" / "data_collator_qwen.py").write_text(text)      # a page saved under that name
+        assert "is not HPSv3's file" in ev.missing_weights(["hpsv3"], cfg)["hpsv3"]
 
 
 def qwen_processor(number):
@@ -4865,6 +4883,35 @@ def test_geneval_rows_without_exclude(tmp_path):
     """The key may be null."""
     row = ev.geneval_row("counting", random.Random(0)) | dict(exclude=None)
     assert ev.read_geneval_metadata(written(tmp_path, "rows.jsonl", json.dumps(row))) == [row]
+    assert ev.geneval_official({}, row, None) is False
+
+
+@pytest.mark.parametrize("fields, words", [
+    (dict(exclude=5), "an exclude that is no list"), (dict(exclude={}), "an exclude that is no list"),
+    *((dict(position=position), "unknown position") for position in (
+        ["on top of", 0], ["left of", 1], ["left of", -1], ["left of"], "left of", None, ["left of", "0"], [[], 0]))])
+def test_a_geneval_row_that_would_fail_at_every_picture(fields, words, tmp_path):
+    """It is refused when it is read, and not after the sampling."""
+    include = [{"class": "cat", "count": 1}, {"class": "dog", "count": 1, "position": ["left of", 0]}]
+    row = dict(prompt="a dog left of a cat", tag="position", include=include)
+    assert ev.read_geneval_metadata(written(tmp_path, "good.jsonl", json.dumps(row))) == [row]
+    if "position" in fields:
+        include[1].update(fields)
+    else:
+        row.update(fields)
+    with pytest.raises(rtdmd.UsageError, match=words) as error:
+        ev.read_geneval_metadata(written(tmp_path, "rows.jsonl", json.dumps(row)))
+    sentence(error)
+
+
+@pytest.mark.parametrize("asked", [[], [["only a question"]], [["How many cats?", "a dozen"]], ["text"], [[1, 2]]])
+def test_a_geneval2_row_that_would_fail_at_every_picture(asked, tmp_path):
+    """The same."""
+    good = dict(prompt="two cats", vqa_list=[["How many cats?", "two"], ["Is it a cat?", "Yes"]])
+    assert ev.read_geneval2_metadata(written(tmp_path, "good.jsonl", json.dumps(good))) == [good]
+    with pytest.raises(rtdmd.UsageError, match="vqa_list that is no list of .question, answer.") as error:
+        ev.read_geneval2_metadata(written(tmp_path, "rows.jsonl", json.dumps(good | dict(vqa_list=asked))))
+    sentence(error)
 
 
 def test_metadata_is_read_as_prompts_are(tmp_path):
@@ -5770,6 +5817,46 @@ def test_pictures_of_a_run(begun, cache, tmp_path):
         assert not saved and not (tmp_path / "b.png").exists()   # students of 8 and 4 steps share no columns
 
 
+def test_a_film_of_panels_of_several_sizes(tmp_path):
+    """No frame is cropped to the first one's size; a damaged panel is left out, whatever Pillow calls it."""
+    for stage, height in ((1, 100), (2, 200)):
+        folder = tmp_path / f"stage{stage}/samples"
+        folder.mkdir(parents=True)
+        Image.new("RGB", (800, height), "blue").save(folder / "000010.png")
+    bytes_of = (tmp_path / "stage1/samples/000010.png").read_bytes()
+    (tmp_path / "stage1/samples/000020.png").write_bytes(bytes_of[:45] + b"\0\0" + bytes_of[47:])
+    ev.save_film(tmp_path, tmp_path / "film.gif")
+    with Image.open(tmp_path / "film.gif") as film:
+        assert film.n_frames == 2 and film.size == (800, 220)
+        film.seek(1)
+        assert film.convert("RGB").getpixel((400, 215))[2] > 200
+
+
+def test_a_reward_without_a_name_can_score(tmp_path):
+    """A backbone's own may be plain functions, as for training."""
+    scores, failures = ev.run_metric(lambda images, prompts: images.mean((1, 2, 3)),
+                                     torch.full((2, 3, 8, 8), 255, dtype=torch.uint8), ["a", "b"], 2)
+    assert scores == {"function": [1.0, 1.0]} and not failures
+
+
+def test_a_good_file_that_begins_like_a_page(tmp_path):
+    """The length at the start of a .safetensors may be spelt " <"."""
+    file = tmp_path / "model.safetensors"
+    head = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).ljust(0x3c20)
+    file.write_bytes(len(head).to_bytes(8, "little") + head.encode() + bytes(4))
+    assert file.read_bytes()[:2] == b" <" and torch.equal(rtdmd.load_file(file)["a"], torch.zeros(1))
+    ev.look_at(file)
+    (tmp_path / "page.bin").write_text("<html>")
+    with pytest.raises(rtdmd.UsageError, match="a web page"):
+        ev.look_at(tmp_path / "page.bin")
+
+
+@pytest.mark.parametrize("flag", ["--max_prompts 3", "--per_prompt 2", "--save_images"])
+def test_images_takes_no_flag_of_sampling(flag, tmp_path, capsys):
+    """It would be ignored."""
+    eval_refused(capsys, ["--images", str(tmp_path), "--metrics", "hpsv2", *flag.split()], "scores every picture")
+
+
 def test_each_step_of_a_student_is_shown(cache, tmp_path, monkeypatch):
     """The last prediction is the picture of Sampler.batch, to the bit; no pass has more than one sample, since two may
     not fit where --batch 1 is needed."""
@@ -6284,6 +6371,17 @@ def test_the_peak_is_what_a_gpu_would_hold(tmp_path, monkeypatch):
         kept = run.live["now"] - before
         y.sum().backward()
     assert kept == y.nbytes == x.nbytes and x.grad.shape == x.shape
+
+
+def test_each_phase_has_its_own_peak():
+    """Also after the iteration that counts, on a CPU: the last phase's peak is not the others'."""
+    run = SimpleNamespace(device="cpu", done=0, warm=1, forwards={}, part="network", costs={}, standing_bytes=0,
+                          live=dict(now=0, peak=0, held=set()))
+    for run.done in (0, 1, 2):
+        for name, size in (("small", 10), ("large", 10_000)):
+            with ev.CostMeter(run, name):
+                torch.zeros(size) + 1
+    assert run.costs["large"]["peak_bytes"] > 100 * run.costs["small"]["peak_bytes"] > 0
 
 
 @pytest.mark.parametrize("gradient", [False, True])
@@ -7144,7 +7242,10 @@ def ablated(out, row, seed, **scores):
     """A result as --ablations leaves it."""
     target = ev.result_of(out, row, seed)
     target.parent.mkdir(exist_ok=True)
-    target.write_text(json.dumps(dict.fromkeys(ev.TINY_COLUMNS, .5) | dict(seed=seed, dm=.1) | scores))
+    words = {name: words for tables in (ev.STAGE1_ROWS, ev.STAGE2_ROWS) for rows in tables.values()
+             for name, words in rows.items()}.get(row, "")
+    facts = dict(seed=seed, dm=.1, words=words, pretrained="")
+    target.write_text(json.dumps(dict.fromkeys(ev.TINY_COLUMNS, .5) | facts | scores))
     for stage, names in ((1, ["dsm"]), (2, ["reward_attributes", "watch_heldout"])):
         folder = target.with_suffix("") / f"stage{stage}"
         folder.mkdir(parents=True)
@@ -7200,6 +7301,8 @@ def test_ablations_print_what_there_is(tmp_path, monkeypatch, capsys):
     ablated(tmp_path, "lag, gamma .01", 0)
     ev.main(line)
     assert Image.open(tmp_path / "curves.png").size[0] == 3 * 560
+    ablated(tmp_path, "eta 0", 0, words="--eta .1")             # not asked for, but it would stand in the table
+    eval_refused(capsys, line, "eta_0_0.json is damaged, or of other settings than today's row")
 
 
 def test_a_row_whose_metric_is_null(tmp_path):
