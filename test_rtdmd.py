@@ -35,6 +35,7 @@ import dataclasses
 import errno
 import functools
 import inspect
+import io
 import itertools
 import json
 import math
@@ -119,6 +120,11 @@ def written(folder, name, content):
 def snapshot(folder):
     """Every file and its content."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def stamps(folder):
+    """Every file, its size and the time of its last change: snapshot without reading it all."""
+    return {str(p): (p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def sentence(error):
@@ -400,33 +406,9 @@ def bumps(x):
     return torch.cat([torch.exp(-0.5 * ((x - centres) / 0.3) ** 2), x, torch.ones_like(x)], 1)
 
 
-@pytest.mark.parametrize("s, t", [(0.25, 0.4), (0.25, 0.7), (0.5, 0.6)])
-def test_ambient_minimiser_is_the_score_of_the_noised_marginal(s, t):
-    """Eq. 10, Prop. D.1: the best fit is the analytic score, not that which takes x_s for clean data."""
-    world, as_if_clean, n, g = Mixture(s), Mixture(0.0), 200_000, rng(8)
-    x_s, noise = world.sample(n, g), torch.randn(n, 1, generator=g)
-    x_t = rtdmd.renoise(x_s, s, t, noise)
-    basis = bumps(x_t)
-
-    # The loss is quadratic in the weights: one Newton step from zero is its minimum.
-    def loss(w):
-        return rtdmd.ambient_dsm_loss(basis @ w, x_s, noise, s, t)
-
-    w = torch.zeros(20, 1)
-    gradient = torch.autograd.functional.jacobian(loss, w)
-    hessian = torch.autograd.functional.hessian(loss, w)
-    w = -torch.linalg.solve(hessian.reshape(20, 20).double() + 1e-6 * torch.eye(20), gradient.double())
-    fitted = rtdmd.score_from_velocity(x_t, (basis.double() @ w).float(), t)
-
-    def distance(other):
-        return float(((fitted - other.score(x_t, t)) ** 2).mean() / (world.score(x_t, t) ** 2).mean())
-
-    assert distance(world) < 1e-3 and distance(as_if_clean) > 10 * distance(world)
-
-
-@pytest.mark.parametrize("s, t", [(0.25, 0.4), (0.5, 0.6), (0.5, 0.9)])
+@pytest.mark.parametrize("s, t", [(0.25, 0.4), (0.25, 0.7), (0.5, 0.6), (0.5, 0.9)])
 def test_ambient_loss_is_stationary_at_the_score(s, t):
-    """Eq. 10, Prop. D.1 without a fit: at the analytic velocity the slope is 0 in every direction."""
+    """Eq. 10, Prop. D.1: at the analytic velocity the slope is 0 in every direction, but not if x_s counts as clean."""
     world, n, g = Mixture(s), 100_000, rng(9)
     x_s, noise = world.sample(n, g), torch.randn(n, 1, generator=g)
     x_t = rtdmd.renoise(x_s, s, t, noise)
@@ -613,8 +595,6 @@ def test_boundary_mean_is_tweedie(s, t):
     """App. B: E[x_s | x_t] of a known mixture, from its velocity alone."""
     world, x = Mixture(s), torch.linspace(-2.5, 2.5, 31)
     close(rtdmd.boundary_mean(x, world.velocity(x, t), s, t), world.boundary(x, t), 1e-4)
-    a, kappa = rtdmd.renoise_coefficients(s, t)
-    close(rtdmd.boundary_mean(x, world.velocity(x, t), s, t), (x + kappa ** 2 * world.score(x, t)) / a, 1e-4)
 
 
 def test_boundary_mean_at_pure_noise():
@@ -641,18 +621,8 @@ def test_dmd_gradient_is_the_written_out_formula(s, t):
     close(g, kappa ** 2 / (a * size) * gap, 1e-4)
     close(rtdmd.dmd_loss(x_s, x_t, v_teacher, v_fake, s, t), 0.5 * (g ** 2).mean())
     assert not dmd_gradient(x_s, x_t, v_teacher, v_teacher, s, t).any()     # equal scores: exactly zero
-
-
-def test_dmd_moves_the_student_towards_the_teacher():
-    """Eq. 9: a student left of its teacher is pushed right by descent, one step brings it nearer."""
-    s, t, g = 0.25, 0.6, rng(16)
-    teacher, student = Mixture(s, (1.0,), (1.0,), (0.5,)), Mixture(s, (1.0,), (-1.0,), (0.5,))
-    x_s = student.sample(5000, g)
-    x_t = rtdmd.renoise(x_s, s, t, torch.randn(5000, 1, generator=g))
-    v_teacher, v_fake = teacher.velocity(x_t, t), student.velocity(x_t, t)
-    gradient = dmd_gradient(x_s, x_t, v_teacher, v_fake, s, t)
-    towards = rtdmd.boundary_mean(x_t, v_teacher, s, t) - rtdmd.boundary_mean(x_t, v_fake, s, t)
-    assert (-gradient * towards > 0).all() and -1 < float((x_s - 0.1 * gradient).mean()) < 1
+    target, mean = (rtdmd.boundary_mean(x_t, v, s, t) for v in (v_teacher, v_fake))
+    close(dmd_gradient(target, x_t, v_teacher, v_fake, s, t), (mean - target) / 1e-3, 1e-3)   # D = 0 has a floor
 
 
 def test_dmd_at_s_0_is_ordinary_dmd():
@@ -713,7 +683,8 @@ def test_dmd_gradient_is_that_of_the_noised_kl(s, t):
 # ---- The parts: S, shared noise, log-probability, advantages
 
 def test_reward_tilting_splits_into_two_terms():
-    """Eq. 6 and Eq. 7 on 50 outcomes: gradient of KL to the tilted teacher = DM term - beta * reward term."""
+    """Eq. 6 and Eq. 7 on 50 outcomes: gradient of KL to the tilted teacher = DM term - beta * reward term. A
+    derivation: it uses nothing of rtdmd.py, which test_total_gradient_is_that_of_the_tilted_kl compares with it."""
     g, beta = rng(21), 1.7
     theta, teacher, reward = torch.randn(3, 50, generator=g, dtype=torch.float64)
     theta.requires_grad_()
@@ -948,24 +919,10 @@ def test_subgrpo_is_unbiased_over_subsets(subset_size, share_initial):
         assert off(one_out * subset_size / 3, truth) > AGREE
 
 
-def test_naive_grpo_is_the_written_out_sum():
-    """Eq. 31: mean over the group of A_i times the sum over all K-1 steps of the log-density's gradient."""
-    steps, size = 4, 6
-    states = toy_rollouts(1, size, steps, [1, 2, 3], seed=32)
-    advantages = rtdmd.group_advantages(toy_reward(states[-1]))
-    theta, total, times = THETA.clone().requires_grad_(), 0, rtdmd.timestep_schedule(steps)
-    for i, k in itertools.product(range(size), (1, 2, 3)):
-        x, x_next = states[k - 1][0, i:i + 1], states[k][0, i:i + 1]
-        mean, std = rtdmd.cps_mean_std(x, toy_velocity(theta[None], x, None), times[k - 1], times[k], ETA)
-        total = total - advantages[0, i] * ((x_next - mean) ** 2).sum() / (2 * std ** 2) / size
-    close(toy_estimates(states, [1, 2, 3], "group")[0][0], torch.autograd.grad(total, theta)[0], 1e-4)
-
-
 def test_ratio_is_one_and_the_clip_acts_after():
     """Eq. 17: ratios are exactly 1 before the first update; what went too far after it gets no gradient."""
     advantages = torch.tensor([1.0, 1.0, -1.0, -1.0])
     log_prob = (torch.randn(4, 2, generator=rng(33)) * 40).requires_grad_()
-    assert (torch.exp(log_prob - log_prob.detach()) == 1).all()
     loss = rtdmd.subgrpo_loss(log_prob, log_prob.detach(), advantages, 4, 1e-5)
     gradient, = torch.autograd.grad(loss, log_prob)
     close(gradient, -1.5 * advantages[:, None].expand(4, 2) / 4)           # (K-1)/M = 3/2, no clip at ratio 1
@@ -983,6 +940,18 @@ def test_pathwise_loss_is_in_the_units_of_the_policy_term():
     close(rtdmd.pathwise_loss(reward), -reward.mean())
     gradient, = torch.autograd.grad(rtdmd.pathwise_loss(reward, scale, 12), reward)
     close(gradient, -1 / (6 * 12 * scale))
+
+
+def test_the_pathwise_term_divides_each_reward_by_its_own_std():
+    """Eq. 15, DEPARTURE 11: over the differentiable rewards, weight times reward over the std in its advantages."""
+    mean, square = (lambda x, prompts: x.mean(1)), (lambda x, prompts: x.square().mean(1))
+    mean.differentiable = square.differentiable = True
+    blind = SimpleNamespace(differentiable=False)                           # not even called
+    run = SimpleNamespace(rewards={"mean": (mean, 2.0), "square": (square, -0.5), "blind": (blind, 9.0)},
+                          backbone=SimpleNamespace(decode=lambda x: 3 * x))
+    x, scale = torch.randn(6, 4, generator=rng(36), requires_grad=True), torch.rand(6, generator=rng(35)) + 0.5
+    loss = rtdmd.pathwise_terms(run, x, [""] * 6, dict(mean=scale, square=1 + scale, blind=scale))
+    close(loss, -(2 * 3 * x.mean(1) / scale - 0.5 * 9 * x.square().mean(1) / (1 + scale)).mean() / 4)
 
 
 def test_the_price_of_shared_units():
@@ -1108,6 +1077,21 @@ def test_zero_is_the_stages_own():
     zeros = dict(lr=0.0, lr_fake=0.0, iterations=0, fake_updates=0)
     assert rtdmd.resolve(dict(model="tiny", device="cpu", **zeros)) == own
     assert (own.lr, own.iterations, own.dtype) == (1e-3, 150, "fp32")
+
+
+def test_the_papers_numbers():
+    """Iterations, learning rates, fake updates, guidance and groups of each model: paper 4.1, App. J, released."""
+    names = "iterations fake_updates lr lr_fake guidance groups".split()
+    slow = dict(lr=1e-6, lr_fake=1e-6)
+    for model, guidance, groups, first in (("sd3m", 7, 48, {}), ("sd35m", 4.5, 48, {}), ("sd35l", 3.5, 48, {}),
+                                           ("flux1", 3.5, 64, {}), ("flux2-4b", 4, 64, slow),
+                                           ("flux2-9b", 4, 64, slow), ("zimage", 5, 48, slow)):
+        flag = dict(model=model, device="cpu", prompts="rows.jsonl")        # geneval wants such rows
+        one, two = ({n: getattr(rtdmd.resolve(flag | dict(stage=stage)), n) for n in names} for stage in (1, 2))
+        own = dict(iterations=1500, fake_updates=10, lr=3e-5, lr_fake=3e-5, guidance=guidance, groups=48)
+        assert one == own | first
+        assert two == dict(iterations=1000, fake_updates=1, lr=3e-6, lr_fake=first.get("lr_fake", 3e-5),
+                           guidance=guidance, groups=groups)
 
 
 def test_geneval_as_a_reward_asks_for_metadata_at_once():
@@ -1252,10 +1236,10 @@ def test_shared_rollouts_keep_the_expected_gradients(stage, monkeypatch):
     a step that is never visited is 14 to 70 standard errors away, step K matched in a third instead of a quarter
     of all cases 7.
     """
-    n = 400
-    found, fresh, truth = toy_run(monkeypatch, stage, n), fresh_matching_gradients(), fresh_fake_gradient()
+    n, weight = 400, 0.5 if stage == 2 else 1.0                             # stage 1 has no weight to give
+    found, fresh = toy_run(monkeypatch, stage, n, dm_weight=weight), fresh_matching_gradients()
     updates = found["fake"].view(n, -1, 2)
-    assert off(updates, truth) < AGREE and apart(found["generator"], fresh) < AGREE
+    assert off(updates, fresh_fake_gradient()) < AGREE and apart(found["generator"], weight * fresh) < AGREE
 
 
 @pytest.mark.parametrize("subset_size", [1, 2, 3])
@@ -1276,9 +1260,32 @@ def test_stage_2_climbs_the_exact_gradient(subset_size, monkeypatch):
         assert off(found, ratio * truth) < AGREE and off(found) > DIFFER, term
 
 
+def test_a_push_is_the_norm_of_a_terms_gradient():
+    """Eq. 18 in the log: push_NAME is the norm of one term's gradient at the velocity, the mean over its samples."""
+    n, D, bright = 5, 6, lambda images, prompts: images.sum(1)
+    bright.differentiable, g = True, rng(38)
+    cfg = rtdmd.Config(beta=1.5, policy_weight=0.5, det_weight=2.0, dm_weight=0.7)
+    states, pull, A = torch.randn(5, n, D, generator=g), torch.randn(n, D, generator=g), torch.randn(n, generator=g)
+    b = SimpleNamespace(states=states, subsets=torch.tensor([[1, 3]] * n), prompts=[""] * n, advantages=A,
+                        scales={"bright": torch.rand(n, generator=g) + 0.5}, old=torch.zeros(n, 2))
+    q, times = torch.zeros((), requires_grad=True), rtdmd.timestep_schedule(4)
+    run = SimpleNamespace(cfg=cfg, device="cpu", times=times, terms={}, rewards={"bright": (bright, 3.0)},
+                          roles=SimpleNamespace(velocity=lambda role, x, t, cond: q + 0.3 * x),
+                          text=SimpleNamespace(batch=lambda *more: {}), backbone=SimpleNamespace(decode=lambda x: x))
+    for slot in (1, 2):                                                     # step 3 of S, and step K
+        rtdmd.reinforce_slot(run, b, slot, True, range(n), [0, 2] if slot == 1 else [], pull, True, 3 * n)
+    mean, std = rtdmd.cps_mean_std(states[2], 0.3 * states[2], times[2], times[3], 0.9)
+    slope = abs(-0.75 * 0.5 + 0.25 * math.cos(0.45 * math.pi) * 0.5)        # of Eq. 20's mean in v
+    policy = 1.5 * 0.5 * 3 / 2 * A.abs() * ((states[3] - mean) / std ** 2 / D).norm(dim=1) * slope
+    found = {name: float(total / count) for name, (total, count) in run.terms.items()}
+    close(found["push_policy"], policy.mean())
+    close(found["push_dm"], 0.7 * pull[[0, 2]].norm(dim=1).mean() * slope)
+    close(found["push_det"], 1.5 * 2.0 * 3.0 * D ** 0.5 / D * 0.25 * (1 / b.scales["bright"]).mean())
+
+
 def test_one_side_of_the_consistency_term_is_enough(monkeypatch):
-    """Eq. 12: update_fake's gradient is gamma times that of Eq. 11 at the levels that it drew."""
-    n, w, drawn = 40_000, torch.tensor([0.9, -0.5]), {}
+    """Eq. 12: update_fake's gradient is gamma times that of Eq. 11 at the levels that it drew, each of its own u."""
+    n, w, drawn, uniforms = 40_000, torch.tensor([0.9, -0.5]), {}, []
     copies = w.expand(n, 2).clone().requires_grad_()
     cfg = rtdmd.resolve(dict(model="tiny", device="cpu", gamma=2.0, micro_batch=n, delta=0.3,
                              consistency_share=1.0))
@@ -1291,12 +1298,17 @@ def test_one_side_of_the_consistency_term_is_enough(monkeypatch):
     def reverse_step(x, v, t, t_next, *rest):
         drawn.update(x=x, t=t, t_next=t_next)
         return original(x, v, t, t_next, *rest)
+    for name in ("draw_level", "draw_next_level"):
+        monkeypatch.setattr(rtdmd, name, lambda run, t, u, at=getattr(rtdmd, name): uniforms.append(u) or at(run, t, u))
     monkeypatch.setattr(rtdmd, "reverse_step", reverse_step)
     monkeypatch.setattr(rtdmd, "ambient_dsm_loss", lambda v, *rest: 0 * v.sum())
     monkeypatch.setattr(rtdmd, "optimizer_step", lambda run, role: None)
     k, x_s = torch.arange(n) % 4 + 1, torch.randn(n, 1, generator=rng(51))
     rtdmd.update_fake(run, 0, 0, x_s, run.times[k].float(), k, [""] * n, list(range(n)), n)
     monkeypatch.undo()
+    u, other = torch.cat(uniforms, 1).double().T
+    moments = torch.stack([u, other, u ** 2, other ** 2, u * other], 1)     # uniform and independent
+    assert off(moments, torch.tensor([1 / 2, 1 / 2, 1 / 3, 1 / 3, 1 / 4])) < AGREE
     exact = w.expand(n, 2).clone().requires_grad_()
     residual = residual_of(wrong_fake(exact), drawn["x"], drawn["t"], drawn["t_next"], "posterior")
     slopes, = torch.autograd.grad(residual.square().sum(), exact)
@@ -1336,6 +1348,7 @@ def test_a_quarter_of_the_samples_is_one_step_of_each_stratum():
                 trajectories = list(range(n // K * 5))
                 rows, k = rtdmd.states_of_update(cfg, it % 5, trajectories)
                 ids = [trajectories[row] for row in rows]
+                assert len(set(ids)) == n                               # no trajectory twice in an update
                 stratum = [i % (n // K) for i in ids]
             else:
                 ids, stratum = list(range(n)), [i // K for i in range(n)]
@@ -1521,12 +1534,13 @@ def test_a_card_too_small_for_two_samples_gets_micro_batch_1(room, expected, mon
 def test_the_probe_of_the_memory_leaves_nothing_behind(stage, flags, monkeypatch):
     """peak_bytes runs the pass that takes most; the run goes on as if it had not."""
     seen = []
-    for name in ("empty_cache", "reset_peak_memory_stats", "memory_allocated", "max_memory_allocated"):
-        monkeypatch.setattr(torch.cuda, name, lambda: seen.append(len(seen)) or len(seen))
+    counters = dict(empty_cache=None, reset_peak_memory_stats=None, memory_allocated=3, max_memory_allocated=10)
+    for name, value in counters.items():
+        monkeypatch.setattr(torch.cuda, name, lambda name=name, value=value: seen.append(name) or value)
     run = prepared(flags(stage))
     before = rtdmd.training_state(run)
     before = {n: p.clone() for n, p in before.items()}
-    assert rtdmd.peak_bytes(run, 2) > 0
+    assert rtdmd.peak_bytes(run, 2) == 7 and seen == [*counters]
     assert run.terms == {} and all(p.grad is None for p in run.roles.flat.values())
 
     def fails_late(*arguments):
@@ -1573,11 +1587,11 @@ def test_the_dry_run_compares_compiled_and_uncompiled(factor, right, flags, monk
 def test_out_of_memory_goes_on_with_half_the_micro_batch(flags, tmp_path, monkeypatch, capfd):
     """The update is done again from its start: the same numbers, but for the order of sums. At 1 it gives up."""
     rtdmd.main(flags(2, "--out", tmp_path / "whole"))
-    velocity, failures = rtdmd.Roles.velocity, dict(fake=1, generator=2)
+    velocity, graded = rtdmd.Roles.velocity, []
 
     def full(self, role, x, t, cond):
-        if torch.is_grad_enabled() and len(x) > 1 and failures.get(role, 0):
-            failures[role] -= 1
+        graded.append(role if torch.is_grad_enabled() and len(x) > 1 else "")
+        if graded[-1] and graded.count(role) == 2:                          # the first has left a gradient
             raise torch.OutOfMemoryError("CUDA out of memory")
         return velocity(self, role, x, t, cond)
 
@@ -1664,6 +1678,39 @@ def test_an_update_is_clipped_and_averaged():
         close(run.ema, average, 1e-6)
 
 
+def test_each_adapter_has_an_optimiser_of_its_own(flags):
+    """AdamW with --lr and --weight_decay for the generator, --lr_fake and no decay for the fake score. With bf16 what
+    stays fp32 is multiplied in TF32."""
+    try:
+        for dtype, precision in (("bf16", "high"), ("fp32", "highest")):
+            argv = ("--lr", 2e-3, "--lr_fake", 3e-3, "--weight_decay", 0.1, "--dtype", dtype)
+            run = prepared(flags(1, *argv))
+            assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    for role, lr, decay in (("generator", 2e-3, 0.1), ("fake", 3e-3, 0.0)):
+        group, = run.optimizers[role].param_groups
+        assert type(run.optimizers[role]) is torch.optim.AdamW and group["params"] == [run.roles.flat[role]]
+        assert (group["lr"], group["weight_decay"], group["betas"]) == (lr, decay, (0.9, 0.999))
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_every_draw_has_a_key_of_its_own(stage, flags, monkeypatch):
+    """Each begins with --seed, and no two draws of a run have the same key, in whatever epoch or iteration."""
+    seen, drawn, key, draw = [], [], rtdmd.key, rtdmd.draw
+    monkeypatch.setattr(rtdmd, "key", lambda *parts: seen.append(parts) or key(*parts))
+    monkeypatch.setattr(rtdmd, "draw", lambda keys, *rest: drawn.extend(keys) or draw(keys, *rest))
+    monkeypatch.setattr(rtdmd, "panel", lambda run: {})
+    more = "--seed 77 --force_resume --iterations 2 --inner_epochs 2 --fake_updates 2".split()
+    rtdmd.main(flags(stage, *more))
+    words = {1: {"lora", "rollout", "fake", "share", "generator"}, 2: {"lora", "group", "fake", "share", "generator"}}
+    named = [(word, parts) for parts in seen for word in words[stage] if word in parts]
+    assert {word for word, _ in named} == words[stage] and all(parts[0] == 77 for _, parts in named)
+    groups = [parts for word, parts in named if word == "group"]
+    assert len(set(drawn)) == len(drawn) > 0 and len(set(groups)) == len(groups)
+    assert ("order", 77, 0) in seen
+
+
 def test_every_step_is_matched_equally_often():
     """DEPARTURE 13: stage 2's matching term visits k, over S and the draw, uniformly in 1..K."""
     K, n = 4, 40_000
@@ -1706,6 +1753,12 @@ def make_world(folder):
         if name.startswith("net.") and p.abs().max() < 1e-3:
             state[name] = 0.5 * torch.randn(p.shape, generator=g)
     path.write_bytes(rtdmd.safetensors_bytes(state))
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Draws without a generator of their own are the same every time."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
@@ -1783,27 +1836,20 @@ def one_sentence(text, found, words, code=2):
 
 
 def test_the_ratio_is_exactly_one_before_the_first_update(flags, monkeypatch):
-    """DEPARTURE 8; in the second epoch it is not, and the clip of Eq. 17 acts: no gradient from beyond it."""
+    """DEPARTURE 8; in the second epoch it is not, and goes beyond --clip, which Eq. 17's loss is told, as is K."""
     seen, original = [], rtdmd.subgrpo_loss
 
     def subgrpo_loss(log_prob, old, advantages, steps, clip):
-        seen.append((log_prob.detach(), old, advantages))
+        assert (steps, clip) == (4, 2e-5)
+        seen.append((log_prob - old).detach().exp())
         return original(log_prob, old, advantages, steps, clip)
 
     monkeypatch.setattr(rtdmd, "subgrpo_loss", subgrpo_loss)
-    rtdmd.main(flags(2, "--inner_epochs", 2, "--iterations", 1, "--micro_batch", 12))
+    rtdmd.main(flags(2, "--inner_epochs", 2, "--iterations", 1, "--micro_batch", 12, "--clip", 2e-5))
     first, second = seen[:2], seen[2:]                          # M = 2 slots, 12 trajectories in each
-    assert len(second) == 2 and sum(len(log_prob) for log_prob, _, _ in first) == 24
-    assert all((log_prob - old).exp().eq(1.0).all() for log_prob, old, _ in first)
-    clipped = 0
-    for log_prob, old, advantages in second:
-        log_prob.requires_grad_()
-        ratio = (log_prob - old).detach().exp()[:, 0]
-        gradient, = torch.autograd.grad(original(log_prob, old, advantages, 4, 1e-5), log_prob)
-        beyond = ((ratio - 1) * advantages.sign() > 1e-5)
-        assert (gradient[beyond] == 0).all() and (gradient[~beyond & (advantages != 0)] != 0).all()
-        clipped += int(beyond.sum())
-    assert clipped > 0
+    assert len(second) == 2 and sum(len(ratio) for ratio in first) == 24
+    assert all(ratio.eq(1.0).all() for ratio in first)
+    assert any(((ratio - 1).abs() > 2e-5).any() for ratio in second)
 
 
 @pytest.fixture(scope="session")
@@ -1865,7 +1911,7 @@ def tensor(image):
     return torch.from_numpy(image).permute(2, 0, 1)[None] / 255
 
 
-@pytest.mark.parametrize("size", [(256, 256), (512, 384), (300, 700), (224, 224)])
+@pytest.mark.parametrize("size", [(256, 256), (512, 384), (300, 700), (224, 224), (300, 503)])   # 503: 75.5 a side
 @pytest.mark.parametrize("mode", ["bicubic", "bilinear"])
 def test_square_crop_is_pils(size, mode):
     """CLIP's preprocessing of tensors is torchvision's of PIL pictures, but for PIL's rounding."""
@@ -1888,19 +1934,12 @@ def test_square_crop_clips_overshoots():
     assert rtdmd.resize(board, 224, 224).min() < -.02
 
 
-def test_square_crop_without_antialias_would_be_far_off():
-    """The yardstick of the test above: a plain bicubic resize is off by tens of grey levels."""
-    image = tensor(picture(1024, 1024))
-    plain = F.interpolate(image, (224, 224), mode="bicubic", align_corners=False)
-    assert (plain - rtdmd.resize(image, 224, 224)).abs().max() * 255 > 20
-
-
 def test_square_crop_is_transformers_processor():
-    """It is transformers' own processor as well, with its mean and std."""
+    """It is transformers' own processor as well, with its mean and std, and with half a pixel cut off."""
     from transformers import CLIPImageProcessorPil
-    image = picture(400, 300)
-    theirs = CLIPImageProcessorPil()(images=[Image.fromarray(image)], return_tensors="pt")["pixel_values"]
-    assert (rtdmd.square_crop(tensor(image)) - theirs).abs().max() < .035
+    for image in (picture(400, 300), picture(300, 503)):
+        theirs = CLIPImageProcessorPil()(images=[Image.fromarray(image)], return_tensors="pt")["pixel_values"]
+        assert (rtdmd.square_crop(tensor(image), offset=int) - theirs).abs().max() < .035
 
 
 @pytest.mark.parametrize("size", [(512, 512), (1024, 1024), (768, 512), (300, 512), (224, 224), (100, 60)])
@@ -1937,7 +1976,7 @@ def test_preprocessing_gradient_is_finite_differences(view):
 
 def test_which_reward_sees_what():
     """The tables' CLIPScore was resized bilinearly, PickScore as CLIP itself, HPSv2 in a letterbox."""
-    image = tensor(picture(300, 500))
+    image = tensor(picture(300, 503))
     views = {name: rtdmd.REWARDS[name]["view"](image) for name in ("clipscore", "pickscore", "hpsv2")}
     assert torch.equal(views["clipscore"], rtdmd.square_crop(image, mode="bilinear"))
     assert torch.equal(views["pickscore"], rtdmd.square_crop(image, mode="bicubic", offset=int))
@@ -1987,15 +2026,20 @@ def test_hpsv2_is_strictly_loadable_into_open_clip():
     assert {name: tuple(state[name].shape) for name in shapes} == shapes
 
 
+def small_vit_h(monkeypatch):
+    """A small network of open_clip's, which it also makes under the name of HPSv2's: that takes 4 GB and 10 seconds."""
+    import open_clip
+    sizes = dict(embed_dim=8, vision_cfg=dict(layers=1, width=64, image_size=224, patch_size=56),
+                 text_cfg=dict(layers=1, width=16, heads=2, vocab_size=49408, context_length=77))
+    monkeypatch.setattr(open_clip.factory, "get_model_config", lambda name: copy.deepcopy({"ViT-H-14": sizes}[name]))
+    return open_clip.CLIP(**sizes)
+
+
 def test_hpsv2_host_loads_strictly_and_scores_a_cosine(tmp_path, monkeypatch):
     """HPSv2 is the cosine of open_clip's embeddings; a checkpoint that lacks a tensor is refused."""
     import open_clip
     from hpsv2.utils import hps_version_map
-    sizes = dict(embed_dim=8, vision_cfg=dict(layers=1, width=64, image_size=224, patch_size=56),
-                 text_cfg=dict(layers=1, width=16, heads=2, vocab_size=49408, context_length=77))
-    small = open_clip.CLIP(**sizes)
-    monkeypatch.setattr(open_clip.factory, "get_model_config", lambda name: copy.deepcopy({"ViT-H-14": sizes}[name]))
-    cfg = settings(tmp_path)
+    small, cfg = small_vit_h(monkeypatch), settings(tmp_path)
     file = tmp_path / "HPSv2" / hps_version_map["v2.1"]
     file.parent.mkdir()
     torch.save({"state_dict": small.state_dict()}, file)
@@ -2074,11 +2118,14 @@ def test_transformers_host_loads_a_folder(tmp_path):
                   unk_token=end, pad_token=end).save_pretrained(folder)
     reward = rtdmd.load_reward("clipscore", cfg)
     assert reward(torch.rand(2, 3, 32, 32), ["a red fox", "snow " * 200]).shape == (2,)   # one is cut
+    net.save_pretrained(folder, state_dict={n: p for n, p in net.state_dict().items() if "vision" not in n})
+    with pytest.raises(rtdmd.UsageError, match="lacks [0-9]+ tensors of CLIPModel"):      # not a random image tower
+        rtdmd.load_reward("clipscore", cfg)
 
 
 @pytest.mark.parametrize("name, words", [
     ("quits", "SystemExit"), ("lookup", "KeyError"), ("wants", "TypeError"), ("nothing", "NoneType"),
-    ("number", "'int' object"), ("text", "one text, where a list"), ("late", "late")])
+    ("number", "'int' object"), ("text", "one text, where a list")])
 def test_prompts_of_a_module_that_fails(name, words, flags, capfd, tmp_path, monkeypatch):
     """Functions that exit, raise or want an argument, things that are no list, one text instead of a list of them."""
     written(tmp_path, "bad_prompts.py", """
@@ -2087,9 +2134,6 @@ quits = lambda: sys.exit(0)
 lookup = lambda: {}["x"]
 wants = lambda number: ["a"]
 nothing, number, text = None, 7, "a red circle"
-def late():
-    yield "a red circle"
-    raise LookupError("late")
 """)
     monkeypatch.delitem(sys.modules, "bad_prompts", raising=False)
     monkeypatch.syspath_prepend(tmp_path)
@@ -2547,6 +2591,26 @@ def test_the_scheduler_keeps_eta_and_repeats_with_a_generator(folders, tmp_path)
     assert torch.equal(images[0], images[1]) and not torch.equal(images[0], images[2])
 
 
+def test_a_step_of_the_scheduler_has_the_networks_dtype_and_the_callers_generator():
+    """What comes out of bf16 is bf16, or the next forward would fail; a list has a generator for each image."""
+    scheduler = rtdmd.CPSScheduler.from_config(dict(shift=3.0))
+    v, x = torch.randn(2, 2, 4, 3, 3)
+
+    def step(v, x, **options):
+        scheduler.set_timesteps(4)
+        return scheduler.step(v, scheduler.timesteps[0], x, **options).prev_sample
+
+    one, each = step(v, x, generator=rng(1)), step(v, x, generator=[rng(1), rng(2)])
+    close(one, rtdmd.cps_step(x, v, 1.0, 0.9, torch.randn(x.shape, generator=rng(1)), 0.9))
+    noise = torch.stack([torch.randn(x.shape[1:], generator=rng(seed)) for seed in (1, 2)])
+    close(each, rtdmd.cps_step(x, v, 1.0, 0.9, noise, 0.9))
+    scheduler.generator = rng(3)
+    assert torch.equal(step(v, x, generator=rng(1)), one)                   # the argument comes first
+    low = step(v.bfloat16(), x.bfloat16(), generator=rng(1))
+    assert low.dtype == torch.bfloat16
+    close(low, one, 0.05)
+
+
 # ---- Velocity
 
 @pytest.mark.parametrize("name, rows", [("sd3m", 4), ("sd35m", 4), ("flux1", 2), ("flux2-4b", 4), ("zimage", 4)])
@@ -2712,6 +2776,7 @@ def test_encoding_is_the_pipelines_bit_for_bit(folders, name, length):
             theirs = {"text": rows[0], "pooled": rows[2]}
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert ours["text"].shape[1] == size
+    assert str(backbone.text_length) in backbone.text_key.split()     # no cached row serves another length
     backbone.free_text()
     assert backbone.text is None
 
@@ -2817,26 +2882,13 @@ def test_every_network_that_is_read_is_whole(folders, tmp_path, model, name):
         assert re.search(f"{weights.parent.name} lacks [12] tensors", sentence(error)), lost    # 2: a tied one
 
 
-def test_a_reward_from_half_a_model_is_refused(tmp_path):
-    """A folder without CLIP's image tower: clipscore would score with a random one, and train on it."""
-    from transformers import CLIPConfig, CLIPModel
-    tiny = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-    net = CLIPModel(CLIPConfig(text_config=tiny, vision_config=tiny, projection_dim=8))
-    text = {n: p for n, p in net.state_dict().items() if "vision" not in n}
-    net.save_pretrained(tmp_path / "clip-vit-large-patch14", state_dict=text)
-    with pytest.raises(rtdmd.UsageError, match="lacks [0-9]+ tensors of CLIPModel") as error:
-        rtdmd.load_reward("clipscore", settings(tmp_path))
-    sentence(error)
-
-
-@pytest.mark.parametrize("content", [b"", b"<html>", b"version https://git-lfs.github.com/spec/v1\n",
-                                     bytes(range(256))])
-def test_weights_that_cannot_be_read_are_one_sentence(content, tmp_path):
-    """An empty file, a web page, a pointer of Git LFS, noise: unpickling raises almost anything."""
+def test_weights_of_noise_are_one_sentence(tmp_path, monkeypatch):
+    """Only loading shows it, and unpickling raises almost anything."""
+    small_vit_h(monkeypatch)
     for repo, file in (("HPSv2", "HPS_v2.1_compressed.pt"), (".", "sac+logos+ava1-l14-linearMSE.pth"),
                        ("ImageReward", "ImageReward.pt")):
         (tmp_path / repo).mkdir(exist_ok=True)
-        (tmp_path / repo / file).write_bytes(content)
+        (tmp_path / repo / file).write_bytes(bytes(range(256)))
     for name in ("hpsv2", "aesthetic", "imagereward"):
         with pytest.raises(rtdmd.UsageError, match=f"reward .*{name} cannot be loaded") as error:
             ev.load_metric(name, settings(tmp_path))
@@ -3220,12 +3272,11 @@ def test_the_readmes_reward_with_a_network(tmp_path, monkeypatch):
     assert not any(p.requires_grad for p in reward.func.net.parameters())
 
 
+@pytest.mark.parametrize("real_run", ["sd3m"], indirect=True)
 def test_the_readmes_snippet_for_diffusers(real_run, folders, tmp_path, monkeypatch):
     """As it stands, with our folder and size: the picture has the size that was trained, not the pipeline's own."""
     from diffusers import StableDiffusion3Pipeline
     monkeypatch.chdir(tmp_path)
-    if real_run.name != "sd3m":
-        return
     load = StableDiffusion3Pipeline.from_pretrained
 
     def twice_as_large(*args, **options):
@@ -3258,15 +3309,14 @@ bright.differentiable = True
 """
 
 
-@pytest.mark.parametrize("name", ["sd3m", "flux2-4b"])
-def test_the_file_trains_alone(name, folders, tmp_path):
+def test_the_file_trains_alone(folders, tmp_path):
     """Copied into an empty folder, without eval.py: stage 1 is killed in its second iteration and goes on, stage 2 has
     an own reward, and a stock pipeline loads what comes out."""
     shutil.copy(rtdmd.__file__, tmp_path / "rtdmd.py")
     (tmp_path / "own.py").write_text(FATAL)
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-    line = ["--model", name, "--pretrained", folders[name], "--out", "run", "--cache", "cache", "--sample_every", "1",
-            "--save_every", "1", "--watch", "own:watch",
+    line = ["--model", "sd3m", "--pretrained", folders["sd3m"], "--out", "run", "--cache", "cache", "--save_every", "1",
+            "--sample_every", "1", "--watch", "own:watch",
             *REAL_FLAGS.replace("vivid_judge:vivid", "own:bright").split()]
     alone = {n: v for n, v in os.environ.items() if n != "PYTHONPATH"} | dict(OMP_NUM_THREADS="1")
     run = functools.partial(subprocess.run, cwd=tmp_path, env=alone, capture_output=True, text=True)
@@ -3276,8 +3326,7 @@ def test_the_file_trains_alone(name, folders, tmp_path):
     done = run([sys.executable, "-c", both])
     assert done.returncode == 0 and "Resumed run/stage1/checkpoint-000001" in done.stderr, done.stderr
     assert (tmp_path / "run/stage2/rtdmd.py").exists() and not list(tmp_path.rglob("eval.py"))
-    pipe = stock(folders[name].split(",")[0])
-    pipe.load_lora_weights(tmp_path / "run/stage2/checkpoint-000002")
+    stock(folders["sd3m"]).load_lora_weights(tmp_path / "run/stage2/checkpoint-000002")
 
 
 def test_eval_samples_a_real_checkpoint(real_run, folders, monkeypatch, capsys):
@@ -3303,6 +3352,17 @@ def test_eval_samples_a_real_checkpoint(real_run, folders, monkeypatch, capsys):
 # ---- Processes
 
 FORK = multiprocessing.get_context("forkserver")          # a process that has imported everything, and run nothing
+STARTED = []
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left():
+    """What a test has started ends with it, also where it fails."""
+    yield
+    while STARTED:
+        process = STARTED.pop()
+        process.kill()
+        process.join()
 
 
 def child(argv, env, output, before):
@@ -3321,7 +3381,8 @@ def child(argv, env, output, before):
 def start(argv, folder, world=1, before=None):
     """Processes of one run, as torchrun would start them; what they print goes to FOLDER/rank-0 and so on."""
     # The fork server imports this file before it forks.
-    os.environ["PYTHONPATH"] = f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}"
+    own, paths = str(Path(__file__).parent), os.environ.get("PYTHONPATH", "").split(":")
+    os.environ["PYTHONPATH"] = ":".join(paths if own in paths else [own, *paths])
     FORK.set_forkserver_preload([Path(__file__).stem])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -3333,10 +3394,11 @@ def start(argv, folder, world=1, before=None):
         args = argv, {n: str(value) for n, value in env.items()}, str(folder / f"rank-{rank}"), before
         processes.append(FORK.Process(target=child, args=args, daemon=True))
         processes[-1].start()
+        STARTED.append(processes[-1])
     return processes
 
 
-def finish(processes, limit=60):
+def finish(processes, limit=300):
     """Exit codes; a process that hangs is killed and fails the test."""
     end = time.monotonic() + limit
     for process in processes:
@@ -3384,7 +3446,8 @@ def small_sd3_world(folders, tmp_path_factory):
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("model", ["tiny", "sd3m"])
 def test_processes_and_micro_batches_change_nothing(model, stage, flags, tmp_path, request):
-    """1, 2 and 4 processes and any micro-batch are one run, but for the order of fp32 sums.
+    """1 to 4 processes and any micro-batch are one run, but for the order of fp32 sums. So is the log: 8 samples of
+    stage 1 on 3 processes would tell a mean of means.
 
     Tolerances. A gradient is a sum of some 10^3 terms of either sign, 10 to 100 times larger than what is left
     (advantages cancel): another order costs about 10^3^.5 * 6e-8 * 100 = 2e-4 of its largest component. Adam's
@@ -3398,7 +3461,7 @@ def test_processes_and_micro_batches_change_nothing(model, stage, flags, tmp_pat
     base = None
     if model == "sd3m":
         common, begun = request.getfixturevalue("small_sd3_world")
-    for world, micro in ((1, 1), (2, 1), (4, 6)) if model == "tiny" else ((1, 1), (4, 5)):
+    for world, micro in ((1, 1), (2, 1), (2 + stage, 6)) if model == "tiny" else ((1, 1), (4, 5)):
         more = f"--group_size 4 --sample_every 9 --micro_batch {micro}".split()
         out = tmp_path / f"{world}-{micro}"
         if model == "sd3m":
@@ -3409,7 +3472,10 @@ def test_processes_and_micro_batches_change_nothing(model, stage, flags, tmp_pat
         assert finish(start(argv, out / "log", world, "keep_rewards")) == [0] * world
         states = [state_of(out / f"stage{stage}/checkpoint-{n:06d}") for n in (1, 3)]
         rewards = torch.load(out / "log/rank-0.rewards") if stage == 2 else []
-        base = base or (states, rewards)
+        logged = rows_of(out / f"stage{stage}")
+        base = base or (states, rewards, logged)
+        for row, other in zip(logged, base[2], strict=True):
+            assert row == pytest.approx(other, rel=1e-3, abs=1e-6), (world, micro)
         for n, other in base[0][0].items():
             if "exp_avg" in n and not n.endswith("sq"):
                 assert (states[0][n] - other).abs().max() <= 5e-4 * other.abs().max(), (world, micro, n)
@@ -3570,8 +3636,7 @@ SOURCES = {                 # what the log names: function, which adapter is lef
 }
 
 
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("source, value", [*((source, math.nan) for source in SOURCES), ("dm", math.inf)])
 def test_a_number_that_is_none_skips_the_step(source, value, flags, tmp_path, monkeypatch, capfd):
     """nan or inf skips one adapter's update and is counted; the other goes on, no weight is spoilt."""
     name, role, stage = SOURCES[source]
@@ -3695,9 +3760,13 @@ def test_a_finished_run_drops_what_a_kill_left_over(begun, flags, tmp_path):
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", [cut, Path.unlink, flip, flip_in_the_middle])
 def test_a_damaged_newest_checkpoint_is_passed_over(name, damage, begun, four, flags, tmp_path, capfd):
-    """Cut, lost or altered: the run goes on from the one before, to the same bits."""
+    """Cut, lost or altered: it is seen; and the run goes on from the one before, to the same bits."""
     shutil.copytree(begun, tmp_path / "run")
     damage(tmp_path / "run/stage1/checkpoint-000003" / name)
+    if (name, damage) != (FILES[1], flip_in_the_middle):                        # one goes on for all of them
+        assert rtdmd.find_checkpoint(tmp_path / "run/stage1").name == "checkpoint-000002"
+        assert re.search(r"checkpoint-000003 is damaged.*passed over", capfd.readouterr().err)
+        return
     rtdmd.main(flags(1, "--iterations", 4, "--keep", 1))
     text = capfd.readouterr().err
     assert re.search(r"checkpoint-000003 is damaged.*passed over", text)
@@ -3863,9 +3932,10 @@ def test_stage_2_resumes_without_stage_1(begun, flags, tmp_path):
 
 # ---- Faults
 
-def wait_for(path, processes=(), limit=60):
+def wait_for(path, processes=(), words="", limit=300):
+    """Until a file holds something, or these words."""
     end = time.monotonic() + limit
-    while not (path.exists() and path.stat().st_size):
+    while not (path.exists() and path.stat().st_size and words in path.read_text()):
         assert time.monotonic() < end and all(p.is_alive() for p in processes), f"no {path}"
         time.sleep(0.02)
 
@@ -3887,14 +3957,12 @@ def very_slow(output):
 
 
 def test_two_runs_on_one_folder(flags, tmp_path, capfd):
-    """The second is refused for as long as the first holds the lock."""
-    processes = start(flags(1), tmp_path / "log", before="slow")
-    wait_for(tmp_path / "run/stage1/metrics.jsonl", processes)
-    refused(capfd, flags(1), f"Another run .process {processes[0].pid} on .* writes to")
-    assert finish(processes) == [0]
-    rtdmd.main(flags(1, "--iterations", 4))                    # the lock went with the process, and goes with main
-    rtdmd.main(flags(1, "--iterations", 5))
-    assert len(rows_of(tmp_path / "run/stage1")) == 5
+    """The second is refused for as long as the first holds the lock, which goes with main."""
+    with rtdmd.claim(rtdmd.resolve(rtdmd.parse_flags(flags(1)))):
+        refused(capfd, flags(1), f"Another run .process {os.getpid()} on .* writes to")
+    for iterations in (1, 2):
+        rtdmd.main(flags(1, "--iterations", iterations))
+    assert len(rows_of(tmp_path / "run/stage1")) == 2
 
 
 @pytest.mark.parametrize("numbers, world", [([signal.SIGTERM], 1), ([signal.SIGINT], 1), ([signal.SIGTERM] * 2, 1),
@@ -3905,11 +3973,13 @@ def test_a_signal_ends_the_run_with_a_checkpoint(numbers, world, flags, tmp_path
     processes = start(flags(1, "--iterations", 100, "--save_every", 100), tmp_path / "log", world, "slow")
     wait_for(folder / "metrics.jsonl", processes)
     for number in numbers:
-        os.kill(processes[-1].pid, number)                   # of two processes the second alone: both end together
-        time.sleep(0.05)
+        with contextlib.suppress(ProcessLookupError):        # it may have ended before the second signal
+            os.kill(processes[-1].pid, number)               # of two processes the second alone: both end together
+        if world == 1:
+            wait_for(tmp_path / "log/rank-0", words="Stopping after this iteration")
     assert finish(processes) == [0] * world
     rows = rows_of(folder)
-    assert rtdmd.find_checkpoint(folder).name == f"checkpoint-{len(rows):06d}" and len(rows) < 10
+    assert rtdmd.find_checkpoint(folder).name == f"checkpoint-{len(rows):06d}" and len(rows) < 100
     assert "Stopped by a signal" in (tmp_path / "log/rank-0").read_text()
 
 
@@ -3917,10 +3987,11 @@ def test_a_second_interrupt_ends_at_once(flags, tmp_path):
     """Ctrl-C twice does not wait for the iteration to end."""
     processes = start(flags(1), tmp_path / "log", before="very_slow")
     wait_for(tmp_path / "run/stage1/metrics.jsonl", processes)
-    for _ in range(2):
-        os.kill(processes[0].pid, signal.SIGINT)
-        time.sleep(0.1)
-    assert finish(processes, 5) == [-signal.SIGINT]
+    os.kill(processes[0].pid, signal.SIGINT)
+    wait_for(tmp_path / "log/rank-0", processes, "Stopping after this iteration")
+    time.sleep(0.1)                                          # until the handler is through
+    os.kill(processes[0].pid, signal.SIGINT)
+    assert finish(processes) == [-signal.SIGINT]             # 0, a minute later, if it had waited
 
 
 def die_in_the_second(output):
@@ -3938,7 +4009,7 @@ def die_in_the_second(output):
 
 def test_one_rank_that_dies_ends_the_others(flags, tmp_path):
     """None waits for ever, and a restart goes on from the last checkpoint."""
-    codes = finish(start(flags(1), tmp_path / "log", 2, "die_in_the_second"), 30)
+    codes = finish(start(flags(1), tmp_path / "log", 2, "die_in_the_second"))
     assert codes[1] == -signal.SIGKILL and codes[0] not in (0, None)
     assert rtdmd.find_checkpoint(tmp_path / "run/stage1").name == "checkpoint-000001"
     assert finish(start(flags(1), tmp_path / "log", 2)) == [0, 0]                    # what torchrun's restart does
@@ -3956,18 +4027,18 @@ def quota(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, kept)
 
 
-@pytest.mark.parametrize("size", [60_000, 260_000])      # too small for the copy of the source, for the checkpoint
-def test_a_full_disk(size, flags, tmp_path, capfd):
+def test_a_full_disk(flags, tmp_path, capfd):
     """What was saved stays as it was; with room again the run ends with the same bits."""
     rtdmd.main(flags(1, "--sample_every", 1, "--out", tmp_path / "whole"))
     rtdmd.main(flags(1, "--sample_every", 1, "--iterations", 1))
     kept = tmp_path / "run/stage1/checkpoint-000001"
     assert (kept / FILES[1]).stat().st_size > 260_000 > Path(rtdmd.__file__).stat().st_size > 60_000
     before = snapshot(kept)
-    with quota(size):
-        refused(capfd, flags(1, "--sample_every", 1), "Cannot write .*: make room")
-    assert before == snapshot(kept) and rtdmd.list_checkpoints(tmp_path / "run/stage1") == [kept]
-    assert not [p for p in tmp_path.rglob(".*.partial") if p.is_file()]
+    for size in (60_000, 260_000):                           # too small for the copy of the source, for the checkpoint
+        with quota(size):
+            refused(capfd, flags(1, "--sample_every", 1), "Cannot write .*: make room")
+        assert before == snapshot(kept) and rtdmd.list_checkpoints(tmp_path / "run/stage1") == [kept]
+        assert not [p for p in tmp_path.rglob(".*.partial") if p.is_file()]
     rtdmd.main(flags(1, "--sample_every", 1))
     same(tmp_path / "whole/stage1", tmp_path / "run/stage1")
 
@@ -4052,6 +4123,12 @@ WRONG = [line.split(" | ") for line in r"""
 1 --clip 0 | above 0
 1 --delta 0 | above 0
 1 --delta 2 | at most 1
+1 --consistency_share 0 | above 0
+1 --consistency_share 2 | at most 1
+1 --steps 1001 | at most 1000
+2 --group_size 10001 --watch nonsense | at most 10000
+2 --inner_epochs 10001 --watch nonsense | at most 10000
+1 --resolution 100001 | at most 100000
 1 --ema 1.01 | at most 1
 1 --steps 1 | at least 2
 1 --batch 7 | multiple of --steps
@@ -4075,9 +4152,6 @@ WRONG = [line.split(" | ") for line in r"""
 1 --renoise yes | unrecognized arguments
 1 --watch nonsense | no reward is called 'nonsense'
 1 --rewards nonsense | no reward is called 'nonsense'
-2 --rewards attributes=0 | other than 0
-2 --rewards attributes=x | finite number
-2 --rewards attributes,attributes | no name named twice
 2 --rewards no_such_module:score | No module
 2 --group_size 1 | at least 2
 2 --groups 0 | at least 1
@@ -4099,13 +4173,8 @@ WRONG = [line.split(" | ") for line in r"""
 1 --out TMP/file/run | Not a directory
 1 --prompts TMP/nothing.txt | cannot be read|No such file
 1 --prompts TMP | cannot be read .it is no file
-1 --prompts TMP/empty.txt | holds no prompt
-1 --prompts TMP/latin.txt | line 2
-1 --prompts TMP/nul.txt | line 2.*NUL
 1 --prompts TMP/long.txt | up to 20,000
-1 --prompts TMP/broken.jsonl | line 1
 1 --prompts TMP/sentence.txt | tiny world (does not know|cannot draw)
-1 --prompts TMP/what.docx | none of .txt
 1 --out= | must name a folder
 1 --cache= | must name a folder
 1 --resolution 64 | 24 pixels and its own teacher
@@ -4119,9 +4188,7 @@ WRONG = [line.split(" | ") for line in r"""
 @pytest.fixture(scope="session")
 def wrong_files(begun, tmp_path_factory):
     root = tmp_path_factory.mktemp("wrong")
-    contents = {"file": "x", "good.txt": "a cat\n", "empty.txt": "\n \n", "latin.txt": b"a red circle\nna\xefve\n",
-                "nul.txt": b"a red circle\na\x00\n", "long.txt": "x" * 1_000_000, "broken.jsonl": '{"prompt": \n',
-                "sentence.txt": "a cat\n", "what.docx": "x"}
+    contents = {"file": "x", "good.txt": "a cat\n", "long.txt": "x" * 1_000_000, "sentence.txt": "a cat\n"}
     for name, content in contents.items():
         written(root, name, content)
     shutil.copytree(begun / "stage1", root / "cut")
@@ -4141,9 +4208,9 @@ def test_wrong_input_is_one_sentence(line, words, flags, wrong_files, cache, tmp
     """Exit code 2 and the remedy; no file is written or changed."""
     sd3 = f"--model sd3m --resolution 64 --prompts TMP/good.txt --rewards {Path(__file__).stem}:mean_colour"
     stage, *more = line.replace("SD3", sd3).replace("TMP", str(wrong_files)).split()
-    before = snapshot(wrong_files), snapshot(cache)
+    before = stamps(wrong_files), stamps(cache)
     refused(capfd, flags(int(stage), *more), words)
-    assert before == (snapshot(wrong_files), snapshot(cache)) and nothing_in(tmp_path)
+    assert before == (stamps(wrong_files), stamps(cache)) and nothing_in(tmp_path)
 
 
 def test_other_wrong_input(flags, tmp_path, capfd, monkeypatch):
@@ -4165,6 +4232,8 @@ def test_other_wrong_input(flags, tmp_path, capfd, monkeypatch):
     refused(capfd, flags(1, "--device", "cuda:0"), "--device cuda:0: take cuda or cpu")  # all on one GPU
     with monkeypatch.context() as patch:                            # or it would wait for half an hour
         patch.setenv("MASTER_ADDR", "nowhere.invalid")
+        unknown = socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        patch.setattr(socket, "getaddrinfo", lambda *_: (_ for _ in ()).throw(unknown))
         refused(capfd, flags(1), "MASTER_ADDR nowhere.invalid is unknown here")
     for name, value in (("RANK", "3"), ("RANK", "x"), ("RANK", "-1"), ("WORLD_SIZE", ""), ("WORLD_SIZE", "0"),
                         ("WORLD_SIZE", "-1"), ("WORLD_SIZE", "abc"), ("LOCAL_RANK", "x")):
@@ -4215,16 +4284,6 @@ def test_torchrun_does_not_swallow_a_flag(options):
     theirs = [name for action in get_args_parser()._actions for name in action.option_strings]
     ours = [f"--{field.name}" for field in dataclasses.fields(options)]
     assert not [(a, b) for a in ours for b in theirs if b.startswith(a)]
-
-
-def test_out_of_memory_names_the_knob(monkeypatch, capsys):
-    """A full GPU ends the run with --micro_batch in its sentence."""
-    def full(cfg):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-    monkeypatch.setattr(rtdmd, "prepare", full)
-    with pytest.raises(SystemExit) as stop:
-        rtdmd.main(["--out", "/tmp/none", "--device", "cpu", "--micro_batch", "8"])
-    assert stop.value.code == 1 and "out of memory: lower --micro_batch (no result" in capsys.readouterr().err
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -5331,12 +5390,12 @@ def test_processes_agree_on_names_and_failures(monkeypatch):
     local = threading.local()
     monkeypatch.setattr(rtdmd, "everyone", lambda value: local.everyone(value))
     for captions in (["a", "bad", "c"], ["a"]):
-        meet, values, found = threading.Barrier(2, timeout=10), ([], []), {}
+        meet, values, found = threading.Barrier(2, timeout=300), ([], []), {}
         threads = [threading.Thread(target=process, args=(rank,)) for rank in (0, 1)]
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(15)
+            thread.join(300)
         (scores, failures), other = found[0], found[1]
         assert repr(found[0]) == repr(other) and set(scores["row"]) == {"two", "two_max"}
         for row in scores["row"].values():
@@ -5570,7 +5629,6 @@ def test_known_prompts(tmp_path, monkeypatch):
     assert rtdmd.read_prompts("partiprompts") == ["bond"]
     assert rtdmd.read_prompts("hpdv2") == ["a", "b"]
     assert rtdmd.read_prompts("eval:tiny_captions") == ev.tiny_captions()
-    assert rtdmd.read_prompts("eval:tiny_test_captions") == ev.tiny_captions(held_out=True)
 
 
 def test_prompts_come_once_an_epoch_and_each_time_in_another_order(tmp_path):
@@ -5648,16 +5706,18 @@ def test_text_cache_reads_ahead_each_row_once_and_keeps_the_latest(tmp_path, mon
     load_file = rtdmd.load_file
 
     def slowly(path):
-        assert threading.current_thread() is not threading.main_thread() and go.wait(60)
+        assert threading.current_thread() is not threading.main_thread() and go.wait(300)
         read.append(path)
         return load_file(path)
 
     monkeypatch.setattr(rtdmd, "load_file", slowly)
     assert cache.row.cache_parameters()["maxsize"] == 512
     cache.row = functools.lru_cache(3)(cache.row.__wrapped__)
-    cache.prefetch(prompts[:3])                 # returns although nothing can be read yet
-    assert not read
-    go.set()
+    try:
+        cache.prefetch(prompts[:3])             # returns although nothing can be read yet
+        assert not read
+    finally:
+        go.set()                                # or the thread would wait on
     for wanted in ([0, 1], [2, 0, 2], [3], [2, 0]):                  # the fourth row pushes out the second
         cond = cache.batch([prompts[i] for i in wanted], "cpu")
         assert all(torch.equal(cond[name], truth[name][wanted]) for name in truth)
@@ -5678,12 +5738,15 @@ def test_text_cache_reads_ahead_each_row_once_and_keeps_the_latest(tmp_path, mon
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_an_iteration_waits_for_no_text_but_the_first(stage, flags, monkeypatch):
-    """Whatever batch is asked for was prefetched an iteration before, but for ""."""
-    asked, ahead = [], []
+    """Whatever batch is asked for was prefetched an iteration before, but for "". DEPARTURE 22: in stage 1 line 4 has
+    other prompts than the rollout of its iteration."""
+    asked, ahead, readers = [], [], {}
     batch, prefetch = rtdmd.TextCache.batch, rtdmd.TextCache.prefetch
 
     def noted_batch(self, prompts, device):
         asked.append((len(ahead), set(prompts)))
+        reader = inspect.currentframe().f_back.f_code.co_name
+        readers.setdefault((len(ahead), reader), set()).update(prompts)
         return batch(self, prompts, device)
 
     def noted_prefetch(self, prompts):
@@ -5700,6 +5763,9 @@ def test_an_iteration_waits_for_no_text_but_the_first(stage, flags, monkeypatch)
         assert prompts <= ahead[0] | {""} or call == 2 and prompts <= ahead[1] | {""}
     own = set().union(*(prompts for call, prompts in asked if call == 2)) - {""}
     assert own and own <= ahead[0] & ahead[1]             # the second iteration's were known in the first
+    for call in (1, 2) if stage == 1 else ():
+        rolled, trained = readers[call, "rollout_in_chunks"], readers[call, "update_generator"]
+        assert readers[call, "update_fake"] == rolled and readers[call, "walk"] <= trained and not rolled & trained
 
 
 def test_text_cache_refuses_a_full_disk_and_splits_over_ranks(tmp_path, monkeypatch):
@@ -5920,16 +5986,12 @@ def test_untrained_student_is_the_teacher_without_steps(tiny_report):
     close(together[1:], alone, 1e-5)
 
 
-def test_compare_and_images_read_what_eval_writes(tiny_report, capsys):
-    """--save_images, then --images on that folder; --compare of a report with itself is 0 +- 0."""
+def test_images_reads_what_eval_writes(tiny_report):
+    """--save_images, then --images on that folder."""
     folder, flags = tiny_report
     ev.main([*flags, "--save_images"])
     files, prompts = ev.read_folder(folder / "run/images/student_init")
     assert len(files) == 8 and prompts[0] == prompts[1] != prompts[2]
-    report = str(folder / "run/report.json")
-    capsys.readouterr()
-    ev.main(["--compare", report, report])
-    assert "0.000±0.000" in capsys.readouterr().out
 
 
 def test_the_sampler_guides(cache):
@@ -6131,9 +6193,14 @@ def test_a_run_folder_begins_with_what_made_it(begun):
         assert (begun / "stage1" / source.name).read_bytes() == source.read_bytes()
 
 
-def test_the_panel_measures_its_pictures(flags):
-    """Saturation, contrast and edges of pictures whose left half is one colour and whose right half is black."""
+def test_the_panel_measures_its_pictures(flags, monkeypatch):
+    """Saturation, contrast and edges of pictures whose left half is one colour and whose right half is black. They are
+    the averaged generator's, and the raw one is back afterwards."""
     run = prepared(flags(1))
+    run.ema += 1
+    theta, sampled, roll = run.roles.flat["generator"], [], rtdmd.rollout_in_chunks
+    raw, place = theta.detach().clone(), theta.data_ptr()
+    monkeypatch.setattr(rtdmd, "rollout_in_chunks", lambda *rest: sampled.append(theta.data.clone()) or roll(*rest))
     halves = torch.zeros(3, 24, 24)
     halves[:, :, :12] = torch.tensor([.9, .6, .3]).view(3, 1, 1)
     run.backbone.decode = lambda x: halves.expand(len(x), -1, -1, -1)
@@ -6141,13 +6208,7 @@ def test_the_panel_measures_its_pictures(flags):
     half_and_half = torch.tensor([.6, 0.]).repeat(288).std().item()
     assert found["saturation"] == pytest.approx(.3) and found["contrast"] == pytest.approx(half_and_half)
     assert found["edges"] == pytest.approx(.6 / 23) and len([*(run.folder / "samples").iterdir()]) == 1
-
-
-def test_eval_prompt_makes_one_picture(tiny_report):
-    """--prompt needs no checkpoint."""
-    folder, flags = tiny_report
-    ev.main(["--prompt", "a red circle", *flags[2:6], "--out", str(folder / "one")])
-    assert Image.open(folder / "one/prompt.png").size == (24, 24)
+    assert torch.equal(sampled[0], run.ema) and torch.equal(theta.data, raw) and theta.data_ptr() == place
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -6545,7 +6606,7 @@ def test_a_worker_ends_with_its_program(tmp_path):
     program.start()
     wait_for(file, [program])
     program.kill()
-    stat, end = Path("/proc") / file.read_text() / "stat", time.monotonic() + 20
+    stat, end = Path("/proc") / file.read_text() / "stat", time.monotonic() + 300
     while stat.exists() and stat.read_text().split(")")[1].split()[0] != "Z":
         assert time.monotonic() < end, "it works on alone"
         time.sleep(0.1)
@@ -6665,7 +6726,7 @@ def test_the_rows_of_table_1_spend_the_same_forwards(row, cache, tmp_path, monke
     words = words.split()
     flags = [word for word in words if word[0] != "@"]
     line = ["--stage", str(stage), "--device", "cpu", "--pretrained", "tiny-1", "--cache", str(cache),
-            "--out", str(tmp_path), *flags]
+            "--out", str(tmp_path), "--max_prompts", "24", *flags]
     iterations = rtdmd.resolve(rtdmd.parse_flags(line)).iterations
     if stage == 2:                                                           # a start of full rank, as it begins
         rtdmd.main([*line[2:10], "--stage", "1", "--iterations", "1", "--batch", "4", "--fake_updates", "1"])
@@ -7059,8 +7120,9 @@ def spoilt_weights(folder, content):
 
 
 @pytest.mark.parametrize("kind", SPOILT)
-def test_weights_that_cannot_be_read_cost_their_metric_alone(kind, tiny_report, tmp_path, capsys):
+def test_weights_that_cannot_be_read_cost_their_metric_alone(kind, tiny_report, tmp_path, monkeypatch, capsys):
     """It is told before anything is sampled, as far as a look at the file can tell; the report has the others."""
+    small_vit_h(monkeypatch)
     _, flags = tiny_report
     spoilt_weights(tmp_path, SPOILT[kind])
     names = ["aesthetic", "hpsv2", "imagereward", "clipscore"]
@@ -7069,6 +7131,7 @@ def test_weights_that_cannot_be_read_cost_their_metric_alone(kind, tiny_report, 
     eval_refused(capsys, [*line, ",".join([*names, "attributes"])], f"nothing was scored by {', '.join(names)}", 1)
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert report["rows"]["teacher"]["attributes"] < 0 and len(report["failures"]) == 4
+    assert all(re.search("cannot be loaded|incomplete or damaged", text) for text in report["failures"])
     told = ev.missing_weights([*names, "attributes"], settings(tmp_path))
     assert set(told) == set(names), told
     for name, text in told.items():
@@ -7367,13 +7430,12 @@ def test_names_that_are_not_utf8(tmp_path, monkeypatch, capfd):
     eval_refused(capfd, ["--prompt", "x" * 10**6], "--prompt cannot be read .*up to 20,000")
 
 
-def test_a_terminal_that_knows_no_sign_for_it():
+def test_a_terminal_that_knows_no_sign_for_it(monkeypatch):
     """± is printed as ? where the encoding lacks it, instead of a traceback."""
-    code = "import eval, sys; sys.argv = ['eval.py', '--compare', 'x', 'y']; "
-    code += "eval.compare = lambda flags, cfg: print('1±2 \\udcff'); eval.main()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                          cwd=Path(rtdmd.__file__).parent, env=os.environ | dict(PYTHONIOENCODING="ascii"))
-    assert done.returncode == 0 and done.stdout.strip() == "1?2 ?", done.stderr
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    monkeypatch.setattr(ev, "compare", lambda flags, cfg: print("1±2 \udcff", flush=True))
+    ev.main(["--compare", "x", "y"])
+    assert sys.stdout.buffer.getvalue().strip() == b"1?2 ?"
 
 
 # ---- Flags
@@ -7457,6 +7519,14 @@ def test_a_rounded_level_stays_inside_its_interval():
     rounding.backbone.quantise = functools.partial(rtdmd.flux_level, rounding.backbone)
     exact = SimpleNamespace(backbone=SimpleNamespace(quantise=lambda t: t))
     u = torch.linspace(0, 1, 2001)[:-1].view(-1, 1, 1, 1)
+    rounding.cfg, rounding.times = rtdmd.Config(delta=.1), rtdmd.timestep_schedule(4, math.exp(2.29118))
+    t = torch.linspace(.003, .997, 2000).view(-1, 1, 1, 1)
+    low = torch.stack([t - .1, *(torch.where(level < t, level, 0.0) for level in rounding.times.float())]).amax(0)
+    for chance in (u, torch.zeros_like(u), torch.ones_like(u)):
+        t_next = rtdmd.draw_next_level(rounding, t, chance)
+        assert (low <= t_next).all() and (t_next <= t).all()
+    t = rtdmd.draw_level(rounding, torch.full_like(u, .998), u)
+    assert .998 <= t.min() and t.max() <= 1                                 # rounded, but not out of it
     for s in (0.0, .5, .75, .9082, .9674):
         levels = torch.full_like(u, s)
         t = rtdmd.draw_level(rounding, levels, u)
