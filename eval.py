@@ -974,9 +974,8 @@ def look_at(path):
         try:
             with open(file, "rb") as opened:
                 head = opened.read(32).strip().lower()
-            # (The length at the start of a .safetensors may look like "<": safe_open judges that.)
-            if not head or head.startswith(b"version https://git-lfs") or \
-                    head.startswith(b"<") and file.suffix != ".safetensors":
+            page = head.startswith(b"<") and file.suffix != ".safetensors"   # which begins with a length: any bytes
+            if not head or page or head.startswith(b"version https://git-lfs"):
                 raise ValueError("it is empty, a web page or a pointer of Git LFS")
             if head.startswith(b"pk") and not zipfile.is_zipfile(file):      # PyTorch's own format is a zip
                 raise ValueError("it is cut short")
@@ -1451,8 +1450,7 @@ def score_rows(pictures, captions, flags, cfg, own=(), labels={}):
         for row, (index, images) in pictures.items():
             texts = [captions[i] for i in index]
             values, failed = run_metric(scorer, images, texts, max(flags.batch, 16), cfg.device)
-            own_name = getattr(scorer, "name", type(scorer).__name__)
-            values = {name if metric == own_name else metric: found for metric, found in values.items()}
+            values = dict(zip([name, *list(values)[1:]], values.values()))   # first its own, whatever it is called
             failures += [f"{labels.get(row, row)}: {text}" for text in itertools.chain(*rtdmd.everyone(failed))]
             lost = [math.nan] * len(index)  # a process without a score does not know all of the names
             for metric in dict.fromkeys(itertools.chain(*rtdmd.everyone(list(values)))):

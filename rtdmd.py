@@ -2064,9 +2064,9 @@ def prepare(cfg):
     # With bf16, TF32 for what stays fp32: rewards (an error of 2 % of a group's std with CLIP ViT-L/14,
     # docs/costs.md) and the network of a class that ignores dtype, as the tiny world's does.
     torch.set_float32_matmul_precision("high" if cfg.dtype == "bf16" else "highest")
-    if "flux" in cfg.model and torch.__version__ < (2, 14):
-        torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass mixes up memory layouts (costs.md)
     run.backbone = backbone_class(cfg.model)(cfg)
+    if isinstance(run.backbone, (Flux1Backbone, Flux2Backbone)) and torch.__version__ < (2, 14):
+        torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass mixes up memory layouts (costs.md)
     run.roles = Roles(run.backbone, cfg)
     run.times = timestep_schedule(cfg.steps, run.backbone.shift)
     run.text = TextCache(run.backbone, Path(cfg.cache) / "text")
@@ -2374,7 +2374,7 @@ def one_sentence(program):
     finally:
         error = sys.exc_info()[1]
         if error and dist.is_initialized() and dist.get_backend() == "nccl":
-            # An orderly end would wait for processes that wait for this one. Now torchrun ends them.
+            # An orderly end would wait for processes that wait for this one; torchrun ends those.
             if not isinstance(error, SystemExit):
                 sys.excepthook(type(error), error, error.__traceback__)
             sys.stdout.flush()

@@ -1530,6 +1530,20 @@ def test_a_card_too_small_for_two_samples_gets_micro_batch_1(room, expected, mon
     assert f"Micro-batch {expected}: " in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("name, version, off", [("flux2-4b", "2.11.0+cu130", True), ("flux1", "2.13.1", True),
+                                               ("flux2-4b", "2.14.0", False), ("sd3m", "2.11.0", False)])
+def test_flux_trains_without_cudnns_attention_where_it_is_wrong(name, version, off, folders, tmp_path, monkeypatch):
+    """Before torch 2.14 its backward pass ignores the layout of the gradient, of which FLUX has two."""
+    calls = []
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", calls.append)
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path, "prompts.txt", "a cat")
+    prepared(["--stage", "1", "--model", name, "--pretrained", folders[name], "--resolution", "64", "--device", "cpu",
+              "--prompts", "prompts.txt", "--lora_rank", "2", "--text_length", "8"])
+    assert calls == ([False] if off else [])
+
+
 @pytest.mark.parametrize("stage", [1, 2])
 def test_the_probe_of_the_memory_leaves_nothing_behind(stage, flags, monkeypatch):
     """peak_bytes runs the pass that takes most; the run goes on as if it had not."""
