@@ -7566,6 +7566,24 @@ def test_tiny_judge_learns_and_scores():
     assert ev.TinyReward("strict", judge, 1).differentiable is False
 
 
+@pytest.mark.parametrize("shape", [(64, 64), (48, 64), (256, 64)])
+def test_muon_in_fp32_is_torchs_muon(shape, monkeypatch):
+    """Where bf16 is slow, five iterations in fp32 stand in: singular values near 1, the same update within bf16's
+    digits, and after the training torch's own function again."""
+    name, coefficients = "_zeropower_via_newtonschulz", (3.4445, -4.775, 2.0315)
+    theirs = getattr(torch.optim._muon, name)
+    update = torch.randn(shape, generator=rng()) + 2
+    found, wanted = ev.newton_schulz(update, coefficients, 5, 1e-7), theirs(update, coefficients, 5, 1e-7).float()
+    assert found.dtype == torch.float32 and (found - wanted).norm() < 0.03 * wanted.norm()
+    values = torch.linalg.svdvals(found)
+    assert 0.3 < values[:-4].min() and values.max() < 1.3
+    for capability, function in (("AVX2", ev.newton_schulz), ("DEFAULT", ev.newton_schulz), ("AVX512", theirs)):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+        with ev.muon_that_suits_the_cpu():
+            assert getattr(torch.optim._muon, name) is function
+        assert getattr(torch.optim._muon, name) is theirs
+
+
 def test_frechet_and_spread_against_known_values():
     """Two Gaussians whose distance is |m|^2 + sum (s_a - s_b)^2; a correlated one, by the closed form of 2 x 2
     matrices, tr (A B)^1/2 = sqrt(tr A B + 2 sqrt(det A B)); points whose mean distance is known."""
