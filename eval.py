@@ -1039,7 +1039,8 @@ def run_metric(scorer, images, prompts, batch=16, device="cpu"):
     images: anything indexable that gives what picture() takes, files too: a set may not fit into memory.
     Scorers that know more than one number (geneval, geneval2) have `details`, which returns them all.
     """
-    results, failures, own = [{} for _ in prompts], [], getattr(scorer, "name", type(scorer).__name__)
+    results, failures = [{} for _ in prompts], []
+    own = getattr(scorer, "name", getattr(scorer, "__name__", type(scorer).__name__))
 
     def judge(rows):
         """Scores a batch, or its halves if it fails: one bad image or file costs its own score and no other."""
@@ -1053,7 +1054,7 @@ def run_metric(scorer, images, prompts, batch=16, device="cpu"):
         try:
             stack = torch.stack([picture(images[i]) for i in rows]).to(device)
             found[own] = rate(call, stack, [prompts[i] for i in rows])
-        except (UsageError, OSError, RuntimeError) as error:     # scorer, file, images of more than one size
+        except (UsageError, MemoryError, OSError, RuntimeError) as error:   # scorer, file, images of two sizes
             if len(rows) == 1:
                 where = "" if isinstance(error, UsageError) else f"{own}, prompt {prompts[rows[0]]!r}: "
                 failures.append(f"{where}{error}")
@@ -1107,7 +1108,8 @@ class Flags:
     lora: str = opt("", "checkpoint, or a stage's folder (its newest): sampled as it was trained")
     teacher: bool = opt(False, "the teacher, Euler steps: --teacher --nfe 50 --cfg 7")
     images: str = opt("", "folder of pictures; metadata.jsonl (file_name, prompt) or names give the prompts")
-    compare: list = opt((), "two report.json: differences B - A with paired standard errors")
+    compare: list = opt((), "two report.json: differences B - A with paired standard errors", type=str, nargs=2,
+                        metavar=("A", "B"))
     prompt: str = opt("", "only make one picture of this prompt, OUT/prompt.png")
     dry_run: int = opt(0, "what N iterations of training cost; takes all flags of rtdmd.py; --device meta counts")
     ablations: bool = opt(False, "the paper's questions on the tiny world; goes on where it was stopped")
@@ -1236,7 +1238,8 @@ def unfit(flag, value):
     """What is wrong with a value for a flag of rtdmd.py: its type, or its range. "" if nothing is."""
     kind = type(getattr(rtdmd.Config, flag))
     if kind is str:
-        return "" if isinstance(value, str) else "is no text"
+        known = ("", "bf16", "fp32") if flag == "dtype" else (value,)
+        return "" if isinstance(value, str) and value in known else "is no such text"
     least = rtdmd.LEAST.get(flag, int(kind is int))
     most = rtdmd.MOST.get(flag, 10**9 if kind is int else 10**6)
     fits = type(value) is int or kind is float and type(value) is float
@@ -1250,7 +1253,8 @@ def unfit(flag, value):
 
 def checkpoint_at(path):
     """The newest whole checkpoint at a path, or a bare folder with an exported adapter. Raises UsageError."""
-    bare = (Path(path) / rtdmd.LORA_FILE).exists() and not (Path(path) / "state").exists()  # with state/ it is checked
+    export, state = (Path(path) / name for name in (rtdmd.LORA_FILE, rtdmd.STATE_FILE))
+    bare = export.exists() and not state.exists()                           # with a state it is checked
     found = Path(path) if bare else rtdmd.find_checkpoint(path)
     if not found:
         raise UsageError(f"There is no checkpoint at {path}: give a stage's folder, such as runs/tiny/stage2.")
@@ -1442,7 +1446,7 @@ def score_rows(pictures, captions, flags, cfg, own=(), labels={}):
         scorer = problem = None
         try:
             scorer = own[name] if name in own else load_metric(name, cfg)
-        except (UsageError, torch.OutOfMemoryError) as error:
+        except (UsageError, MemoryError, RuntimeError) as error:
             problem = f"{name}: {error}"
         if problems := [text for text in rtdmd.everyone(problem) if text]:
             failures.append(problems[0])
@@ -1946,7 +1950,7 @@ def made_networks(cfg):
 
 @contextlib.contextmanager
 def standing_in(functions):
-    """rtdmd with other functions in places of its own: {(owner, name): function}."""
+    """Other functions in the places of a module's or a class's own: {(owner, name): function}."""
     before = {(owner, name): getattr(owner, name) for owner, name in functions}
     try:
         for (owner, name), function in functions.items():
@@ -2119,7 +2123,7 @@ def start_counting(run):
             if counted:
                 name = run.roles.active if part == "network" else part
                 name += " with gradient" if torch.is_grad_enabled() else ""
-                first = args[0] if args else kwargs["hidden_states"]
+                first = args[0] if args else next(iter(kwargs.values()))
                 run.forwards[name] = run.forwards.get(name, 0) + len(first)
 
         def leave(module, args, result):
@@ -2587,12 +2591,17 @@ def train_row(out, stage, row, words, names, seed, world):
     log = read_log(found.parent)
     found = best_checkpoint(found.parent) if "held_out_stop" in names else found
     gaps = [line["dm"] for line in log[-20:] if "dm" in line]
-    facts = dict(iterations=rtdmd.iteration_of(found)) | (dict(dm=float(np.mean(gaps))) if gaps else {})
+    facts = dict(iterations=iteration_of(found)) | (dict(dm=float(np.mean(gaps))) if gaps else {})
     started = (stage == 2 or "fake_from_zero" in names) and "from_the_teacher" not in names
     before = json.loads(base.read_text()).get("forwards") if started else 0
     if before is not None:                                   # None: the start's version did not count
         facts["forwards"] = before + sum(line["forwards"] for line in log)
     return found, facts
+
+
+def iteration_of(folder):
+    """The iteration in a checkpoint's name."""
+    return int(folder.name.removeprefix("checkpoint-"))
 
 
 def read_log(folder):
@@ -2612,7 +2621,7 @@ def best_checkpoint(folder):
     """The checkpoint with the highest score of the held-out judge, averaged over panels within 10 iterations."""
     curve = {line["iteration"]: line["watch_heldout"] for line in read_log(folder) if "watch_heldout" in line}
     near = lambda it: np.mean([score for other, score in curve.items() if abs(other - it) <= 10])
-    return max(rtdmd.list_checkpoints(folder), key=lambda path: near(rtdmd.iteration_of(path)))
+    return max(rtdmd.list_checkpoints(folder), key=lambda path: near(iteration_of(path)))
 
 
 def ablation_table(rows, results, names={}):
@@ -2673,22 +2682,41 @@ def dmd2_renoising(start):
     """App. K: DMD2 takes the x-prediction of a step for a clean sample, s = 0, and re-noises it over [0, 1].
     In stage 2 it needs --eta 1, where a step's mean is 1 - t_k times its x-prediction: the gradient reaches this
     through the mean."""
-    def boundary_state(x, v, t, t_next, noise, eta):
-        return rtdmd.x0_from_velocity(x, v, t), torch.zeros_like(t_next)
+    rollout, rollout_in_chunks, seen = rtdmd.rollout, rtdmd.rollout_in_chunks, []
+    cps_step, matching_loss, fake = rtdmd.cps_step, rtdmd.matching_loss, rtdmd.update_fake
 
-    def boundary_states(run, states, predictions, k):
-        return predictions[k - 1, range(len(k))], torch.zeros(len(k))
+    def recorded(*arguments):
+        states, predictions = rollout(*arguments)
+        seen.append(torch.stack(predictions))
+        return states, predictions
+
+    def with_predictions(*arguments):
+        seen.clear()
+        states = rollout_in_chunks(*arguments)
+        seen[:] = [torch.cat(seen, 1)[:, -states.shape[1]:]]    # those of the last try, if memory ran out before
+        return states
+
+    def update_fake(run, it, update, x_s, s, k, prompts, ids, total):
+        rows = [i // rtdmd.dist_info()[2] for i in ids] if run.cfg.stage == 1 else range(len(ids))
+        fake(run, it, update, seen[0][k - 1, rows], torch.zeros_like(s), k, prompts, ids, total)
+
+    def prediction(x, v, t, *more):                              # with a gradient: the step that is matched
+        return rtdmd.x0_from_velocity(x, v, t) if torch.is_grad_enabled() else cps_step(x, v, t, *more)
+
+    def clean(run, x_s, s, *more):
+        return matching_loss(run, x_s, torch.zeros_like(s), *more)
 
     def matching_pull(run, b, part, matched, u, noise):
-        k = torch.tensor([run.cfg.steps if m == run.cfg.subset_size else b.subsets[part.start + i, m]
-                          for i, m in enumerate(matched)])
-        x = b.predictions[k - 1, range(part.start, part.stop)].requires_grad_()
+        rows = range(part.start, part.stop)
+        k = b.slots[rows, matched]
+        x = seen[0][k - 1, rows].requires_grad_()
         cond, u = run.text.batch(b.prompts[part], run.device), rtdmd.level(u, x)
         dm = rtdmd.matching_loss(run, x, torch.zeros_like(u), cond, u, noise)
         rtdmd.note(run, len(x), dm=dm)
         return len(x) * torch.autograd.grad(dm, x)[0] / (1 - rtdmd.level(run.times[k], x))
-    return {(rtdmd, "boundary_state"): boundary_state, (rtdmd, "boundary_states"): boundary_states,
-            (rtdmd, "matching_pull"): matching_pull}
+    return {(rtdmd, "rollout"): recorded, (rtdmd, "rollout_in_chunks"): with_predictions,
+            (rtdmd, "update_fake"): update_fake, (rtdmd, "cps_step"): prediction,
+            (rtdmd, "matching_loss"): clean, (rtdmd, "matching_pull"): matching_pull}
 
 
 def dmd_regression(start, pairs=240, steps=20, weight=.25):
@@ -2788,6 +2816,8 @@ def matching_last(start):
 def another_std(start, std):
     """Advantages over the std of all prompts ("global"), or over none, with the others as baseline ("none")."""
     scale, advantages = rtdmd.reward_scale, rtdmd.group_advantages
+    if std == "none":
+        scale = lambda rewards, *_: torch.ones_like(rewards[:, :1])
     return {(rtdmd, "reward_scale"): lambda rewards, _="group", floor=1e-4: scale(rewards, std, floor),
             (rtdmd, "group_advantages"): lambda rewards, _="group", floor=1e-4: advantages(rewards, std, floor)}
 

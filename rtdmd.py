@@ -33,14 +33,14 @@ Symbols  theta, phi    generator, fake score; psi: frozen teacher, guided with w
          t', t''       levels of Eq. 11, t' - delta <= t'' <= t'; x', x'' are states there
          gamma, q      weight of the consistency term (Eq. 12); share of the samples that get it
          S, M, N       chosen stochastic steps, their number; trajectories per group (prompt)
-         r, A, beta    reward, advantage, reward strength: the target is p_psi exp(beta r) / Z (Eq. 6); the KL
-                       to it has the gradient of distribution matching (DM) minus beta times that of E r
-                       (Eq. 7)
+         r, A, beta    reward, advantage, reward strength: the target is p_psi exp(beta r) / Z (Eq. 6); the
+                       gradient of the KL to it is that of distribution matching (DM) minus beta times
+                       that of E r (Eq. 7)
          det           the pathwise term: reward gradient through the deterministic step K (Eq. 15)
 
 docs/departures.md numbers 23 departures from the paper or its released code, with reasons; DEPARTURE n in the
-code marks a place of one. The main ones: kappa adds variances (1), the reverse kernel of Eq. 11 is the
-Gaussian bridge at the x-prediction (3), one forward gives old and new log pi (8), every k is matched (13).
+code marks where. The main ones: kappa adds variances (1), the reverse kernel of Eq. 11 is the Gaussian
+bridge at the x-prediction (3), one forward gives old and new log pi (8), stage 2 matches every k (13).
 """
 
 from __future__ import annotations
@@ -62,11 +62,9 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-import unicodedata
 import uuid
 from pathlib import Path
 from types import SimpleNamespace
@@ -116,8 +114,7 @@ def eps_from_velocity(x, v, t):
 
 def score_from_velocity(x, v, t):
     """grad log p_t(x), Eq. 2 solved for the score (Eq. 1 for this path). Singular only at t = 0."""
-    x, v, t = fp32(x, v, t)
-    return -(x + (1 - t) * v) / t
+    return -eps_from_velocity(x, v, t) / fp32(t)[0]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -132,11 +129,11 @@ def timestep_schedule(steps, shift=1.0):
 
 
 def cps_mean_std(x, v, t, t_next, eta):
-    """Eqs. 20 and 21: mean (B, ...) and std of x_{t_next}, given x and v at level t, a number or (B, 1, ..).
+    """Eqs. 20 and 21: mean (B, ...) and std of x_{t_next}, given x and v at level t.
 
-    eta 0 is an Euler step, eta 1 re-noises the x-prediction. For every eta the result has signal coefficient
-    1 - t_next and noise coefficient t_next: "coefficient preserving". std, sigma_k of Eq. 13, has t_next's
-    shape."""
+    t, t_next: numbers or (B, 1, ..); std, sigma_k of Eq. 13, has t_next's shape. eta 0 is an Euler step, eta
+    1 re-noises the x-prediction. For every eta the result has signal coefficient 1 - t_next and noise
+    coefficient t_next: "coefficient preserving"."""
     x, v, t, t_next = fp32(x, v, t, t_next)
     x0, eps = x - t * v, x + (1 - t) * v
     mean = (1 - t_next) * x0 + t_next * math.cos(eta * math.pi / 2) * eps
@@ -328,9 +325,8 @@ def group_noise(shape, selected, group_size, steps, generator):
     """Eq. 16: eps_k of a group (K-1, N, *shape): one draw per member at the steps in `selected`, one common
     draw at the others. The start x_{t_0} is not in Eq. 16: independent for every member (DEPARTURE 10)."""
     noise = torch.randn(steps - 1, group_size, *shape, generator=generator)
-    for k in range(1, steps):
-        if k not in selected:
-            noise[k - 1] = noise[k - 1, :1]
+    shared = [k - 1 for k in range(1, steps) if k not in selected]
+    noise[shared] = noise[shared, :1]
     return noise
 
 
@@ -343,10 +339,8 @@ def gaussian_log_prob(x_next, mean, std):
 
 def reward_scale(rewards, std="group", floor=1e-4):
     """What centred rewards (G, N) are divided by. std "group": each group's std (over N-1), (G, 1); "global":
-    that of all rewards, (); "none": 1. The floor is for groups whose scores are equal up to rounding."""
+    that of all rewards, (). The floor is for groups whose scores are equal up to rounding."""
     rewards, = fp32(rewards)
-    if std == "none":
-        return torch.ones_like(rewards[:, :1])
     return (rewards.std(1, keepdim=True) if std == "group" else rewards.std()).clamp_min(floor)
 
 
@@ -364,8 +358,8 @@ def subgrpo_loss(log_prob, old_log_prob, advantages, steps, clip):
     """Loss whose gradient is minus Eq. 17 (per dimension), -> scalar. log_prob, old_log_prob (B, M): a column
     per step of S; advantages (B,).
 
-    If the divisor of the advantages does not depend on S, (K-1)/M (DEPARTURE 9) makes the sum over S an
-    unbiased estimate of the sum over all K-1 steps: naive GRPO, Eq. 31. The std of a group does depend on S
+    (K-1)/M (DEPARTURE 9) makes the sum over S an unbiased estimate of that over all K-1 steps, naive GRPO
+    (Eq. 31), if the divisor of the advantages does not depend on S. The std of a group does
     (docs/departures.md, 11). The clip is PPO's; the ratio is 1 in a rollout's first update."""
     ratio, A = torch.exp(log_prob.float() - old_log_prob.float()), advantages[:, None].float()
     surrogate = torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A)
@@ -393,9 +387,24 @@ class UsageError(Exception):
         self.code = code
 
 
-def opt(default, help, choices=None):
-    """A dataclass field whose help text and admissible values the command line reads."""
-    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices))
+@contextlib.contextmanager
+def explained(what, remedy):
+    """Foreign code and damaged files raise anything; here it becomes one sentence. what: a text, or a
+    function that gives it when it is needed."""
+    try:
+        yield
+    except (UsageError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except (Exception, SystemExit) as error:
+        if isinstance(error, RuntimeError) and re.search(FAULTS[0][0], str(error)):     # out of memory, too
+            raise
+        reason = " ".join(repr(error).split())[:160]
+        raise UsageError(f"{what() if callable(what) else what}: {reason}; {remedy}.") from error
+
+
+def opt(default, help, **flag):
+    """A dataclass field with its help text; flag: what argparse is told of it beyond its type."""
+    return dataclasses.field(default=default, metadata=dict(help=help, flag=flag))
 
 
 @dataclasses.dataclass
@@ -403,7 +412,7 @@ class Config:
     """Every setting. The command line is made from it."""
 
     # ---- What to run
-    stage: int = opt(1, "1 distils (AC-DMD), 2 reinforces (hybrid policy gradient)", (1, 2))
+    stage: int = opt(1, "1 distils (AC-DMD), 2 reinforces (hybrid policy gradient)", choices=(1, 2))
     model: str = opt("tiny", "tiny, sd3m, sd35m, sd35l, flux1, flux2-4b, flux2-9b, zimage, or module:Class; "
                      "its row of the table MODELS overrides the defaults in brackets")
     out: str = opt("runs/MODEL", "run folder; stage 1 and stage 2 share it")
@@ -421,7 +430,7 @@ class Config:
     resolution: int = opt(512, "pixels, width and height (paper 4.1; its Table 1 uses 1024)")
     text_length: int = opt(0, "tokens of the long text encoder; 0: the pipeline's (SD3 256, FLUX.2 512)")
     guidance: float = opt(1.0, "w of the teacher's guidance, 1 is none; the table MODELS sets it (tiny: 1.5)")
-    dtype: str = opt("", "of the frozen network; default: bf16 on cuda, fp32 on cpu", ("", "bf16", "fp32"))
+    dtype: str = opt("", "of the frozen network; default: bf16 on cuda, else fp32", choices=("bf16", "fp32"))
     lora_rank: int = opt(64, "r (paper 4.1)")
     lora_alpha: int = opt(32, "alpha (paper 4.1): the update is scaled by alpha / r")
     checkpointing: bool = opt(False, "recompute activations in the backward pass: less memory, slower")
@@ -470,23 +479,27 @@ STAGES = {1: dict(iterations=1500, lr=3e-5, lr_fake=3e-5, fake_updates=10),  # p
           2: dict(iterations=1000, lr=3e-6, lr_fake=3e-5, fake_updates=1)}
 CLIP_REWARDS = "hpsv2=1,clipscore=1,pickscore=1"  # paper 4.3
 MODELS = {
-    "sd3m": {"guidance": 7.0},
-    "sd35m": {"guidance": 4.5, "rewards": CLIP_REWARDS},
-    "sd35l": {"guidance": 3.5, "rewards": CLIP_REWARDS},  # ours
-    "flux1": {"guidance": 3.5, "rewards": CLIP_REWARDS, 2: dict(groups=64)},  # groups: released
-    "flux2-4b": {"guidance": 4.0, "rewards": f"{CLIP_REWARDS},geneval=1",
+    "sd3m": {"pretrained": "stabilityai/stable-diffusion-3-medium-diffusers", "guidance": 7.0},
+    "sd35m": {"pretrained": "stabilityai/stable-diffusion-3.5-medium", "guidance": 4.5,
+              "rewards": CLIP_REWARDS},
+    "sd35l": {"pretrained": "stabilityai/stable-diffusion-3.5-large", "guidance": 3.5,
+              "rewards": CLIP_REWARDS},
+    "flux1": {"pretrained": "black-forest-labs/FLUX.1-dev", "guidance": 3.5, "rewards": CLIP_REWARDS,
+              2: dict(groups=64)},  # groups: released
+    "flux2-4b": {"pretrained": "black-forest-labs/FLUX.2-klein-4B,black-forest-labs/FLUX.2-klein-base-4B",
+                 "guidance": 4.0, "rewards": f"{CLIP_REWARDS},geneval=1",
                  1: dict(lr=1e-6, lr_fake=1e-6), 2: dict(lr_fake=1e-6, groups=64)},  # App. J, paper 4.1
-    "zimage": {"guidance": 5.0, "rewards": CLIP_REWARDS,  # ours
+    "zimage": {"pretrained": "Tongyi-MAI/Z-Image-Turbo,Tongyi-MAI/Z-Image", "guidance": 5.0,
+               "rewards": CLIP_REWARDS,  # ours
                1: dict(lr=1e-6, lr_fake=1e-6), 2: dict(lr_fake=1e-6)},  # as FLUX.2: theta starts distilled
 }
-MODELS["flux2-9b"] = MODELS["flux2-4b"]  # the paper has no number for the 9B
+MODELS["flux2-9b"] = MODELS["flux2-4b"] | dict(  # the paper has no number for the 9B
+    pretrained="black-forest-labs/FLUX.2-klein-9B,black-forest-labs/FLUX.2-klein-base-9B")
 
 
 def resolve(flags):
     """Config from the flags that were given: default < STAGES < MODELS < flag. Raises UsageError."""
     stage, model = (flags.get(name, getattr(Config, name)) for name in ("stage", "model"))
-    if stage not in STAGES:
-        raise UsageError(f"--stage {stage} is unknown: take one of 1, 2.")
     row = MODELS.get(model) or getattr(backbone_class(model), "settings", {})
     values = dict(STAGES[stage], out=f"runs/{model.split(':')[-1]}")
     values.update({n: v for n, v in row.items() if isinstance(n, str)}, **row.get(stage, {}))
@@ -499,20 +512,21 @@ def resolve(flags):
     return cfg
 
 
-def find_named(name, what, call=False):
-    """What "module:attribute" names: a backbone, a reward or a list of prompts; call: its result, if it is a
-    function. The module may lie in the current folder, beside this file, or among the packages."""
-    module, _, attribute = name.partition(":")
+def find_named(name, what, known={}):
+    """What `name` stands for: its entry in the table `known`, or itself. If that is module:attribute, the
+    attribute is imported. The module may lie in the current folder, beside this file, or among packages."""
+    if name not in known and ":" not in name:
+        raise UsageError(f"{what} {name!r} is unknown: take one of {', '.join(known)}, or module:attribute.")
+    if not isinstance(found := known.get(name, name), str):
+        return found
+    module, _, attribute = found.partition(":")
     # The running program is called __main__; a module that imports it by name would get a second copy.
     program = sys.modules["__main__"]
     sys.modules.setdefault(Path(getattr(program, "__file__", None) or "none").stem, program)
     sys.path += [p for p in (os.getcwd(), str(Path(__file__).resolve().parent)) if p not in sys.path]
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-        return found() if call and callable(found) else found
-    except (Exception, SystemExit) as error:                                # foreign code raises anything
-        raise UsageError(f"{what} {name}: {error!r}; looked in {os.getcwd()}, beside {Path(__file__).name} "
-                         f"and among the packages: correct it, or put {module}.py there.") from error
+    with explained(f"{what} {name}", f"correct it, or put {module}.py into {os.getcwd()}, beside "
+                   f"{Path(__file__).name} or among the packages"):
+        return getattr(importlib.import_module(module), attribute)
 
 
 # Bounds. Without an entry here whole numbers lie in 1 .. 10^9 and others in 0 .. 10^6.
@@ -524,15 +538,10 @@ MOST = dict(eta=1, ema=1, delta=1, consistency_share=1, lora_rank=4096, steps=10
 def check(cfg):
     """Values out of range and contradictions, before anything is loaded. Raises UsageError."""
     for field in dataclasses.fields(cfg):
-        name, value, choices = field.name, getattr(cfg, field.name), field.metadata["choices"]
-        least = LEAST.get(name, dict(int=1, float=0).get(field.type, value))    # field.type is text
-        most = MOST.get(name, dict(int=10**9, float=10**6).get(field.type, value))
-        if choices and value not in choices:
-            raise UsageError(f"--{name} {value!r}: take one of {', '.join(repr(c) for c in choices if c)}.")
+        name, value, is_int = field.name, getattr(cfg, field.name), field.type == "int"  # the type is text
+        least, most = LEAST.get(name, int(is_int)), MOST.get(name, 10**9 if is_int else 10**6)
         if field.type in ("int", "float") and not least <= value <= most:
-            finite = "finite and " if field.type == "float" else ""
-            bound = f"at most {most}" if most < value < math.inf else f"{finite}at least {least}"
-            raise UsageError(f"--{name} must be {bound}, not {value}.")
+            raise UsageError(f"--{name} must be at least {least} and at most {most}, not {value}.")
     stage2, gpus, (_, local, world) = cfg.stage == 2, torch.cuda.device_count(), dist_info()
     for wrong, sentence in (
             (0 in (cfg.clip, cfg.grad_clip, cfg.delta, cfg.consistency_share),
@@ -550,13 +559,10 @@ def check(cfg):
             (stage2 and re.search(r"(^|,)\s*geneval\s*(,|=|$)", cfg.rewards) and cfg.prompts[-6:] != ".jsonl",
              "--rewards geneval must know what pictures have to show: give --prompts FILE.jsonl of its rows "
              "(docs/scores.md says how to make one), or other --rewards."),
-            (not re.fullmatch(r"cpu|cuda(:\d+)?" if world == 1 else "cpu|cuda", cfg.device),
-             f"--device {cfg.device}: take cuda or cpu."),
-            (cfg.device.startswith("cuda") and gpus <= int(re.sub(r"\D", "", cfg.device) or local),
-             f"--device cuda needs a GPU for each process, and PyTorch sees {gpus}: start fewer processes, "
-             "or take --device cpu."),
-            (not all(re.fullmatch("[^\ud800-\udfff]+", folder) for folder in (cfg.out, cfg.cache)),
-             "--out and --cache must name a folder, in UTF-8.")):
+            (cfg.device != "cpu" and (cfg.device != "cuda" or gpus <= local),
+             f"--device {cfg.device}: take cpu, or cuda with a GPU for each process; PyTorch sees {gpus} "
+             "(CUDA_VISIBLE_DEVICES chooses among several)."),
+            (not (cfg.out and cfg.cache), "--out and --cache must name a folder.")):
         if wrong:
             raise UsageError(sentence)
 
@@ -575,8 +581,8 @@ def check(cfg):
 # process's part of range(n); everyone(x): the list of x of all processes; key(...): a seed made of its
 # arguments; draw(keys, u, m, ...): u uniforms and m normals per sample, which depend on its key alone;
 # chunks(n, size): slices; level(t, x): t shaped to broadcast against x; optimizer_step(run, role): sums the
-# gradient over processes, clips, steps; note(run, n, ...): adds means over n samples to the log;
-# phase(run, name) names a part of an iteration.
+# gradient over processes, clips, steps, averages theta; note(run, n, ...): adds means over n samples to the
+# log; phase(run, name) names a part of an iteration.
 # ------------------------------------------------------------------------------------------------------------
 
 def tried_again(function):
@@ -624,19 +630,18 @@ def stage1(run):
         # Line 2: rollouts for line 3. Line 4 makes its own, with other prompts (DEPARTURE 22; see walk).
         ids = share(trajectories)
         prompts = [run.prompts.at(it * period + i) for i in ids]
-        own = [*ids, *(trajectories + i for i in share(cfg.batch))]
+        own = [*ids, *(trajectories + i for i in share(cfg.batch))]  # places of this process's prompts
         run.text.prefetch([run.prompts.at(i * period + j) for i in (it, it + 1) for j in own])
         with phase(run, "rollout"):
             keys = [key(cfg.seed, 1, it, "rollout", i) for i in ids]
             _, normal = draw(keys, 0, K, run.backbone.latent_shape, run.device)
-            states, predictions = rollout_in_chunks(run, normal[0], normal[1:], prompts)
+            states = rollout_in_chunks(run, normal[0], normal[1:], prompts)
         # Line 3: update phi on Eq. 12.
         with phase(run, "fake"):
             for update in range(cfg.fake_updates):
                 rows, k = states_of_update(cfg, update, ids)
-                x_s, s = boundary_states(run, states[:, rows], predictions[:, rows], k)
-                update_fake(run, it, update, x_s, s, k, [prompts[i] for i in rows], [ids[i] for i in rows],
-                            cfg.batch)
+                update_fake(run, it, update, states[k, rows], run.times[k], k,
+                            [prompts[row] for row in rows], [ids[row] for row in rows], cfg.batch)
         # Line 4: update theta on Eq. 9.
         with phase(run, "generator"):
             update_generator(run, it, it * period + trajectories)
@@ -651,7 +656,7 @@ def states_of_update(cfg, update, ids):
     size = cfg.batch // cfg.steps
     pick = [(row, k) for row, i in enumerate(ids) for k in range(1, cfg.steps + 1)
             if (i // size - k - update) % cfg.fake_updates == 0]
-    pick.sort(key=lambda one: (ids[one[0]] % size, one[1]))  # a stratum of consistency_rows stands together
+    pick.sort(key=lambda one: (ids[one[0]] % size, one[1]))  # the K samples of a stratum come together
     return [row for row, _ in pick], torch.tensor([k for _, k in pick], dtype=torch.long)
 
 
@@ -660,9 +665,9 @@ def consistency_rows(cfg, it, update, ids, k, total):
 
     K samples, one of each step, form a stratum with one common u ~ U[0, 1). Step k gets the term if an
     integer lies in ((k-1) q + u, k q + u]. If q K is whole, this is so for q K of the K steps (systematic
-    sampling: less variance than independent draws); K = 4 and q = 1/4: one sample of every four. All passes
-    over whole strata then have the same number of samples with the term; in others it varies, and
-    torch.compile makes a graph for each number."""
+    sampling: less variance than independent draws); K = 4 and q = 1/4: one sample of every four. A pass over
+    whole strata then has a fixed number of samples with the term; where it varies, torch.compile makes a
+    graph for each number."""
     q, K = cfg.consistency_share, cfg.steps
     strata = [i % (total // K) if cfg.stage == 1 else i // K for i in ids]  # stage 1: see states_of_update
     u = [key(cfg.seed, cfg.stage, it, "share", update, stratum) / 2**63 for stratum in strata]
@@ -679,7 +684,7 @@ def update_generator(run, it, first):
     cfg, K, ids = run.cfg, run.cfg.steps, share(run.cfg.batch)
     k = torch.tensor([1 + i * K // cfg.batch for i in ids])
     prompts = [run.prompts.at(first + i) for i in ids]
-    # normal[0] starts the rollout, normal[k] is eps_k of its step k < K, normal[K] re-noises the result.
+    # normal[0] starts the rollout, normal[k] is eps_k (without weight at K), normal[K] re-noises the result.
     keys = [key(cfg.seed, 1, it, "generator", i) for i in ids]
     uniform, normal = draw(keys, 1, K + 1, run.backbone.latent_shape, run.device)
     before = walk(run, normal, k, prompts)
@@ -687,12 +692,11 @@ def update_generator(run, it, first):
         x, cond = before[rows], run.text.batch(prompts[rows], run.device)
         t, t_next = level(run.times[k[rows] - 1], x), level(run.times[k[rows]], x)
         v = run.roles.velocity("generator", x, t, cond)  # DEPARTURE 19: the one forward with gradient
-        x_s, s = boundary_state(x, v, t, t_next, normal[k[rows], range(rows.start, rows.stop)], cfg.eta)
-        loss = matching_loss(run, x_s, s, cond, level(uniform[0, rows], x), normal[K, rows])
+        x_s = cps_step(x, v, t, t_next, normal[k[rows], range(rows.start, rows.stop)], cfg.eta)
+        loss = matching_loss(run, x_s, t_next, cond, level(uniform[0, rows], x), normal[K, rows])
         (loss * len(x) / cfg.batch).backward()
         note(run, len(x), dm=loss)
-    if optimizer_step(run, "generator"):
-        update_ema(run)
+    optimizer_step(run, "generator")
 
 
 @torch.no_grad()
@@ -710,28 +714,16 @@ def walk(run, normal, k, prompts):
     return x
 
 
-def boundary_state(x, v, t, t_next, noise, eta):
-    """x_s and s: the state x_{t_k} that is matched after a step from x (B, ...), and its level t_k (3.1)."""
-    return cps_step(x, v, t, t_next, noise, eta), t_next
-
-
 @tried_again
 @torch.no_grad()
 def rollout_in_chunks(run, x, noise, prompts):
-    """rollout, some samples at a time: x (L, ...), noise (K-1, L, ...) -> (K+1, L, ...), (K, L, ...)."""
-    parts = [(x.new_zeros(run.cfg.steps + 1, 0, *x.shape[1:]), x.new_zeros(run.cfg.steps, 0, *x.shape[1:]))]
+    """The states of rollout, some samples at a time: x (L, ...), noise (K-1, L, ...) -> (K+1, L, ...)."""
+    states, times = x.new_empty(run.cfg.steps + 1, *x.shape), run.times.to(x.device)
     for rows in chunks(len(x), 4 * run.cfg.micro_batch):  # without gradient: a fifth of the memory
         cond = run.text.batch(prompts[rows], run.device)
         velocity = lambda x, t: run.roles.velocity("generator", x, t, cond)
-        states, predictions = rollout(velocity, x[rows], noise[:, rows], run.times.to(x.device), run.cfg.eta)
-        parts.append((torch.stack(states), torch.stack(predictions)))
-    states, predictions = zip(*parts)
-    return torch.cat(states, 1), torch.cat(predictions, 1)
-
-
-def boundary_states(run, states, predictions, k):
-    """boundary_state of stored rollouts: x_s, s. (predictions: unused here; eval.py's ablations read it.)"""
-    return states[k, range(len(k))], run.times[k].float()
+        states[:, rows] = torch.stack(rollout(velocity, x[rows], noise[:, rows], times, run.cfg.eta)[0])
+    return states
 
 
 def between(run, low, high, u):
@@ -741,7 +733,8 @@ def between(run, low, high, u):
 
 def draw_level(run, s, u):
     """t ~ U[s, 1] of Eqs. 8 and 10 without the ends, where kappa or 1 - t is nearly 0 (DEPARTURE 17). Left
-    out at each: 1 %; .0025 for s > .75 (bf16 rounds by less); a quarter for s > .99. s, u (B, 1, ..)."""
+    out at each: 1 % of [s, 1], or .0025 if that is more (bf16 rounds by less), but at most a quarter of it.
+    s, u (B, 1, ..)."""
     margin = (0.0025 / (1 - s)).clamp(0.01, 0.25)
     return between(run, s, torch.ones_like(s), margin + (1 - 2 * margin) * u)
 
@@ -755,9 +748,9 @@ def draw_next_level(run, t, u):
 
 @tried_again
 def update_fake(run, it, update, x_s, s, k, prompts, ids, total):
-    """Lines 3 and 12: one AdamW step of phi, one for all k (DEPARTURE 18), on Eq. 12. x_s (B, ...): states
-    after steps k (B,), at levels s, of trajectories ids, for the keys of the draws; total: number of samples
-    of all processes. A share q of them gets the consistency term, divided by q: the same mean."""
+    """Lines 3 and 12: one AdamW step on Eq. 12 of phi, which serves every k (DEPARTURE 18). x_s (B, ...):
+    states after steps k (B,), at levels s, of the trajectories ids, which key the draws; total: number of
+    samples of all processes. A share q of them gets the consistency term, divided by q: the same mean."""
     cfg, q = run.cfg, run.cfg.consistency_share
     for rows in chunks(len(x_s), cfg.micro_batch):
         keys = [key(cfg.seed, cfg.stage, it, "fake", update, *ik) for ik in zip(ids[rows], k[rows].tolist())]
@@ -793,7 +786,7 @@ def update_fake(run, it, update, x_s, s, k, prompts, ids, total):
 
 
 def matching_loss(run, x_s, s, cond, u, noise):
-    """Eq. 9 at one t ~ U[s, 1] (Eq. 8), psi guided (DEPARTURE 21). x_s (B, ...), graph; s, u (B, 1, ..)."""
+    """Eq. 9 at a t ~ U[s, 1] (Eq. 8), psi guided (DEPARTURE 21). x_s (B, ...) with graph; s, u (B, 1, ..)."""
     with torch.no_grad():
         t = draw_level(run, s, u)
         x_t = renoise(x_s, s, t, noise)
@@ -806,8 +799,8 @@ def stage2(run):
     """Algorithm 1, lines 6-14: the hybrid policy gradient, and stage 1's distribution matching beside it.
 
     A group lives on one process. `b` (for batch) holds the process's L trajectories, N for each of its
-    groups: ids and prompts (L); states and predictions of rollout_in_chunks; subsets (L, M), the S of each;
-    advantages (L,); scales {reward: (L,)}; old (L, M), log pi before this rollout's first update."""
+    groups: ids and prompts (L); states (K+1, L, ...); slots (L, M+1), the S of each and K; advantages (L,);
+    scales {reward: (L,)}; old (L, M), log pi before this rollout's first update."""
     cfg, N = run.cfg, run.cfg.group_size
     for it in iterations(run):
         groups = share(cfg.groups)
@@ -816,8 +809,9 @@ def stage2(run):
         run.text.prefetch([run.prompts.at(i * cfg.groups + g) for i in (it, it + 1) for g in groups])
         # Lines 7-9: for each prompt a subset S, noise by Eq. 16, N trajectories.
         with phase(run, "rollout"):
-            start, noise, b.subsets = group_draws(run, it, groups)
-            b.states, b.predictions = rollout_in_chunks(run, start, noise, b.prompts)
+            start, noise, S = group_draws(run, it, groups)
+            b.slots = F.pad(S, (0, 1), value=cfg.steps)
+            b.states = rollout_in_chunks(run, start, noise, b.prompts)
         # Line 10: rewards and group-normalised advantages.
         with phase(run, "reward"):
             judge_groups(run, b)
@@ -825,8 +819,8 @@ def stage2(run):
         with phase(run, "fake"):
             for update in range(cfg.fake_updates if cfg.dm_weight else 0):
                 k = fake_steps(cfg, it, update, b.ids)
-                x_s, s = boundary_states(run, b.states, b.predictions, k)
-                update_fake(run, it, update, x_s, s, k, b.prompts, b.ids, cfg.groups * N)
+                x_s = b.states[k, range(len(k))]
+                update_fake(run, it, update, x_s, run.times[k], k, b.prompts, b.ids, cfg.groups * N)
         # Line 13: update theta on Eq. 18.
         with phase(run, "generator"):
             b.old = torch.zeros(len(b.ids), cfg.subset_size, device=run.device)  # filled in epoch 0
@@ -848,7 +842,7 @@ def group_draws(run, it, groups):
 
 
 def fake_steps(cfg, it, update, ids):
-    """The step k whose state each trajectory gives to this fake update; all are (nearly) equally frequent."""
+    """The step k whose state each trajectory gives to this fake update: each k (nearly) equally often."""
     return torch.tensor([1 + (i + it + update) % cfg.steps for i in ids])
 
 
@@ -887,37 +881,34 @@ def reinforce(run, it, epoch, b):
     for part in chunks(len(b.ids), cfg.micro_batch):
         keys = [key(cfg.seed, 2, it, "generator", epoch, i) for i in b.ids[part]]
         uniform, (noise,) = draw(keys, 2, 1, run.backbone.latent_shape, run.device)
-        matched = matched_slots(cfg, uniform[0].tolist())
         # Without DM no row is matched, and nothing reads pull.
+        matched = matched_slots(cfg, uniform[0].tolist()) if cfg.dm_weight else [-1] * len(keys)
         pull = matching_pull(run, b, part, matched, uniform[1], noise) if cfg.dm_weight else noise
         for slot in range(M + 1):
             reward_term = is_pathwise(run) if slot == M else bool(cfg.policy_weight)
-            use = [i for i, m in enumerate(matched) if m == slot or reward_term]  # rows of part run here
-            here = [j for j, i in enumerate(use) if matched[i] == slot]  # positions in use matched here
+            use = [i for i, m in enumerate(matched) if m == slot or reward_term]  # those of part that run
+            here = [j for j, i in enumerate(use) if matched[i] == slot]  # those of use that are matched
             if use:
                 rows = [part.start + i for i in use]
                 reinforce_slot(run, b, slot, reward_term, rows, here, pull[use], epoch == 0, total)
-    if optimizer_step(run, "generator"):
-        update_ema(run)
+    optimizer_step(run, "generator")
 
 
 def matched_slots(cfg, u):
-    """The slot at which each trajectory is distribution-matched, -1 if DM is off. u: one U[0, 1) for each.
+    """The slot at which each trajectory is distribution-matched. u: one U[0, 1) for each.
 
     Step K has probability 1/K, and each slot of S an equal part of the rest. S is uniform, so every k is
     matched equally often (DEPARTURE 13). K = 4, M = 2: slot 2 if u < 1/4, else slot 0 if u < 5/8, else 1."""
     K, M = cfg.steps, cfg.subset_size
-    if cfg.dm_weight == 0:
-        return [-1] * len(u)
     return [M if x * K < 1 else int((x * K - 1) / (K - 1) * M) for x in u]
 
 
 def matching_pull(run, b, part, matched, u, noise):
     """Gradient of Eq. 9 with respect to the state at which each trajectory of part is matched, per sample
     (B, ...). It needs the states' values alone: one pass of teacher and fake score serves all slots."""
-    k = torch.tensor([run.cfg.steps if m == run.cfg.subset_size else b.subsets[part.start + i, m]
-                      for i, m in enumerate(matched)])
-    x_s = b.states[k, range(part.start, part.stop)].requires_grad_()
+    rows = range(part.start, part.stop)
+    k = b.slots[rows, matched]
+    x_s = b.states[k, rows].requires_grad_()
     cond = run.text.batch(b.prompts[part], run.device)
     dm = matching_loss(run, x_s, level(run.times[k], x_s), cond, level(u, x_s), noise)
     note(run, len(x_s), dm=dm)
@@ -926,10 +917,10 @@ def matching_pull(run, b, part, matched, u, noise):
 
 def reinforce_slot(run, b, slot, reward_term, rows, here, pull, fresh, total):
     """Gradient of Eq. 18 through one step of each trajectory in rows; DM, by matching_pull's pull, acts on
-    rows[i] for i in here. fresh: epoch 0. Losses are differentiated at the velocity, their sum then goes once
-    through the network: so each term's gradient norm is known, and decoder and rewards are freed by then."""
+    rows[i] for i in here. fresh: epoch 0. The losses' gradients at the velocity are summed, and go once
+    through the network: so each term's norm is known, and decoder and rewards are freed by then."""
     cfg, K, M = run.cfg, run.cfg.steps, run.cfg.subset_size
-    k = torch.full((len(rows),), K) if slot == M else b.subsets[rows, slot]
+    k = b.slots[rows, slot]
     x, x_next, prompts = b.states[k - 1, rows], b.states[k, rows], [b.prompts[r] for r in rows]
     t, t_next, cond = level(run.times[k - 1], x), level(run.times[k], x), run.text.batch(prompts, run.device)
     output = run.roles.velocity("generator", x, t, cond)
@@ -953,7 +944,7 @@ def reinforce_slot(run, b, slot, reward_term, rows, here, pull, fresh, total):
         policy = subgrpo_loss(log_prob[:, None], old[:, None], b.advantages[rows], K, cfg.clip) / M
         push("policy", cfg.beta * cfg.policy_weight * policy, len(rows))
         note(run, len(rows), ratio_off=(log_prob.detach() - old).expm1().abs().mean())
-    if here:                                                                # Eq. 9
+    if here:                                                                # Eq. 9: x_s moves as mean does
         push("dm", cfg.dm_weight * (pull * mean)[here].flatten(1).sum(1).mean(), len(here))
     if slot == M and reward_term:                                           # Eq. 15; mean is x_0 here
         scales = {name: scale[rows] for name, scale in b.scales.items()}
@@ -965,12 +956,13 @@ def pathwise_terms(run, x_0, prompts, scales):
     """Eq. 15's loss over the differentiable rewards: weight times reward over the std in its advantages."""
     images = run.backbone.decode(x_0)
     return sum(weight * pathwise_loss(rate(reward, images, prompts), scales[name], x_0[0].numel())
-               for name, (reward, weight) in run.rewards.items() if reward.differentiable)
+               for name, (reward, weight) in run.rewards.items() if getattr(reward, "differentiable", False))
 
 
 def is_pathwise(run):
     """Whether Eq. 15 has a weight, and a reward with a gradient."""
-    return bool(run.cfg.det_weight) and any(r.differentiable for r, _ in run.rewards.values())
+    rewards = [reward for reward, _ in run.rewards.values()]
+    return run.cfg.det_weight > 0 and any(getattr(reward, "differentiable", False) for reward in rewards)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1016,8 +1008,7 @@ def open_clip_host(row, cfg):
     """HPSv2.1 in open_clip's ViT-H-14: the same 686 tensors, so the load is strict. A host returns the
     network and two functions that embed pixels and prompts (B, D): (net, embed_image, embed_text)."""
     import open_clip
-    from hpsv2.utils import hps_version_map
-    weights = find_weights(row["repo"], hps_version_map["v2.1"], cfg)
+    weights = find_weights(row["repo"], "HPS_v2.1_compressed.pt", cfg)
     net = open_clip.create_model("ViT-H-14", pretrained=str(weights), device=cfg.device)
     tokenise = open_clip.get_tokenizer("ViT-H-14")
     return net, net.encode_image, lambda prompts: net.encode_text(tokenise(prompts).to(cfg.device))
@@ -1055,22 +1046,15 @@ class ClipReward:
 
     def __init__(self, name, row, host):
         self.name, self.row = name, row
-        self.net, self.embed_image, self.embed_text = host
+        self.net, self.embed_image, embed_text = host
         self.net.eval().requires_grad_(False)  # gradients pass through, never into it
-        self.known = {}  # {prompt: (D,)}: all members of a group have one prompt
-
-    @torch.no_grad()
-    def text(self, prompts):
-        """Unit text embeddings (B, D)."""
-        new = [p for p in dict.fromkeys(prompts) if p not in self.known]
-        if new:
-            self.known.update(zip(new, F.normalize(self.embed_text(new).float(), dim=-1)))
-        return torch.stack([self.known[p] for p in prompts])
+        # {prompt: (D,)}, each embedded once: all members of a group have one prompt.
+        self.text = functools.cache(lambda prompt: F.normalize(embed_text([prompt]).float(), dim=-1)[0])
 
     def __call__(self, images, prompts):
         """images (B, 3, H, W) in [0, 1], B prompts -> (B,)."""
         image = F.normalize(self.embed_image(self.row["view"](images)).float(), dim=-1)
-        cosine = (image * self.text(prompts)).sum(-1)
+        cosine = (image * torch.stack([self.text(prompt) for prompt in prompts])).sum(-1)
         return cosine * self.net.logit_scale.exp() if self.row["logit_scale"] else cosine
 
 
@@ -1089,11 +1073,7 @@ def parse_rewards(text, own=(), flag="--rewards"):
         if not name or name in pairs or value == 0 or not math.isfinite(value):
             raise UsageError(f"{flag} {text!r}: write name=weight,name=weight with no name named twice, "
                              "and with each weight a finite number other than 0.")
-        if ":" in name:
-            find_named(name, "reward")
-        elif name not in own and name not in REWARDS:
-            known = ", ".join(dict.fromkeys([*own, *REWARDS]))
-            raise UsageError(f"{flag}: no reward is called {name!r}; there are {known}, module:attribute.")
+        find_named(name, flag, REWARDS | dict.fromkeys(own))
         pairs[name] = value
     return list(pairs.items())
 
@@ -1103,57 +1083,27 @@ def load_reward(name, cfg, own={}):
     (images, prompts) -> (B,), an object that is called so, or its class (load(cfg) or class() makes it)."""
     if name in own:
         return own[name]
-    row = REWARDS.get(name, name)
-    try:
-        if isinstance(row, dict):
-            return ClipReward(name, row, row["host"](row, cfg))
-        found = find_named(row, "reward")
-        reward = found.load(cfg) if hasattr(found, "load") else found() if isinstance(found, type) else found
-        if not hasattr(reward, "name") or not hasattr(reward, "differentiable"):
-            reward, found = functools.partial(reward), reward  # methods and builtins take no attributes
-            reward.name, reward.differentiable = name, getattr(found, "differentiable", False)
-            reward.std_floor = getattr(found, "std_floor", cfg.std_floor)
-    except (UsageError, torch.OutOfMemoryError):
-        raise
-    except (Exception, SystemExit) as error:  # a file that is cut short or a web page, or foreign code
-        reason = " ".join(repr(error).split())[:200]
-        raise UsageError(f"reward {name} cannot be loaded ({reason}): correct its code, or download its "
-                         "weights again.") from error
-    floor = getattr(reward, "std_floor", 0)
-    if not isinstance(floor, (int, float)) or not 0 <= floor < math.inf:
-        raise UsageError(f"{name}.std_floor is {floor!r}: give a number >= 0, in the reward's own unit.")
-    return reward
-
-
-def depends_on(result, source):
-    """Whether autograd can go back from one tensor to another that is not a leaf."""
-    todo, seen = [result.grad_fn], set()
-    while todo:
-        if (node := todo.pop()) and node not in seen:
-            seen.add(node)
-            todo += [parent for parent, _ in node.next_functions]
-    return source.grad_fn in seen
+    with explained(f"reward {name} cannot be loaded", "correct its code, or download its weights again"):
+        found = find_named(name, "reward", REWARDS)
+        if isinstance(found, dict):
+            return ClipReward(name, found, found["host"](found, cfg))
+        if isinstance(found, type):
+            found = found.load(cfg) if hasattr(found, "load") else found()
+        if not callable(found) or not 0 <= getattr(found, "std_floor", 0) < math.inf:
+            raise ValueError("it must be callable, and its .std_floor, if it has one, a number >= 0")
+        return found
 
 
 def rate(reward, images, prompts):
-    """reward(images, prompts), checked: (B,) fp32 on the images' device; nan, inf pass. An exception becomes
-    a UsageError that names the prompt: a batch that fails is tried again image by image."""
-    name = getattr(reward, "name", type(reward).__name__)
-    try:
-        own = images.clone()  # with a copy of its own, no reward changes what the next one sees
-        values = torch.as_tensor(reward(own, list(prompts)), device=images.device)
+    """reward(images, prompts), checked: (B,) fp32 on the images' device; nan, inf pass. It is given copies,
+    so no reward changes what the next one sees. An exception becomes a UsageError that names the prompts."""
+    name = getattr(reward, "name", getattr(reward, "__name__", type(reward).__name__))
+    with explained(f"reward {name}, prompts {prompts!r:.200}", "correct it, or leave it out"):
+        values = torch.as_tensor(reward(images.clone(), list(prompts)), device=images.device)
         if values.shape != (len(prompts),) or values.is_complex():
-            raise ValueError(f"the result is {values.dtype} of shape {tuple(values.shape)}, must be real, of "
-                             f"shape ({len(prompts)},)")
-        if images.requires_grad and reward.differentiable and not depends_on(values, images):
-            raise ValueError("it says .differentiable, but its result has no gradient from the pictures")
-    except (UsageError, torch.OutOfMemoryError):                            # main knows what to say
-        raise
-    except (Exception, SystemExit) as error:                                # foreign code raises anything
-        for i in range(len(prompts) if len(prompts) > 1 else 0):
-            rate(reward, images[i:i + 1], prompts[i:i + 1])
-        where = f"prompt {prompts[0]!r}" + f" and {len(prompts) - 1} more at once" * (len(prompts) > 1)
-        raise UsageError(f"reward {name}, {where}: {error!r}; correct it, or leave it out.") from error
+            raise ValueError(f"{values.dtype} of shape {tuple(values.shape)}, not real of ({len(prompts)},)")
+        if images.requires_grad and getattr(reward, "differentiable", False) and not values.requires_grad:
+            raise ValueError("it says .differentiable, but its result has no gradient")
     return values.float()
 
 
@@ -1186,15 +1136,15 @@ class Backbone:
     # which the stock pipeline samples without guidance
     vae_class, channels, pixels, tokens, unguided = "AutoencoderKL", 16, 8, 512, 1.0
     # Linears that get an adapter: attention of both streams. SD3: 191; SD3.5: 243, with its second,
-    # image-only attention attn2; FLUX.2: 80 (4B) and 112 (9B). Its single-stream blocks fuse q, k, v and the
-    # MLP into one linear, so the MLP is adapted too (App. J speaks of attention only).
+    # image-only attention attn2; FLUX.2: 80 (4B) and 112 (9B). FLUX.2's single-stream blocks fuse q, k, v
+    # and the MLP into one linear, so the MLP is adapted too (App. J speaks of attention only).
     attention = r"(single_)?transformer_blocks\.\d+\.attn2?\..+"
 
     def __init__(self, cfg):
         self.cfg, self.text, self.text_length = cfg, None, cfg.text_length or self.tokens
         self.dtype = torch.bfloat16 if cfg.dtype == "bf16" else torch.float32
         self.load = functools.partial(load_whole, cfg=cfg, dtype=self.dtype)
-        paths = (cfg.pretrained or BACKBONES.get(cfg.model, ("", ""))[1]).split(",")
+        paths = (cfg.pretrained or MODELS.get(cfg.model, {}).get("pretrained", "")).split(",")
         if not all(paths):
             raise UsageError(f"--model {cfg.model} names no repository of its own: give --pretrained.")
         paths = [os.path.expanduser(path.strip()) for path in (paths[0], paths[-1])]  # generator's, teacher's
@@ -1296,7 +1246,8 @@ class Flux1Backbone(Backbone):
     def __init__(self, cfg):
         super().__init__(cfg)
         if not self.nets["teacher"].config.guidance_embeds:
-            raise UsageError(f"--pretrained {cfg.pretrained}: schnell ignores guidance; let TEACHER be dev.")
+            raise UsageError(f"--pretrained {cfg.pretrained}: FLUX.1-schnell ignores guidance: give "
+                             "GENERATOR,TEACHER with FLUX.1-dev as TEACHER.")
 
     def shift_for(self, steps):
         """e^mu, mu linear in the number of tokens: 1.88 at 512 pixels, 3.16 at 1024. FLUX.1-schnell: 1."""
@@ -1364,32 +1315,22 @@ class ZImageBackbone(Backbone):
 
     def velocity(self, net, x, t, cond):
         """The network takes lists; its time runs from 0, noise, to 1, image, and it predicts x0 - eps."""
-        lengths = [self.text_length] * len(x) if x.is_meta else cond["length"].tolist()   # meta: the longest
+        lengths = [self.text_length] * len(x) if x.is_meta else cond["length"].tolist()   # meta has no values
         words = [row[:n] for row, n in zip(cond["text"], lengths)]
         told = (1000 - 1000 * t.float()) / 1000  # 1 - t, rounded as the pipeline rounds it
         v = net(list(x.to(self.dtype).unsqueeze(2).unbind()), told, words, return_dict=False)[0]
         return -torch.stack(v).squeeze(2).float()
 
 
-# Class, and hub repositories: GENERATOR,TEACHER where they differ. Guidance and learning rates are in MODELS,
-# licences in README.
-BACKBONES = {
-    "tiny": ("eval:TinyBackbone", ""),
-    "sd3m": (SD3Backbone, "stabilityai/stable-diffusion-3-medium-diffusers"),
-    "sd35m": (SD3Backbone, "stabilityai/stable-diffusion-3.5-medium"),
-    "sd35l": (SD3Backbone, "stabilityai/stable-diffusion-3.5-large"),
-    "flux1": (Flux1Backbone, "black-forest-labs/FLUX.1-dev"),
-    "flux2-4b": (Flux2Backbone, "black-forest-labs/FLUX.2-klein-4B,black-forest-labs/FLUX.2-klein-base-4B"),
-    "flux2-9b": (Flux2Backbone, "black-forest-labs/FLUX.2-klein-9B,black-forest-labs/FLUX.2-klein-base-9B"),
-    "zimage": (ZImageBackbone, "Tongyi-MAI/Z-Image-Turbo,Tongyi-MAI/Z-Image")}
+# Settings and repositories are in MODELS, licences in README.
+BACKBONES = {"tiny": "eval:TinyBackbone", "sd3m": SD3Backbone, "sd35m": SD3Backbone, "sd35l": SD3Backbone,
+             "flux1": Flux1Backbone, "flux2-4b": Flux2Backbone, "flux2-9b": Flux2Backbone,
+             "zimage": ZImageBackbone}
 
 
 def backbone_class(model):
     """The class of a row of BACKBONES, or of module:Class."""
-    if model not in BACKBONES and ":" not in model:
-        raise UsageError(f"--model {model} is unknown: take one of {', '.join(BACKBONES)}, or module:Class.")
-    found = BACKBONES.get(model, (model,))[0]
-    return found if isinstance(found, type) else find_named(found, "--model")
+    return find_named(model, "--model", BACKBONES)
 
 
 def check_pipeline(path, pipeline, cfg, is_teacher):
@@ -1413,15 +1354,11 @@ def find_weights(repo, filename, cfg):
         return found
     if Path(repo).is_dir():                               # or the hub would be asked for it, some 20 s
         raise UsageError(f"{repo} has no {filename}: name a folder that is whole.")
-    try:
+    where = f"neither in {own} nor" if cfg.weights_dir else "not"
+    remedy = (f"check name and network, accept the licence on https://huggingface.co/{repo} and run `hf auth "
+              "login`, or name a folder that has it: --pretrained or --weights_dir")
+    with explained(f"{filename} of {repo} is {where} on the hub", remedy):
         return Path(huggingface_hub.hf_hub_download(repo, filename))
-    except (OSError, ValueError) as error:                # ValueError: a path, which is no name on the hub
-        remedy = "check name and network, or name a folder that has it: --pretrained or --weights_dir"
-        if isinstance(error, huggingface_hub.errors.GatedRepoError):
-            remedy = f"accept the licence on https://huggingface.co/{repo} and run `hf auth login`"
-        where = f"neither in {own} nor" if cfg.weights_dir else "not"
-        raise UsageError(f"{filename} of {repo} is {where} on the hub ({type(error).__name__}): "
-                         f"{remedy}.") from error
 
 
 def from_hub(load, repo, cfg, needs="config.json", **options):
@@ -1429,13 +1366,10 @@ def from_hub(load, repo, cfg, needs="config.json", **options):
     file is looked for first, since transformers silently makes a tokenizer without a vocabulary, and asks a
     hub that is out of reach for every file in turn, 20 s each."""
     found = find_weights(repo, needs, cfg)
-    if cfg.weights_dir and found.is_relative_to(Path(cfg.weights_dir).expanduser()):
-        repo = str(found.parents[needs.count("/")])        # the folder in which `needs` was found
-    try:
+    folder, own = found.parents[needs.count("/")], Path(cfg.weights_dir or repo).expanduser()
+    repo = str(folder) if folder in (own, own / Path(repo).name) else repo
+    with explained(f"{repo} is incomplete or damaged", "get the whole of it, and any package that is named"):
         return load(repo, **options)
-    except (OSError, ValueError, RuntimeError, LookupError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:150]
-        raise UsageError(f"{repo} is incomplete or damaged ({reason}): get the whole of it again.") from error
 
 
 def load_whole(cls, repo, cfg, part="", **options):
@@ -1471,29 +1405,16 @@ LONGEST_PROMPT = 20_000          # characters; the encoders read some 2,000, mor
 def read_prompts(source, seed=None):
     """--prompts as list[str]: a .txt, .jsonl (GenEval's too), .csv, .tsv or .parquet file, a known name, or
     module:attribute, a list of texts or a function that returns one. Stripped, without blank lines and
-    duplicates. Seed and text alone decide the order (a new line moves no other); without a seed it is the
-    file's. UsageError names the line that is wrong."""
-    texts, known = [], ", ".join([name for name in KNOWN_PROMPTS if name != source] + ["module:attribute"])
-    done = int(source.lower().endswith((".csv", ".tsv")))                   # lines read: a table has a header
-    try:
-        for i, row in enumerate(rows := prompt_rows(source), 1):
+    duplicates. Seed and text alone decide the order (a new line moves no other); without a seed they
+    stay in the order of the file. UsageError names the row that is wrong."""
+    texts = []
+    with explained(lambda: f"--prompts {source}, row {len(texts) + 1}", "correct it, or give others"):
+        for row in prompt_rows(source):
             texts.append(prompt_of(row))
-            done = getattr(rows, "line_num", i)
-    except OSError as error:
-        raise UsageError(f"--prompts {source} cannot be read ({error.strerror or error}): give a file, or "
-                         f"{known}.") from error
-    except (UsageError, MemoryError):
-        raise
-    except Exception as error:                             # a list of one's own raises anything
-        reason = " ".join(str(getattr(error, "msg", error)).split())[:150]
-        raise UsageError(f"--prompts {source}, line {done + 1}: {reason}; correct it, or give {known}.") \
-            from error
     prompts = list(dict.fromkeys(filter(None, texts)))
     if not prompts:
         raise UsageError(f"--prompts {source} holds no prompt: give a file with one prompt a line.")
-    blank = texts.count("")
-    twice = len(texts) - len(prompts) - blank
-    log(f"prompts: {len(prompts):,} from {source}, less {blank} blank lines and {twice} duplicates")
+    log(f"prompts: {len(prompts):,} from {len(texts):,} rows of {source}, without blank ones and duplicates")
     return prompts if seed is None else sorted(prompts, key=lambda text: key("prompt order", seed, text))
 
 
@@ -1509,8 +1430,7 @@ def prompt_of(row):
     if not isinstance(row, str) or "\0" in row or len(row) > LONGEST_PROMPT:
         raise ValueError(f"a prompt is text without NUL, up to {LONGEST_PROMPT:,} characters: {row!r:.30}")
     row.encode()            # JSON can hold half a surrogate pair: an error here, and not in the tokenizer
-    seen = any(unicodedata.category(letter)[0] not in "CZ" for letter in row)  # blanks of zero width are none
-    return row.strip() if seen else ""
+    return row.strip()
 
 
 def prompt_rows(source):
@@ -1521,14 +1441,17 @@ def prompt_rows(source):
         return sum(hpsv2.benchmark_prompts("all").values(), [])
     if source in KNOWN_PROMPTS:
         repository, pattern = KNOWN_PROMPTS[source]
-        folder = huggingface_hub.snapshot_download(repository, repo_type="dataset", allow_patterns=pattern)
+        with explained(f"--prompts {source} is not on the hub", "check the network, or give a file"):
+            folder = huggingface_hub.snapshot_download(repository, repo_type="dataset",
+                                                       allow_patterns=pattern)
         return (row for file in sorted(Path(folder).glob(pattern)) for row in prompt_rows(str(file)))
     if ":" in source and not Path(source).exists():
-        if isinstance(found := find_named(source, "--prompts", call=True), str):
-            raise ValueError("it is one text, where a list of texts is wanted")
-        return found
-    if Path(source).exists() and not Path(source).is_file():  # a pipe or a device would be read for ever
-        raise OSError("it is no file")
+        found = find_named(source, "--prompts")
+        found = found() if callable(found) else found
+        return [found] if isinstance(found, str) else found
+    if not Path(source).is_file():                         # a pipe or a device would be read for ever
+        raise UsageError(f"--prompts {source} is no file: give one, module:attribute, or one of "
+                         f"{', '.join(KNOWN_PROMPTS)}.")
     if kind == ".parquet":
         from pyarrow.parquet import ParquetFile
         file = ParquetFile(source)
@@ -1572,30 +1495,24 @@ class TextCache:
         """The file of one prompt."""
         return self.folder / f"{hashlib.sha256(prompt.encode()).hexdigest()}.safetensors"
 
-    def is_whole(self, prompt):
-        """Whether the prompt's file is there, as long as its header says (no more of it is read)."""
-        try:
-            with safe_open(self.path(prompt), "pt"):
-                return True
-        except (OSError, SafetensorError):
-            return False
-
     def prepare(self, prompts, batch=16):
         """Encode what is missing of `prompts` and "" (the null condition), split over ranks; then free_text.
         All ranks list before any of them writes."""
         rank, _, world = dist_info()
-        missing = [prompt for prompt in dict.fromkeys(["", *prompts]) if not self.is_whole(prompt)]
+        missing = [prompt for prompt in dict.fromkeys(["", *prompts]) if not is_whole(self.path(prompt))]
         barrier()
         if missing:
             self.folder.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(self.folder).free / 1e9
-            need = sum(row.nbytes for row in self.backbone.encode([""]).values()) * len(missing) / 1e9
-            log(f"text embeddings: {len(missing):,} prompts, {need:.2f} GB in {self.folder}, {free:.0f} free")
-            if 1.1 * need > free:
-                raise UsageError(f"{need:.1f} GB of embeddings, {free:.1f} GB free: --cache needs more room.")
+            need = sum(row.nbytes for row in self.backbone.encode([""]).values()) * len(missing)
+            log(f"text embeddings: {len(missing):,} prompts, {need / 1e9:.2f} GB in {self.folder}")
+            if 1.1 * need > shutil.disk_usage(self.folder).free:
+                raise UsageError(f"{need / 1e9:.1f} GB of embeddings do not fit: --cache needs more room.")
         parts = [missing[i:i + batch] for i in range(rank * batch, len(missing), world * batch)]
         for part in progress(parts, len(parts), "text embeddings") if parts else ():
             cond = self.backbone.encode(part)
+            if not all(rows.isfinite().all() for rows in cond.values()):
+                raise UsageError(f"The text encoder gives nan or inf for one of {part!r:.200}: mend encode, "
+                                 "or get the weights again.")
             for i, prompt in enumerate(part):
                 row = {name: rows[i].clone() for name, rows in cond.items()}  # of its own: no shared memory
                 write_atomic(self.path(prompt), safetensors_bytes(row))
@@ -1605,16 +1522,9 @@ class TextCache:
 
     def read(self, prompt):
         """One row from its file. Cloned, so that no file stays mapped into memory."""
-        try:
-            row = {name: x.clone() for name, x in load_file(self.path(prompt)).items()}
-            empty = prompt and not any(x.any() for x in row.values())
-            if not empty and all(x.isfinite().all() for x in row.values()):
-                return row
-            self.path(prompt).unlink()                     # no encoder gives nan, or zeros alone for a text
-        except (OSError, SafetensorError):
-            pass
-        raise UsageError(f"{self.path(prompt)} cannot be read, or holds no embedding: start again to make it "
-                         "anew (if that fails: encode gives nan or 0, or nodes do not share their --cache).")
+        with explained(f"{self.path(prompt)} cannot be read", "start again to make it anew (on several "
+                       "nodes: with one --cache for all)"):
+            return {name: x.clone() for name, x in load_file(self.path(prompt)).items()}
 
     def prefetch(self, prompts):
         """Makes the thread read `prompts` in this order, and returns at once. A loop that asks here for this
@@ -1639,17 +1549,10 @@ class TextCache:
 
 def dist_info():
     """(rank, local rank, world size). A plain `python rtdmd.py` is world 1 of the same code."""
-    try:
-        names = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1)
+    names = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1)
+    with explained("RANK, LOCAL_RANK or WORLD_SIZE is not torchrun's", "start with torchrun, or unset them"):
         rank, local, world = (int(os.environ.get(name, default)) for name, default in names.items())
-    except ValueError:
-        rank = local = world = -1
-    port = os.environ.get("MASTER_PORT", "")
-    meeting = world == 1 or "MASTER_ADDR" in os.environ and port.isdecimal() and int(port) < 2**16
-    if not (meeting and 0 <= rank < world and local >= 0):
-        raise UsageError("RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR or MASTER_PORT is not torchrun's: "
-                         "start with torchrun, or unset them.")
-    return rank, local, world
+        return range(world).index(rank), local, world          # ValueError unless 0 <= rank < world
 
 
 def start_processes(device):
@@ -1659,14 +1562,10 @@ def start_processes(device):
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
-        try:
-            socket.getaddrinfo(os.environ["MASTER_ADDR"], None)
-        except OSError as error:                           # torch would ask again for half an hour
-            raise UsageError(f"MASTER_ADDR {os.environ['MASTER_ADDR']} is unknown here: give the "
-                             "name or address of the node with rank 0.") from error
-        # torchrun keeps one store over restarts; the prefix hides the addresses of earlier processes.
-        life = f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
-        store = dist.PrefixStore(life, next(dist.rendezvous("env://"))[0])
+        with explained("the processes cannot meet", "start them with torchrun, or unset WORLD_SIZE"):
+            # torchrun keeps one store over restarts; the prefix hides the addresses of earlier processes.
+            life = f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+            store = dist.PrefixStore(life, next(dist.rendezvous("env://"))[0])
         # One node may need longer than another to download 20 GB or to encode its prompts, and NCCL's
         # default of ten minutes would end the run. torchrun notices a process that dies, and ends all.
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", store=store, rank=rank,
@@ -1734,6 +1633,15 @@ def chunks(total, size):
 def level(values, like):
     """Noise levels (B,) as fp32 (B, 1, ..., 1), which broadcasts against `like` (B, ...)."""
     return to_device(values.float(), like.device).view(-1, *[1] * (like.dim() - 1))
+
+
+def is_whole(path):
+    """Whether a safetensors file is there, and as long as its header says (no more of it is read)."""
+    try:
+        with open(path, "rb"), safe_open(path, "pt"):          # safe_open calls every error "not found"
+            return True
+    except (FileNotFoundError, NotADirectoryError, SafetensorError):
+        return False
 
 
 def write_atomic(path, data):
@@ -1863,8 +1771,8 @@ class Roles:
 
 
 def optimizer_step(run, role):
-    """Sums the gradient over the processes, clips it and steps. If the sum, the same for all of them, is not
-    finite, every process skips the step, and the result is False."""
+    """Sums the gradient over the processes, clips it and steps; the generator's average moves along. If the
+    sum, the same for all of them, is not finite, every process skips the step."""
     p, optimizer = run.roles.flat[role], run.optimizers[role]
     p.grad = torch.zeros_like(p) if p.grad is None else p.grad           # this process may have had no sample
     if dist.is_initialized():
@@ -1874,22 +1782,17 @@ def optimizer_step(run, role):
         optimizer.step()
         note(run, 1, **{f"grad_{role}": norm})
     optimizer.zero_grad(set_to_none=True)
+    if good and role == "generator":  # the exported average; its decay begins at 2/11, to forget the start
+        n = int(optimizer.state[p]["step"])                                 # it lies on the CPU: no wait
+        run.ema.lerp_(p.data, 1 - min(run.cfg.ema, (1 + n) / (10 + n)))
     run.bad[role], run.skipped = 0 if good else run.bad[role] + 1, run.skipped + (not good)
     if not good:
         # Terms of all processes: one of them has the culprit.
         source = ", ".join(n for n, v in gather(run).items() if not math.isfinite(v)) or "its backward pass"
         log(f"Iteration {run.done + 1}: the {role}'s gradient is not finite ({source}); it is skipped.")
         if run.bad[role] >= run.cfg.max_bad_steps:
-            raise UsageError(f"{run.bad[role]} updates of the {role} in a row are not finite ({source}): see "
-                             "that, or go on with a lower --lr or --lr_fake and --force_resume.", code=1)
-    return good
-
-
-def update_ema(run):
-    """Average of the generator's adapter. Its decay rises from 2/11 to cfg.ema, to forget the start soon."""
-    run.ema_updates += 1
-    decay = min(run.cfg.ema, (1 + run.ema_updates) / (10 + run.ema_updates))
-    run.ema.lerp_(run.roles.flat["generator"].data, 1 - decay)
+            raise UsageError(f"{run.bad[role]} updates of the {role} in a row are not finite ({source}): "
+                             "correct that, or give a lower --lr or --lr_fake and --force_resume.", code=1)
 
 
 # Settings that do not change what is computed (beyond the order of a sum): a run may be resumed with others.
@@ -1899,8 +1802,7 @@ FREE_SETTINGS = set("out init iterations device cache weights_dir checkpointing 
 READ_BY_THE_OTHER = {
     1: set("rewards groups group_size subset_size beta policy_weight det_weight dm_weight std_floor clip "
            "inner_epochs".split()), 2: {"batch"}}
-STATE_FILE, FACTS_FILE = "state/state.safetensors", "state/run.json"
-COUNTERS = ("iteration", "ema_updates", "skipped")  # run.bad is 0 whenever a checkpoint is written
+STATE_FILE = "state/state.safetensors"
 
 
 def training_state(run):
@@ -1940,44 +1842,24 @@ def save_checkpoint(run):
                         text_length=getattr(backbone, "text_length", 0))
         average = run.roles.parts("generator", run.ema)
         save_lora(beside, average, cfg.lora_rank, cfg.lora_alpha, backbone.lora_targets, sampling)
-        write_atomic(beside / STATE_FILE, safetensors_bytes(training_state(run)))
-        counters = zip(COUNTERS, (run.done, run.ema_updates, run.skipped))
-        facts = dict(counters, prompts=run.prompt_hash, config=vars(cfg))
-        write_atomic(beside / FACTS_FILE, json.dumps(dict(facts, sha256=digest(beside, facts)), indent=1))
+        facts = json.dumps(dict(iteration=run.done, skipped=run.skipped, prompts=run.prompt_hash,
+                                config=vars(cfg)))
+        write_atomic(beside / STATE_FILE, safetensors_bytes(training_state(run), metadata=dict(rtdmd=facts)))
         shutil.rmtree(target, ignore_errors=True)
         os.replace(beside, target)
-        drop_old_checkpoints(run)
+        whole = [path for path in list_checkpoints(run.folder)
+                 if is_whole(path / STATE_FILE) and is_whole(path / LORA_FILE)]
+        for old in whole[cfg.keep:]:                           # every export stays, as any may be the best
+            shutil.rmtree(old / "state", ignore_errors=True)   # NFS refuses while somebody reads it
     barrier()
-
-
-def digest(folder, facts):
-    """SHA-256 of everything in a checkpoint, which tells a damaged one."""
-    found = hashlib.sha256(json.dumps(facts).encode())
-    for name in (LORA_FILE, STATE_FILE):
-        found.update((Path(folder) / name).read_bytes())
-    return found.hexdigest()
-
-
-def drop_old_checkpoints(run):
-    """Deletes state/ of all but the cfg.keep newest checkpoints. Every export stays, as any may be the best.
-    Those beyond run.done do not count: find_checkpoint has passed over them, so they are damaged."""
-    whole = [path for path in list_checkpoints(run.folder) if (path / "state").exists()]
-    for old in [path for path in whole if iteration_of(path) <= run.done][run.cfg.keep:]:
-        with contextlib.suppress(OSError):                              # NFS refuses while it is read
-            os.replace(old / "state", old / ".state.partial")               # a kill leaves no half of a state
-        shutil.rmtree(old / ".state.partial", ignore_errors=True)
-
-
-def iteration_of(folder):
-    """The iteration in a checkpoint's name."""
-    return int(Path(folder).name.removeprefix("checkpoint-"))
 
 
 def list_checkpoints(folder):
     """Checkpoints in a folder, newest first, without copies such as checkpoint-best. OSError if it may not be
     read (glob would find nothing)."""
     found = Path(folder).iterdir() if Path(folder).is_dir() else ()
-    return sorted((p for p in found if re.fullmatch(r"checkpoint-\d{6,}", p.name)), key=iteration_of)[::-1]
+    found = [path for path in found if re.fullmatch(r"checkpoint-\d{6,}", path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True)
 
 
 def find_checkpoint(path):
@@ -1986,13 +1868,11 @@ def find_checkpoint(path):
     the run. A file that cannot be read (a passing fault of the disk) is not damaged: OSError ends the run."""
     path = Path(path)
     candidates = [path] if path.name.startswith("checkpoint-") and path.exists() else list_checkpoints(path)
-    for folder in (path for path in candidates if (path / "state").exists()):  # others have only their export
-        with contextlib.suppress(FileNotFoundError, ValueError, TypeError, KeyError, AttributeError,
-                                 RecursionError):
-            facts = json.loads((folder / FACTS_FILE).read_text())
-            if facts.pop("sha256") == digest(folder, facts):
-                return folder
-        log(f"Checkpoint {folder} is damaged and is passed over.")
+    for folder in candidates:
+        if is_whole(folder / STATE_FILE) and is_whole(folder / LORA_FILE):
+            return folder
+        if (folder / STATE_FILE).exists():                     # others have only their export
+            log(f"Checkpoint {folder} is damaged and is passed over.")
     if candidates:
         raise UsageError(f"All checkpoints at {path} are damaged or have no state/, and none was touched: "
                          "restore one, or move them away to start from the beginning.")
@@ -2008,11 +1888,11 @@ def find_start(run):
     if not start and cfg.stage == 2:
         raise UsageError(f"No stage-1 checkpoint at {init}: run --stage 1 with this --out, or give --init.")
     if start:
-        saved = json.loads((start / FACTS_FILE).read_text())
-        if missing := {"config", "prompts", *COUNTERS} - set(saved):
-            raise UsageError(f"{start} is not of this version (no {', '.join(sorted(missing))}): take "
-                             "another --out or --init.")
-        then, now = dict(saved["config"], prompts=saved["prompts"]), dict(vars(cfg), prompts=run.prompt_hash)
+        with explained(f"{start} is not of this version", "take another --out or --init"):
+            saved = json.loads(safe_open(start / STATE_FILE, "pt").metadata()["rtdmd"])
+            then = dict(saved["config"], prompts=saved["prompts"])
+            done, skipped = saved["iteration"], saved["skipped"]
+        now = dict(vars(cfg), prompts=run.prompt_hash)
         # To resume, all settings that change the result must agree; to begin stage 2, the network's.
         matter = now.keys() - FREE_SETTINGS - READ_BY_THE_OTHER[cfg.stage]
         matter = matter if own else {"model", "pretrained", "lora_rank", "lora_alpha"}
@@ -2021,7 +1901,7 @@ def find_start(run):
             raise UsageError(f"{start} was made with other settings ({'; '.join(changed)}): take those, or "
                              "another --out or --init, or --force_resume.")
         if own:
-            run.done, run.ema_updates, run.skipped = (saved[n] for n in COUNTERS)
+            run.done, run.skipped = done, skipped
     return start
 
 
@@ -2047,8 +1927,8 @@ def copy_tensors(source, target, folder):
 def prepare(cfg):
     """Everything that a stage needs, as `run`. Settings and checkpoints are checked before weights are
     loaded; rewards come last, when the text encoders have left the GPU."""
-    run = SimpleNamespace(cfg=cfg, folder=Path(cfg.out) / f"stage{cfg.stage}", done=0, ema_updates=0,
-                          skipped=0, bad=dict(generator=0, fake=0), terms={}, stop=False, board=None)
+    run = SimpleNamespace(cfg=cfg, folder=Path(cfg.out) / f"stage{cfg.stage}", done=0, skipped=0,
+                          bad=dict(generator=0, fake=0), terms={}, stop=False, board=None)
     own = getattr(backbone_class(cfg.model), "rewards", ())
     rewards, watched = parse_rewards(cfg.rewards, own), parse_rewards(cfg.watch, own, "--watch")
     run.prompts = PromptStream(cfg)
@@ -2099,8 +1979,8 @@ def micro_batch_of_card(run, most=16):
         return 4
     cfg, vae = run.cfg, getattr(run.backbone, "vae", None)
     rolled = cfg.groups * cfg.group_size if cfg.stage == 2 else cfg.batch // cfg.steps * cfg.fake_updates
-    # Noise, states and predictions of every trajectory: K + (K + 1) + K latents in fp32.
-    kept = len(share(rolled)) * (3 * cfg.steps + 1) * 4 * math.prod(run.backbone.latent_shape)
+    # Noise and states of every trajectory: K + (K + 1) latents in fp32.
+    kept = len(share(rolled)) * (2 * cfg.steps + 1) * 4 * math.prod(run.backbone.latent_shape)
     for switch in ("disable", "enable"):
         if vae:
             getattr(vae, f"{switch}_gradient_checkpointing")()
@@ -2123,7 +2003,8 @@ def peak_bytes(run, n):
     step, i.e. network, decoder and rewards. Stage 1 has no rewards, so it needs no decoder."""
     states = torch.randn(run.cfg.steps + 1, n, *run.backbone.latent_shape, device=run.device)
     scales = {name: torch.ones(n, device=run.device) for name in run.rewards}
-    b = SimpleNamespace(states=states, prompts=[run.prompts.at(i) for i in range(n)], scales=scales)
+    b = SimpleNamespace(states=states, prompts=[run.prompts.at(i) for i in range(n)], scales=scales,
+                        slots=torch.full((n, run.cfg.subset_size + 1), run.cfg.steps))
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -2152,7 +2033,7 @@ def gather(run):
 def iterations(run):
     """Yields the iterations that are left. After each it logs, looks for signals and, if due, makes a panel
     and a checkpoint (but not while updates are not finite: that checkpoint would displace a good one)."""
-    cfg, last, due = run.cfg, run.cfg.iterations, False
+    cfg, last = run.cfg, run.cfg.iterations
     bar = progress(range(run.done, last), last, f"stage {cfg.stage}", start=run.done)
     for it in bar:
         run.terms, start, (graphs, before) = {}, time.perf_counter(), compiled()
@@ -2166,12 +2047,9 @@ def iterations(run):
             row.update(panel(run))
         row["seconds"] = time.perf_counter() - start
         bar.set_postfix_str(record(run, row), refresh=False)
-        stop = any(everyone(run.stop))  # all of them, or one waits for ever
-        due = due or run.done % cfg.save_every == 0 or run.done == last or stop
-        good = not any(run.bad.values())
-        if due and good:
+        stop, good = any(everyone(run.stop)), not any(run.bad.values())  # stop: of all, or one waits for ever
+        if good and (run.done % cfg.save_every == 0 or run.done == last or stop):
             save_checkpoint(run)
-            due = False
         if stop:
             log(f"Stopped by a signal after iteration {run.done}; the same command goes on from the last "
                 "checkpoint.")
@@ -2191,16 +2069,11 @@ def claim(cfg):
     """Makes the run folder, locks it against other runs, and deletes what a killed run left half-written."""
     folder = Path(cfg.out) / f"stage{cfg.stage}"
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a+") as lock:
+    with open(folder / ".lock", "a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            owner = (folder / ".lock").read_text() or "unknown"
-            raise UsageError(f"Another run (process {owner}) writes to {folder}: wait, end it, or take "
-                             "another --out.") from None
-        lock.truncate(0)
-        lock.write(f"{os.getpid()} on {os.uname().nodename}")
-        lock.flush()
+            raise UsageError(f"Another run writes to {folder}: end it, or take another --out.") from None
         for rest in [*folder.rglob(".*.partial")]:
             shutil.rmtree(rest) if rest.is_dir() else rest.unlink(missing_ok=True)
         yield
@@ -2217,23 +2090,19 @@ def provenance():
 
 
 def open_log(run):
-    """Writes what made the run into its folder: settings, versions, sources. Drops the lines of metrics.jsonl
-    that a resumed run will write again."""
+    """Writes what made the run into start-000000 (start-000100 if it was resumed at iteration 100): settings,
+    versions and sources. Settings and versions go into run.json, too. Drops the lines of metrics.jsonl that a
+    resumed run will write again."""
     facts = dict(config=vars(run.cfg), processes=dist_info()[2], prompts=run.prompt_hash, **provenance(),
                  device=torch.cuda.get_device_name() if "cuda" in run.device else run.device)
-    made_by = {"run.json": json.dumps(facts, indent=1).encode()}
-    parts = [run.roles, run.backbone, *(getattr(r, "func", r) for r, _ in run.rewards.values())]
+    start = run.folder / f"start-{run.done:06d}"
+    for folder in (run.folder, start):
+        write_atomic(folder / "run.json", json.dumps(facts, indent=1))
+    parts = [run.roles, run.backbone, *(reward for reward, _ in run.rewards.values())]
     for module in {sys.modules.get(part.__module__) for part in parts}:
-        source = Path(getattr(module, "__file__", None) or "/")
+        source = Path(getattr(module, "__file__", None) or "none/none")
         if source.parent in (Path.cwd(), Path(__file__).resolve().parent):  # ours and the user's
-            made_by[source.name] = source.read_bytes()
-    for name, content in made_by.items():
-        path = run.folder / name
-        if run.done and path.exists() and path.read_bytes() != content:
-            log(f"{name} has changed since iteration {run.done}; the earlier one is kept beside it.")
-            if not (old := path.with_stem(f"{path.stem}-until-{run.done:06d}")).exists():
-                os.replace(path, old)
-        write_atomic(path, content)
+            write_atomic(start / source.name, source.read_bytes())
     path = run.folder / "metrics.jsonl"
     text = path.read_text(errors="replace") if path.exists() else ""
     lines = re.findall(r'({"iteration": (\d+), .*}\n)', text)
@@ -2265,7 +2134,7 @@ def panel(run):
     _, normal = draw(keys, 0, run.cfg.steps, shape, run.device)
     theta = run.roles.flat["generator"]
     raw, theta.data = theta.data, run.ema
-    states, _ = rollout_in_chunks(run, normal[0], normal[1:], prompts)
+    states = rollout_in_chunks(run, normal[0], normal[1:], prompts)
     theta.data = raw
     parts = chunks(len(prompts), run.cfg.micro_batch)
     images = torch.cat([run.backbone.decode(states[-1][rows]).float() for rows in parts])
@@ -2330,12 +2199,10 @@ def parse_flags(argv, fields=None, titles=HELP_TITLES, usage="rtdmd.py --stage 1
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=25, width=115))
     for field in fields or dataclasses.fields(Config):
         group = parser.add_argument_group(titles[field.name]) if field.name in titles else group
-        kind = dict(type=type(field.default), metavar="")
+        kind = dict(type=type(field.default), metavar="") | field.metadata["flag"]
         kind = dict(action="store_true") if field.default is False else kind
-        kind = dict(nargs=2, metavar=("A", "B")) if field.default == () else kind  # eval.py --compare
-        choices = " | ".join(str(choice) for choice in field.metadata["choices"] or () if choice)
         default = shown.get(field.name, field.default)
-        text = field.metadata["help"] + (f" ({choices})" if choices else "")
+        text = field.metadata["help"]
         text += "" if default is False or default in ("", ()) else f" [{default}]"
         group.add_argument(f"--{field.name}", help=text.replace("%", "%%"), **kind)
     return vars(parser.parse_args(argv))
@@ -2391,7 +2258,6 @@ def main(argv=None):
             run = prepare(cfg)
             if dist_info()[0] == 0:
                 open_log(run)
-                drop_old_checkpoints(run)  # a run that was killed may have left one too many
             watch_signals(run)
             (stage1 if cfg.stage == 1 else stage2)(run)
 

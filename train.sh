@@ -59,7 +59,7 @@ timed() {
     echo "$label: $(((SECONDS - start) / 60)) min $(((SECONDS - start) % 60)) s"
 }
 # What stage 2 would refuse, with so many processes, is refused before stage 1 has trained for hours.
-[ "$model $# $processes ${NNODES:-1}" = "tiny 0 1 1" ] || WORLD_SIZE=$((processes * ${NNODES:-1})) MASTER_ADDR=none MASTER_PORT=1 python -c 'import sys, rtdmd
+[ "$model $# $processes ${NNODES:-1}" = "tiny 0 1 1" ] || WORLD_SIZE=$((processes * ${NNODES:-1})) python -c 'import sys, rtdmd
 try:
     rtdmd.resolve(rtdmd.parse_flags(sys.argv[1:]))
 except rtdmd.UsageError as error:
