@@ -430,7 +430,7 @@ class Config:
     resolution: int = opt(512, "pixels, width and height (paper 4.1; its Table 1 uses 1024)")
     text_length: int = opt(0, "tokens of the long text encoder; 0: the pipeline's (SD3 256, FLUX.2 512)")
     guidance: float = opt(1.0, "w of the teacher's guidance, 1 is none; the table MODELS sets it (tiny: 1.5)")
-    dtype: str = opt("", "of the frozen network; default: bf16 on cuda, else fp32", choices=("bf16", "fp32"))
+    dtype: str = opt("", "bf16 or fp32, of the frozen network; default: by device", choices=("bf16", "fp32"))
     lora_rank: int = opt(64, "r (paper 4.1)")
     lora_alpha: int = opt(32, "alpha (paper 4.1): the update is scaled by alpha / r")
     checkpointing: bool = opt(False, "recompute activations in the backward pass: less memory, slower")
