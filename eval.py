@@ -1039,8 +1039,7 @@ def run_metric(scorer, images, prompts, batch=16, device="cpu"):
     images: anything indexable that gives what picture() takes, files too: a set may not fit into memory.
     Scorers that know more than one number (geneval, geneval2) have `details`, which returns them all.
     """
-    results, failures = [{} for _ in prompts], []
-    own = getattr(scorer, "name", getattr(scorer, "__name__", type(scorer).__name__))
+    results, failures, own = [{} for _ in prompts], [], rtdmd.name_of(scorer)
 
     def judge(rows):
         """Scores a batch, or its halves if it fails: one bad image or file costs its own score and no other."""
@@ -3289,8 +3288,8 @@ def pick_captions(captions, n, generator):
 
 
 def newton_schulz(update, coefficients, steps, eps):
-    """Muon's iteration, a matrix with singular values near 1, in fp32. torch.optim.Muon computes it in bf16. A CPU
-    without AVX-512 emulates that, twelve times slower: two thirds of the teacher's training."""
+    """Muon's iteration, a matrix with singular values near 1, in fp32. torch.optim.Muon computes it in bf16, which a
+    CPU without AVX-512 emulates: .78 s an update instead of .06, beside .12 for the teacher's two passes."""
     a, b, c = coefficients
     tall = update.shape[0] > update.shape[1]
     x = update.mT if tall else update

@@ -612,7 +612,7 @@ def tried_again(function):
             run.cfg.micro_batch //= 2
             torch.cuda.empty_cache()
             text = (f"is out of GPU memory in {function.__name__}: it goes on with --micro_batch "
-                    f"{run.cfg.micro_batch}, which changes nothing else")
+                    f"{run.cfg.micro_batch}, which changes no result")
         print(f"Process {dist_info()[0]} {text}.", file=sys.stderr)
         return wrapped(run, *arguments)
     return wrapped
@@ -885,7 +885,7 @@ def reinforce(run, it, epoch, b):
         matched = matched_slots(cfg, uniform[0].tolist()) if cfg.dm_weight else [-1] * len(keys)
         pull = matching_pull(run, b, part, matched, uniform[1], noise) if cfg.dm_weight else noise
         for slot in range(M + 1):
-            reward_term = is_pathwise(run) if slot == M else bool(cfg.policy_weight)
+            reward_term = bool(pathwise_rewards(run) if slot == M else cfg.policy_weight)
             use = [i for i, m in enumerate(matched) if m == slot or reward_term]  # those of part that run
             here = [j for j, i in enumerate(use) if matched[i] == slot]  # those of use that are matched
             if use:
@@ -953,16 +953,16 @@ def reinforce_slot(run, b, slot, reward_term, rows, here, pull, fresh, total):
 
 
 def pathwise_terms(run, x_0, prompts, scales):
-    """Eq. 15's loss over the differentiable rewards: weight times reward over the std in its advantages."""
+    """Eq. 15's loss over the rewards with a gradient: weight times reward over the std in its advantages."""
     images = run.backbone.decode(x_0)
     return sum(weight * pathwise_loss(rate(reward, images, prompts), scales[name], x_0[0].numel())
-               for name, (reward, weight) in run.rewards.items() if getattr(reward, "differentiable", False))
+               for name, (reward, weight) in pathwise_rewards(run).items())
 
 
-def is_pathwise(run):
-    """Whether Eq. 15 has a weight, and a reward with a gradient."""
-    rewards = [reward for reward, _ in run.rewards.values()]
-    return run.cfg.det_weight > 0 and any(getattr(reward, "differentiable", False) for reward in rewards)
+def pathwise_rewards(run):
+    """Eq. 15's rewards, {name: (reward, weight)}: those with a gradient; none if its weight is 0."""
+    return {name: (reward, weight) for name, (reward, weight) in run.rewards.items()
+            if run.cfg.det_weight and getattr(reward, "differentiable", False)}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1066,10 +1066,9 @@ def parse_rewards(text, own=(), flag="--rewards"):
     pairs = {}
     for item in text.split(",") if text or flag != "--watch" else ():
         name, equals, weight = (part.strip() for part in item.partition("="))
-        try:
+        value = math.nan
+        with contextlib.suppress(ValueError):
             value = float(weight if equals else 1)
-        except ValueError:
-            value = math.nan
         if not name or name in pairs or value == 0 or not math.isfinite(value):
             raise UsageError(f"{flag} {text!r}: write name=weight,name=weight with no name named twice, "
                              "and with each weight a finite number other than 0.")
@@ -1094,11 +1093,15 @@ def load_reward(name, cfg, own={}):
         return found
 
 
+def name_of(reward):
+    """What a message calls a reward."""
+    return getattr(reward, "name", getattr(reward, "__name__", type(reward).__name__))
+
+
 def rate(reward, images, prompts):
     """reward(images, prompts), checked: (B,) fp32 on the images' device; nan, inf pass. It is given copies,
     so no reward changes what the next one sees. An exception becomes a UsageError that names the prompts."""
-    name = getattr(reward, "name", getattr(reward, "__name__", type(reward).__name__))
-    with explained(f"reward {name}, prompts {prompts!r:.200}", "correct it, or leave it out"):
+    with explained(f"reward {name_of(reward)}, prompts {prompts!r:.200}", "correct it, or leave it out"):
         values = torch.as_tensor(reward(images.clone(), list(prompts)), device=images.device)
         if values.shape != (len(prompts),) or values.is_complex():
             raise ValueError(f"{values.dtype} of shape {tuple(values.shape)}, not real of ({len(prompts)},)")
@@ -1440,10 +1443,9 @@ def prompt_rows(source):
         import hpsv2
         return sum(hpsv2.benchmark_prompts("all").values(), [])
     if source in KNOWN_PROMPTS:
-        repository, pattern = KNOWN_PROMPTS[source]
+        repo, pattern = KNOWN_PROMPTS[source]
         with explained(f"--prompts {source} is not on the hub", "check the network, or give a file"):
-            folder = huggingface_hub.snapshot_download(repository, repo_type="dataset",
-                                                       allow_patterns=pattern)
+            folder = huggingface_hub.snapshot_download(repo, repo_type="dataset", allow_patterns=pattern)
         return (row for file in sorted(Path(folder).glob(pattern)) for row in prompt_rows(str(file)))
     if ":" in source and not Path(source).exists():
         found = find_named(source, "--prompts")
@@ -1522,8 +1524,7 @@ class TextCache:
 
     def read(self, prompt):
         """One row from its file. Cloned, so that no file stays mapped into memory."""
-        with explained(f"{self.path(prompt)} cannot be read", "start again to make it anew (on several "
-                       "nodes: with one --cache for all)"):
+        with explained(f"{self.path(prompt)} cannot be read", "start again; nodes must share one --cache"):
             return {name: x.clone() for name, x in load_file(self.path(prompt)).items()}
 
     def prefetch(self, prompts):
@@ -1890,8 +1891,7 @@ def find_start(run):
     if start:
         with explained(f"{start} is not of this version", "take another --out or --init"):
             saved = json.loads(safe_open(start / STATE_FILE, "pt").metadata()["rtdmd"])
-            then = dict(saved["config"], prompts=saved["prompts"])
-            done, skipped = saved["iteration"], saved["skipped"]
+            then = saved["config"] | {n: saved[n] for n in ("prompts", "iteration", "skipped")}
         now = dict(vars(cfg), prompts=run.prompt_hash)
         # To resume, all settings that change the result must agree; to begin stage 2, the network's.
         matter = now.keys() - FREE_SETTINGS - READ_BY_THE_OTHER[cfg.stage]
@@ -1901,7 +1901,7 @@ def find_start(run):
             raise UsageError(f"{start} was made with other settings ({'; '.join(changed)}): take those, or "
                              "another --out or --init, or --force_resume.")
         if own:
-            run.done, run.skipped = done, skipped
+            run.done, run.skipped = then["iteration"], then["skipped"]
     return start
 
 
@@ -1955,7 +1955,7 @@ def prepare(cfg):
     # None is a reward that eval.py --dry_run cannot make and leaves out.
     found = lambda pairs: {n: (r, weight) for n, weight in pairs if (r := find(n)) is not None}
     run.rewards = found(rewards if cfg.stage == 2 else ())
-    if cfg.stage == 2 and not (cfg.dm_weight or cfg.policy_weight or is_pathwise(run)):
+    if cfg.stage == 2 and not (cfg.dm_weight or cfg.policy_weight or pathwise_rewards(run)):
         raise UsageError("No reward is differentiable, so --policy_weight 0 and --dm_weight 0 leave nothing "
                          "to train: give one of them a weight, or a reward that has a gradient.")
     run.watched = {n: reward for n, (reward, _) in found(watched).items()}
@@ -2010,7 +2010,8 @@ def peak_bytes(run, n):
     before = torch.cuda.memory_allocated()
     try:
         with torch.compiler.set_stance("force_eager"):
-            reinforce_slot(run, b, run.cfg.subset_size, is_pathwise(run), range(n), [0], states[0], True, n)
+            with_reward = bool(pathwise_rewards(run))
+            reinforce_slot(run, b, run.cfg.subset_size, with_reward, range(n), [0], states[0], True, n)
     finally:
         run.roles.flat["generator"].grad, run.terms = None, {}
     return torch.cuda.max_memory_allocated() - before

@@ -947,7 +947,7 @@ def test_the_pathwise_term_divides_each_reward_by_its_own_std():
     mean.differentiable = square.differentiable = True
     blind = SimpleNamespace(differentiable=False)                           # not even called
     run = SimpleNamespace(rewards={"mean": (mean, 2.0), "square": (square, -0.5), "blind": (blind, 9.0)},
-                          backbone=SimpleNamespace(decode=lambda x: 3 * x))
+                          cfg=rtdmd.Config(), backbone=SimpleNamespace(decode=lambda x: 3 * x))
     x, scale = torch.randn(6, 4, generator=rng(36), requires_grad=True), torch.rand(6, generator=rng(35)) + 0.5
     loss = rtdmd.pathwise_terms(run, x, [""] * 6, dict(mean=scale, square=1 + scale, blind=scale))
     close(loss, -(2 * 3 * x.mean(1) / scale - 0.5 * 9 * x.square().mean(1) / (1 + scale)).mean() / 4)
@@ -2234,6 +2234,27 @@ def test_a_reward_without_the_gradient_that_it_claims():
     claims.differentiable = True
     with pytest.raises(rtdmd.UsageError, match="result has no gradient"):
         rtdmd.rate(claims, torch.rand(2, 3, 4, 4, requires_grad=True), ["", ""])
+
+
+def test_what_is_explained_and_what_main_must_see():
+    """Lack of memory keeps its type, also as PyTorch's RuntimeError; a text that only speaks of it does not."""
+    full = RuntimeError("DefaultCPUAllocator: can't allocate memory")
+    for error in (MemoryError(), torch.OutOfMemoryError("x"), full, rtdmd.UsageError("said", code=1),
+                  KeyboardInterrupt()):
+        with pytest.raises(type(error)) as caught, rtdmd.explained("it", "mend it"):
+            raise error
+        assert caught.value is error
+    for error in (ValueError("a man is out of memory"), SystemExit(0), StopIteration(), RuntimeError("broken")):
+        with pytest.raises(rtdmd.UsageError, match="it: .*; mend it[.]"), rtdmd.explained(lambda: "it", "mend it"):
+            raise error
+
+
+def test_a_backbones_own_reward_comes_before_one_of_that_name(monkeypatch):
+    """Also where eval.py, which has the other one, is not there."""
+    monkeypatch.setitem(rtdmd.REWARDS, "ocr", "no_such_module:OCR")
+    assert rtdmd.parse_rewards("ocr=2", own=("ocr",)) == [("ocr", 2.0)]
+    with pytest.raises(rtdmd.UsageError, match="--rewards ocr: .*no_such_module"):
+        rtdmd.parse_rewards("ocr=2")
 
 
 def test_a_reward_cannot_change_what_others_see():
@@ -3813,6 +3834,16 @@ def test_what_made_a_run_is_kept_for_every_start(begun, flags, tmp_path):
     first, second, latest = (json.loads((folder / name).read_text())["config"]["iterations"]
                              for name in ("start-000000/run.json", "start-000003/run.json", "run.json"))
     assert (first, second, latest) == (3, 4, 4)
+
+
+def test_an_export_is_sampled_although_its_state_is_half_gone(begun, tmp_path):
+    """NFS may leave an empty state/, which is nothing to check; and a stray file with a checkpoint's name is none."""
+    shutil.copytree(begun / "stage1/checkpoint-000002", folder := tmp_path / "stage1/checkpoint-000002")
+    (folder / rtdmd.STATE_FILE).unlink()
+    assert ev.checkpoint_at(folder) == folder
+    written(tmp_path / "stage1", "checkpoint-000009", "x")
+    shutil.copytree(begun / "stage1/checkpoint-000001", tmp_path / "stage1/checkpoint-000001")
+    assert rtdmd.find_checkpoint(tmp_path / "stage1").name == "checkpoint-000001"
 
 
 def test_a_million_iterations_and_copies(tmp_path):
@@ -5844,6 +5875,21 @@ def test_a_film_of_panels_of_several_sizes(tmp_path):
         assert film.n_frames == 2 and film.size == (800, 220)
         film.seek(1)
         assert film.convert("RGB").getpixel((400, 215))[2] > 200
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't allocate memory"), rtdmd.UsageError("no file")])
+def test_a_scorer_that_does_not_load_costs_the_others_nothing(error, monkeypatch):
+    """Not even one for which there is no memory: the pictures are sampled by then."""
+    def load_metric(name, cfg):
+        if name == "large":
+            raise error
+        return lambda images, prompts: images.mean((1, 2, 3))
+
+    monkeypatch.setattr(ev, "load_metric", load_metric)
+    pictures, cfg = {"row": ([0], torch.full((1, 3, 8, 8), 255, dtype=torch.uint8))}, SimpleNamespace(device="cpu")
+    flags = SimpleNamespace(metrics=["large", "light"], batch=0)
+    scores, failures = ev.score_rows(pictures, ["a"], flags, cfg)
+    assert scores == {"row": {"light": [1.0]}} and len(failures) == 1 and failures[0].startswith("large: ")
 
 
 def test_a_reward_without_a_name_can_score(tmp_path):
