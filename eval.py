@@ -55,7 +55,7 @@ import threading
 import time
 import weakref
 import zipfile
-from collections import deque, namedtuple
+from collections import defaultdict, deque, namedtuple
 from pathlib import Path
 
 import diffusers
@@ -1898,7 +1898,11 @@ def dry_run(argv):
     cfg.device, steps = "meta" if meta else cfg.device, 1 if meta else mode.dry_run  # on meta all are the same
     try_folder(Path(cfg.out) / f"stage{cfg.stage}")
     cfg.cache = str(Path(cfg.cache) / "made") if made else cfg.cache  # no invented embeddings beside real ones
-    read_prompts = rtdmd.read_prompts
+    read_prompts, attach = rtdmd.read_prompts, rtdmd.Roles.attach
+
+    def attach_and_tell(self, role, matrices=None):
+        self.active = role                             # start_counting asks for it
+        return attach(self, role, matrices)
 
     compiles = cfg.device.startswith("cuda") and not cfg.no_compile
     warm = 2 if compiles else 1                        # one iteration counts, and one compiles; the others are timed
@@ -1913,7 +1917,7 @@ def dry_run(argv):
                 yield run.done
 
     stand_ins = {(rtdmd, "find_start"): lambda run: None, (rtdmd, "iterations"): iterations,
-                 (rtdmd, "phase"): CostMeter,
+                 (rtdmd, "phase"): CostMeter, (rtdmd.Roles, "attach"): attach_and_tell,
                  (rtdmd, "read_prompts"): lambda source, seed: read_prompts(source, seed)[:64]}
     with standing_in(stand_ins | (made_networks(cfg) if made else {})):
         run = rtdmd.prepare(cfg)
@@ -2320,8 +2324,8 @@ def cost_lines(run, phases, total, weights, samples):
 #
 # A question is a dict {row: words}: flags of rtdmd.py, and @names of VARIANTS, which are none of its flags: small
 # functions that stand in for some of rtdmd's. Its first row is what the others are compared with, seed by seed. Rows
-# of stage 2 start from the stage-1 student of the row BASE of their seed. The held-out judge decides, not the trained
-# reward.
+# of stage 2 start from the stage-1 student of the row BASE of their seed, or of the row that STARTS names. The
+# held-out judge decides, not the trained reward.
 # ------------------------------------------------------------------------------------------------------------
 
 BASE, BASE_2 = "base (gamma .01)", "base (SubGRPO M=2 + pathwise)"
@@ -2346,7 +2350,8 @@ STAGE1_ROWS = {
     "A fake score that starts from zero behind a trained student (75 iterations)": {
         "behind, gamma 0": f"{BEHIND} --gamma 0", "behind, gamma .01": BEHIND,
         "behind, gamma 1": f"{BEHIND} --gamma 1"},
-    "Beyond the paper, stage 1": {BASE: "", "a fake score that knows k": "@fake_knows_k"},
+    "Beyond the paper, stage 1": {
+        BASE: "", "a fake score that knows k": "@fake_knows_k", "a fake score with gates for k": "@fake_gates_k"},
     # Not reproduced: its fake weight min(1, 10 kappa^2), its clamp of t, the noise draw in D, the consistency term on
     # all samples, bf16 adapters.
     "The constants and functions of the released code": {
@@ -2398,6 +2403,9 @@ STAGE2_ROWS = {
         "base, policy_weight 3": "--policy_weight 3", "base, det_weight 60": "--det_weight 60",
         "base, beta 2": "--beta 2", "base, lr 2e-3": "--lr 2e-3",
         "base, 2 fake updates, 60 iterations": "--fake_updates 2 --iterations 60"},
+    "Beyond the paper: a fake score that knows k, in both stages": {
+        BASE_2: "", "both stages, a fake score that knows k": "@fake_knows_k",
+        "both stages, a fake score with gates for k": "@fake_gates_k"},
     # The judge that chooses the checkpoint is the one that scores it, so its columns are flattered.
     "Beyond the paper: when to stop": {
         BASE_2: "", "150 iterations": LONG, "150 iterations, stopped by the held-out judge": f"{LONG} @held_out_stop"},
@@ -2455,6 +2463,8 @@ TABLE1_NAMES = {                                           # of rows that other 
     BASE: "AC-DMD (ours)", BASE_2: "RTDMD (ours)", "SubGRPO M=2": "SubGRPO, matching",
     "released constants, stage 2": "RTDMD, released constants", "strict, SubGRPO M=2": "RTDMD (ours)",
     "strict, naive GRPO": "RTDMD, naive GRPO", "strict, Flow-GRPO": "Flow-GRPO", "strict, TDM-R1": "TDM-R1"}
+STARTS = {"both stages, a fake score that knows k": "a fake score that knows k",    # rows that do not begin with BASE
+          "both stages, a fake score with gates for k": "a fake score with gates for k"}
 QUICK = {1: "Table 3: the consistency term", 2: "Table 4: the hybrid policy gradient"}
 
 
@@ -2477,8 +2487,10 @@ def ablations(flags, cfg):
             chosen = [row for row in rows if whole or flags.only in f"stage {stage}: {row}"]
             for row in [*list(rows)[:1], *chosen] if chosen else []:
                 jobs[row, seed] = (stage, row, rows[row], seed)
-    starting = {seed for stage, row, words, seed in jobs.values() if stage == 2 or "@fake_from_zero" in words}
-    base = [(1, BASE, STAGE1_ROWS[QUICK[1]][BASE], seed) for seed in seeds if seed in starting]
+    words_of = {row: words for rows in STAGE1_ROWS.values() for row, words in rows.items()}
+    starting = {(STARTS.get(row, BASE), seed) for stage, row, words, seed in jobs.values()
+                if stage == 2 or "@fake_from_zero" in words}
+    base = [(1, row, words_of[row], seed) for row, seed in sorted(starting, key=lambda pair: pair[::-1])]
     if not jobs:
         raise UsageError(f"--only {flags.only!r} names no row of these tables, such as {BASE!r}: correct it.")
     try_folder(out)
@@ -2576,7 +2588,7 @@ def ablation(out, cfg, stage, row, words, seed):
 def train_row(out, stage, row, words, names, seed, world):
     """Trains a row with its variants -> the checkpoint to evaluate, and what the training tells about
     itself."""
-    base, folder = result_of(out, BASE, seed), result_of(out, row, seed).with_suffix("")
+    base, folder = result_of(out, STARTS.get(row, BASE), seed), result_of(out, row, seed).with_suffix("")
     start = base.with_suffix("") / "stage1"
     options = ["--stage", str(stage), "--out", str(folder), "--seed", str(seed), "--keep", "1", *world,
                *(word for word in words.split() if word[0] != "@"),
@@ -2858,12 +2870,51 @@ def fake_knows_k(start):
     """DEPARTURE 18 undone: a learned vector per step k, zero at first, joins all of the fake score's text tokens. It
     enters ten times, since Adam moves a number by at most its rate, and tokens have a norm of 20. (The pooled
     embedding would not do: the tiny teacher hardly reads it.)"""
+    def tell(roles, rows, cond):
+        if rows is None:
+            return cond
+        return cond | dict(encoder_hidden_states=cond["encoder_hidden_states"] + 10 * rows[:, None])
+    return told_k(lambda roles, cfg: (TINY_WIDTH,), tell)
+
+
+def fake_gates_k(start):
+    """DEPARTURE 18 undone in a way that suits every backbone: B (1 + g_k) A x instead of B A x in each linear of the
+    fake score; g_k (r,), learned and zero at first, says how much of each of the r directions step k wants."""
+    def put(roles, gates):
+        for layer, gate in zip(roles.layers["fake"], gates):
+            layer.gate = gate
+
+    def tell(roles, rows, cond):
+        put(roles, itertools.repeat(None) if rows is None else (1 + rows[:, :, None]).unbind(1))
+        return cond
+
+    def forward(self, x):
+        y = F.linear(x, self.weight, self.bias)
+        if self.A is None:
+            return y
+        low, gate = F.linear(x, self.A), getattr(self, "gate", None)
+        return y + F.linear(low if gate is None else low * gate.to(low.dtype), self.B) * self.scale
+
+    def velocity_with_gates(self, role, x, t, cond):
+        v, gates = velocity(self, role, x, t, cond), [layer.gate for layer in self.layers["fake"]]
+        if v.requires_grad:
+            v.register_hook(lambda _: put(self, gates))      # for --checkpointing, as in Roles.velocity
+        return v
+
+    functions = told_k(lambda roles, cfg: (len(roles.layers["fake"]), cfg.lora_rank), tell)
+    velocity = functions[rtdmd.Roles, "velocity"]
+    return functions | {(rtdmd.AdaptedLinear, "forward"): forward, (rtdmd.Roles, "velocity"): velocity_with_gates}
+
+
+def told_k(shape, tell):
+    """The fake score is told k: parameters (K + 1, *shape(roles, cfg)), zero at first, join its adapter, and before
+    each forward tell(roles, rows, cond) -> cond gets those of every sample's k; rows is None for the other roles."""
     velocity, teacher, roles = rtdmd.Roles.velocity, rtdmd.Roles.teacher, rtdmd.Roles.__init__
     batch, fake, matching = rtdmd.TextCache.batch, rtdmd.update_fake, rtdmd.matching_loss
 
     def __init__(self, backbone, cfg):
         roles(self, backbone, cfg)
-        steps = torch.zeros(cfg.steps + 1, TINY_WIDTH, device=self.flat["fake"].device)
+        steps = torch.zeros(cfg.steps + 1, *shape(self, cfg), device=self.flat["fake"].device)
         self.adopt("fake", self.named["fake"] | dict(steps=steps))
 
     def batch_with_k(self, prompts, device):
@@ -2874,10 +2925,8 @@ def fake_knows_k(start):
     def velocity_with_k(self, role, x, t, cond):
         cond = dict(cond)
         k = cond.pop("k", None)
-        if role == "fake":
-            steps = self.parts("fake", self.flat["fake"])["steps"]
-            cond["encoder_hidden_states"] = cond["encoder_hidden_states"] + 10 * steps[k][:, None]
-        return velocity(self, role, x, t, cond)
+        rows = self.parts("fake", self.flat["fake"])["steps"][k] if role == "fake" else None
+        return velocity(self, role, x, t, tell(self, rows, cond))
 
     def update_fake(run, it, u, x_s, s, k, prompts, ids, total):
         fake(run, it, u, x_s, s, k, [f"{p}\0{i}" for p, i in zip(prompts, k.tolist())], ids, total)
@@ -3017,7 +3066,7 @@ def counted(start):
 
 VARIANTS = {function.__name__: function for function in (
     paper_std, dmd2_renoising, released_kernel, app_f_times, unscaled_log_prob, matching_last, independent_noise,
-    shared_start, antithetic, pairs_across, fake_knows_k, fake_from_zero, dmd_regression, tdm_intervals,
+    shared_start, antithetic, pairs_across, fake_knows_k, fake_gates_k, fake_from_zero, dmd_regression, tdm_intervals,
     from_the_teacher, tdm_r1, counted)}
 VARIANTS |= dict(std_over_all=functools.partial(another_std, std="global"),
                  no_std=functools.partial(another_std, std="none"),
@@ -3287,24 +3336,29 @@ def pick_captions(captions, n, generator):
     return [captions[i] for i in torch.where(torch.rand(n, generator=generator) < 0.3, one, two)]
 
 
-def newton_schulz(update, coefficients, steps, eps):
-    """Muon's iteration, a matrix with singular values near 1, in fp32. torch.optim.Muon computes it in bf16, which a
-    CPU without AVX-512 emulates: .78 s an update instead of .06, beside .12 for the teacher's two passes."""
-    a, b, c = coefficients
-    tall = update.shape[0] > update.shape[1]
-    x = update.mT if tall else update
-    x = x / x.norm().clamp_min(eps)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if tall else x
+class Muon(torch.optim.Optimizer):
+    """torch.optim.Muon in fp32, all matrices of a size at once. Torch's takes one after the other, in bf16, which many
+    CPUs emulate: .10 s an update of the teacher instead of .02, beside .09 for the passes (another CPU: .78 s)."""
 
+    def __init__(self, matrices, lr, momentum=0.95):
+        super().__init__(matrices, dict(lr=lr, momentum=momentum))
 
-def muon_that_suits_the_cpu():
-    """A context in which torch.optim.Muon computes in fp32 where bf16 is slow, and is itself elsewhere."""
-    muon, name = torch.optim._muon, "_zeropower_via_newtonschulz"
-    slow = "AVX512" not in torch.backends.cpu.get_cpu_capability() and hasattr(muon, name)
-    return standing_in({(muon, name): newton_schulz} if slow else {})
+    @torch.no_grad()
+    def step(self):
+        group, sizes = self.param_groups[0], defaultdict(list)
+        for p in group["params"]:
+            mean = self.state[p].setdefault("mean", torch.zeros_like(p)).lerp_(p.grad, 1 - group["momentum"])
+            ahead = p.grad.lerp(mean, group["momentum"])                    # Nesterov's momentum
+            sizes[tuple(sorted(p.shape))].append((p, ahead))
+        for pairs in sizes.values():
+            x = torch.stack([ahead.mT if ahead.shape[0] > ahead.shape[1] else ahead for _, ahead in pairs])
+            x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
+            for _ in range(5):                                              # singular values go to some .7 to 1.2
+                gram = x @ x.mT
+                x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
+            for (p, _), row in zip(pairs, x):
+                tall = p.shape[0] / p.shape[1]
+                p.sub_(row.mT if tall > 1 else row, alpha=group["lr"] * math.sqrt(max(1, tall)))
 
 
 def train_tiny_teacher(net, text, steps, seed):
@@ -3314,8 +3368,7 @@ def train_tiny_teacher(net, text, steps, seed):
     params = [*net.parameters(), *text.parameters()]
     inside = [p for part in (net.transformer_blocks, text.mix) for p in part.parameters() if p.dim() == 2]
     others = [p for p in params if not any(p is matrix for matrix in inside)]
-    optimizers = [torch.optim.Muon(inside, 0.02, weight_decay=0.0),
-                  torch.optim.AdamW(others, 3e-3, betas=(.9, .99))]
+    optimizers = [Muon(inside, 0.02), torch.optim.AdamW(others, 3e-3, betas=(.9, .99), fused=True)]
     rate = lambda step: min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
     mean = [p.detach().clone() for p in params]
@@ -3369,8 +3422,7 @@ class TinyBackbone:
             steps = min(300, updates)
             train_tiny_judge(A, "tiny reward judge", steps, seed=1)
             train_tiny_judge(B, "tiny held-out judge", steps, seed=2)
-            with muon_that_suits_the_cpu():
-                train_tiny_teacher(net, text, updates, seed=3)
+            train_tiny_teacher(net, text, updates, seed=3)
             rtdmd.write_atomic(path, safetensors_bytes({n: p.contiguous() for n, p in parts.state_dict().items()}))
         rtdmd.barrier()
         try:
