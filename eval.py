@@ -1039,7 +1039,8 @@ def run_metric(scorer, images, prompts, batch=16, device="cpu"):
     images: anything indexable that gives what picture() takes, files too: a set may not fit into memory.
     Scorers that know more than one number (geneval, geneval2) have `details`, which returns them all.
     """
-    results, failures, own = [{} for _ in prompts], [], rtdmd.name_of(scorer)
+    own = getattr(scorer, "name", getattr(scorer, "__name__", type(scorer).__name__))
+    results, failures = [{} for _ in prompts], []
 
     def judge(rows):
         """Scores a batch, or its halves if it fails: one bad image or file costs its own score and no other."""
@@ -1049,10 +1050,9 @@ def run_metric(scorer, images, prompts, batch=16, device="cpu"):
             found.update(scorer.details(images, prompts) if hasattr(scorer, "details") else {})
             return found[own] if found else scorer(images, prompts)
 
-        call.name = own
         try:
             stack = torch.stack([picture(images[i]) for i in rows]).to(device)
-            found[own] = rate(call, stack, [prompts[i] for i in rows])
+            found[own] = rate(own, call, stack, [prompts[i] for i in rows])
         except (UsageError, MemoryError, OSError, RuntimeError) as error:   # scorer, file, images of two sizes
             if len(rows) == 1:
                 where = "" if isinstance(error, UsageError) else f"{own}, prompt {prompts[rows[0]]!r}: "

@@ -855,7 +855,7 @@ def judge_groups(run, b):
     for rows in chunks(len(b.ids), 4 * cfg.micro_batch):  # all images at once would be gigabytes
         images = run.backbone.decode(b.states[-1][rows])
         for name, (reward, _) in run.rewards.items():
-            values[name].append(rate(reward, images, b.prompts[rows]))
+            values[name].append(rate(name, reward, images, b.prompts[rows]))
     b.advantages, b.scales = torch.zeros(len(b.ids), device=run.device), {}
     for name, (reward, weight) in run.rewards.items():
         own = torch.cat(values[name]).view(-1, cfg.group_size)  # group g is on process g mod world
@@ -954,7 +954,7 @@ def reinforce_slot(run, b, slot, reward_term, rows, here, pull, fresh, total):
 def pathwise_terms(run, x_0, prompts, scales):
     """Eq. 15's loss over the rewards with a gradient: weight times reward over the std in its advantages."""
     images = run.backbone.decode(x_0)
-    return sum(weight * pathwise_loss(rate(reward, images, prompts), scales[name], x_0[0].numel())
+    return sum(weight * pathwise_loss(rate(name, reward, images, prompts), scales[name], x_0[0].numel())
                for name, (reward, weight) in pathwise_rewards(run).items())
 
 
@@ -1092,15 +1092,10 @@ def load_reward(name, cfg, own={}):
         return found
 
 
-def name_of(reward):
-    """What a message calls a reward."""
-    return getattr(reward, "name", getattr(reward, "__name__", type(reward).__name__))
-
-
-def rate(reward, images, prompts):
+def rate(name, reward, images, prompts):
     """reward(images, prompts), checked: (B,) fp32 on the images' device; nan, inf pass. It is given copies,
-    so no reward changes what the next one sees. An exception becomes a UsageError that names the prompts."""
-    with explained(f"reward {name_of(reward)}, prompts {prompts!r:.200}", "correct it, or leave it out"):
+    so no reward changes what the next one sees. An exception becomes a UsageError with name and prompts."""
+    with explained(f"reward {name}, prompts {prompts!r:.200}", "correct it, or leave it out"):
         values = torch.as_tensor(reward(images.clone(), list(prompts)), device=images.device)
         if values.shape != (len(prompts),) or values.is_complex():
             raise ValueError(f"{values.dtype} of shape {tuple(values.shape)}, not real of ({len(prompts)},)")
@@ -2134,8 +2129,8 @@ def panel(run):
     theta.data = raw
     parts = chunks(len(prompts), run.cfg.micro_batch)
     images = torch.cat([run.backbone.decode(states[-1][rows]).float() for rows in parts])
-    rated = lambda reward: torch.cat([rate(reward, images[rows], prompts[rows]) for rows in parts])
-    watched = {f"watch_{name}": rated(reward).mean().item() for name, reward in run.watched.items()}
+    rated = lambda n, reward: torch.cat([rate(n, reward, images[rows], prompts[rows]) for rows in parts])
+    watched = {f"watch_{name}": rated(name, r).mean().item() for name, r in run.watched.items()}
     if dist_info()[0] == 0:
         write_png(run.folder / "samples" / f"{run.done:06d}.png", grid(images[:16], columns=8))
     grey = images.mean(1)

@@ -158,7 +158,7 @@ def test_the_file_stays_readable():
     lines, tree = source.splitlines(), ast.parse(source)
     functions = {n.name: n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)}
     longest = max(n.end_lineno - n.lineno + 1 for n in functions.values())
-    assert len(lines) <= 2262 and longest <= 60 and max(map(len, lines)) <= 110
+    assert len(lines) <= 2257 and longest <= 60 and max(map(len, lines)) <= 110
     assert functions["pathwise_terms"].end_lineno - functions["rollout_in_chunks"].lineno + 1 <= 250
 
 
@@ -2174,7 +2174,7 @@ class Broken:
     images = torch.rand(2, 3, 4, 4)
     for name, factor, differentiable in (("brightness", 1, False), ("Judge", 2, True), ("judge", 3, True)):
         reward = rtdmd.load_reward(f"my_rewards:{name}", settings())
-        torch.testing.assert_close(rtdmd.rate(reward, images, ["", ""]), images.mean((1, 2, 3)) * factor)
+        torch.testing.assert_close(rtdmd.rate("own", reward, images, ["", ""]), images.mean((1, 2, 3)) * factor)
         assert getattr(reward, "differentiable", False) is differentiable
     (tmp_path / "my_exit.py").write_text("raise SystemExit(0)")
     for name, words in (("my_rewards:nothing", "nothing"), ("no_such_module:x", "no_such_module"),
@@ -2211,7 +2211,7 @@ def test_a_reward_that_only_says_that_it_is_differentiable(flags, tmp_path, monk
 cut.differentiable = True
 """)
     monkeypatch.syspath_prepend(tmp_path)
-    refused(capfd, flags(2, "--rewards", "cut_rewards:cut=1"), "reward cut, prompts .*differentiable.*no gradient")
+    refused(capfd, flags(2, "--rewards", "cut_rewards:cut=1"), "reward cut_rewards:cut, prompts .*differentiable.*no gradient")
 
 
 def test_a_reward_that_frees_its_own_graph(flags, tmp_path, monkeypatch, capfd):
@@ -2234,7 +2234,7 @@ def test_a_reward_without_the_gradient_that_it_claims():
 
     claims.differentiable = True
     with pytest.raises(rtdmd.UsageError, match="result has no gradient"):
-        rtdmd.rate(claims, torch.rand(2, 3, 4, 4, requires_grad=True), ["", ""])
+        rtdmd.rate("claims", claims, torch.rand(2, 3, 4, 4, requires_grad=True), ["", ""])
 
 
 def test_what_is_explained_and_what_main_must_see():
@@ -2266,10 +2266,10 @@ def test_a_reward_cannot_change_what_others_see():
         return torch.zeros(2)
 
     images, prompts = torch.ones(2, 3, 4, 4), ["a", "b"]
-    assert rtdmd.rate(rude, images, prompts).tolist() == [0, 0]
+    assert rtdmd.rate("rude", rude, images, prompts).tolist() == [0, 0]
     assert images.min() == 1 and prompts == ["a", "b"]
     with pytest.raises(rtdmd.UsageError, match="complex64 of shape .2,., not real of .2,."):
-        rtdmd.rate(lambda images, prompts: torch.full((2,), 1 + 1j), images, prompts)
+        rtdmd.rate("own", lambda images, prompts: torch.full((2,), 1 + 1j), images, prompts)
 
 
 def test_stage_2_wants_the_world_of_its_stage_1(flags, capfd):
@@ -2316,16 +2316,14 @@ def test_rate_names_reward_and_prompt():
             raise ValueError("cannot look at this")
         return images.mean((1, 2, 3))
 
-    picky.name = "picky"
     images = torch.rand(3, 3, 4, 4)
-    assert rtdmd.rate(picky, images, ["a", "b", "c"]).shape == (3,)
+    assert rtdmd.rate("picky", picky, images, ["a", "b", "c"]).shape == (3,)
     with pytest.raises(rtdmd.UsageError, match="picky, prompts .*'bad'.*cannot look"):
-        rtdmd.rate(picky, images, ["good", "bad", "fine"])
+        rtdmd.rate("picky", picky, images, ["good", "bad", "fine"])
     for wrong in (lambda i, p: i.mean(), lambda i, p: i[:, :1, 0, 0], lambda i, p: i[:2, 0, 0, 0]):
-        wrong.name = "misshapen"
         with pytest.raises(rtdmd.UsageError, match="misshapen.*shape"):
-            rtdmd.rate(wrong, images, ["a", "b", "c"])
-    assert rtdmd.rate(lambda i, p: i[:, 0, 0, 0] * math.nan, images, ["a"] * 3).isnan().all()   # as it is
+            rtdmd.rate("misshapen", wrong, images, ["a", "b", "c"])
+    assert rtdmd.rate("own", lambda i, p: i[:, 0, 0, 0] * math.nan, images, ["a"] * 3).isnan().all()   # as it is
 
     def together(images, prompts):
         if len(prompts) > 1:
@@ -2333,15 +2331,15 @@ def test_rate_names_reward_and_prompt():
         return images.mean((1, 2, 3))
 
     with pytest.raises(rtdmd.UsageError, match="'a', 'b', 'c'.*one at a time"):
-        rtdmd.rate(together, images, ["a", "b", "c"])
+        rtdmd.rate("together", together, images, ["a", "b", "c"])
 
     def large(images, prompts):
         raise torch.OutOfMemoryError("no room")
 
     with pytest.raises(torch.OutOfMemoryError):
-        rtdmd.rate(large, images, ["a", "b", "c"])
+        rtdmd.rate("large", large, images, ["a", "b", "c"])
     with pytest.raises(rtdmd.UsageError, match="SystemExit"):         # or a run would end with 0, without a word
-        rtdmd.rate(lambda images, prompts: sys.exit(0), images, ["a", "b", "c"])
+        rtdmd.rate("own", lambda images, prompts: sys.exit(0), images, ["a", "b", "c"])
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -3307,7 +3305,7 @@ def test_the_documents_reward_with_a_network(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     reward = rtdmd.load_reward("with_network:Classifier", settings())
     images = torch.rand(2, 3, 64, 64, requires_grad=True)
-    values = rtdmd.rate(reward, images + 0, ["a cat", "a dog"])
+    values = rtdmd.rate("own", reward, images + 0, ["a cat", "a dog"])
     assert reward.differentiable and values.shape == (2,)
     assert torch.autograd.grad(values.sum(), images)[0].abs().amax((1, 2, 3)).min() > 0
     assert not any(p.requires_grad for p in reward.net.parameters())
