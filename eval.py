@@ -1898,11 +1898,7 @@ def dry_run(argv):
     cfg.device, steps = "meta" if meta else cfg.device, 1 if meta else mode.dry_run  # on meta all are the same
     try_folder(Path(cfg.out) / f"stage{cfg.stage}")
     cfg.cache = str(Path(cfg.cache) / "made") if made else cfg.cache  # no invented embeddings beside real ones
-    read_prompts, attach = rtdmd.read_prompts, rtdmd.Roles.attach
-
-    def attach_and_tell(self, role, matrices=None):
-        self.active = role                             # start_counting asks for it
-        return attach(self, role, matrices)
+    read_prompts = rtdmd.read_prompts
 
     compiles = cfg.device.startswith("cuda") and not cfg.no_compile
     warm = 2 if compiles else 1                        # one iteration counts, and one compiles; the others are timed
@@ -1917,7 +1913,7 @@ def dry_run(argv):
                 yield run.done
 
     stand_ins = {(rtdmd, "find_start"): lambda run: None, (rtdmd, "iterations"): iterations,
-                 (rtdmd, "phase"): CostMeter, (rtdmd.Roles, "attach"): attach_and_tell,
+                 (rtdmd, "phase"): CostMeter,
                  (rtdmd, "read_prompts"): lambda source, seed: read_prompts(source, seed)[:64]}
     with standing_in(stand_ins | (made_networks(cfg) if made else {})):
         run = rtdmd.prepare(cfg)
@@ -2885,25 +2881,27 @@ def fake_gates_k(start):
             layer.gate = gate
 
     def tell(roles, rows, cond):
-        put(roles, itertools.repeat(None) if rows is None else (1 + rows[:, :, None]).unbind(1))
+        dtype = roles.layers["fake"][0].weight.dtype
+        put(roles, itertools.repeat(1.0) if rows is None else (1 + rows[:, :, None]).to(dtype).unbind(1))
         return cond
 
     def forward(self, x):
         y = F.linear(x, self.weight, self.bias)
         if self.A is None:
             return y
-        low, gate = F.linear(x, self.A), getattr(self, "gate", None)
-        return y + F.linear(low if gate is None else low * gate.to(low.dtype), self.B) * self.scale
+        return y + F.linear(F.linear(x, self.A) * getattr(self, "gate", 1.0), self.B) * self.scale
 
-    def velocity_with_gates(self, role, x, t, cond):
-        v, gates = velocity(self, role, x, t, cond), [layer.gate for layer in self.layers["fake"]]
-        if v.requires_grad:
-            v.register_hook(lambda _: put(self, gates))      # for --checkpointing, as in Roles.velocity
-        return v
+    def recompute(self, module, *args):
+        gates = [layer.gate for layer in self.layers["fake"]]               # of this pass, as in Roles.checkpoint
 
+        def as_it_was(*args):
+            put(self, gates)
+            return module(*args)
+        return checkpoint(self, as_it_was, *args)
+
+    checkpoint = rtdmd.Roles.checkpoint
     functions = told_k(lambda roles, cfg: (len(roles.layers["fake"]), cfg.lora_rank), tell)
-    velocity = functions[rtdmd.Roles, "velocity"]
-    return functions | {(rtdmd.AdaptedLinear, "forward"): forward, (rtdmd.Roles, "velocity"): velocity_with_gates}
+    return functions | {(rtdmd.AdaptedLinear, "forward"): forward, (rtdmd.Roles, "checkpoint"): recompute}
 
 
 def told_k(shape, tell):

@@ -75,6 +75,7 @@ import torch
 import torch._dynamo.utils
 import torch.distributed as dist
 import torch.nn.functional as F
+import torch.utils.checkpoint
 import transformers
 from PIL import Image
 from safetensors import SafetensorError, safe_open
@@ -1693,7 +1694,7 @@ class Roles:
     adapters, gradients, Adam's moments and the EMA are fp32, whatever the base is (DEPARTURES 14, 15)."""
 
     def __init__(self, backbone, cfg):
-        self.backbone, self.guidance = backbone, cfg.guidance
+        self.backbone, self.guidance, self.active = backbone, cfg.guidance, None
         self.nets = backbone.nets | {"fake": backbone.nets["teacher"]}
         self.layers, self.flat, self.named = {}, {}, {}
         for role in ("generator", "fake"):
@@ -1710,7 +1711,7 @@ class Roles:
         self.layers["teacher"] = self.layers["fake"]
         for net in dict.fromkeys(self.nets.values()):
             if cfg.checkpointing:
-                net.enable_gradient_checkpointing()
+                net.enable_gradient_checkpointing(self.checkpoint)
             if cfg.device.startswith("cuda") and not cfg.no_compile:
                 compile_blocks(net)
 
@@ -1728,26 +1729,30 @@ class Roles:
         return {name: piece.view_as(matrix) for (name, matrix), piece in zip(named.items(), pieces)}
 
     def attach(self, role, matrices=None):
-        """Gives the layers the A and B of a role, all cast to the network's dtype at once; returns them. Each
-        forward pass begins with it, so the graph of a pass keeps the very matrices it was computed with."""
+        """Gives the layers the A and B of a role, all cast to the network's dtype at once. Every forward pass
+        begins with it, so the graph of a pass keeps the very matrices that it was computed with."""
         layers = self.layers[role]
         if role != "teacher" and matrices is None:
             matrices = list(self.parts(role, self.flat[role].to(layers[0].weight.dtype)).values())
         pairs = zip(matrices[::2], matrices[1::2]) if matrices else [(None, None)] * len(layers)
         for layer, (A, B) in zip(layers, pairs):
             layer.A, layer.B = A, B
-        return matrices
+        self.active, self.matrices = role, matrices
+
+    def checkpoint(self, module, *args):
+        """Gradient checkpointing: the backward pass computes the block again, with the matrices of its own
+        forward pass. Those of the latest attach may be another role's: wrong gradients, and no error."""
+        role, matrices = self.active, self.matrices
+
+        def as_it_was(*args):
+            self.attach(role, matrices)
+            return module(*args)
+        return torch.utils.checkpoint.checkpoint(as_it_was, *args, use_reentrant=False)
 
     def velocity(self, role, x, t, cond):
         """v_theta, v_phi or unguided v_psi, (B, ...) fp32. x (B, ...) fp32; t (B,) or (B, 1, ..)."""
-        matrices = self.attach(role)
-        v = self.backbone.velocity(self.nets[role], x, t.flatten(), cond).float()
-        if v.requires_grad:
-            # --checkpointing computes the blocks again in the backward pass, when the layers may have another
-            # role's matrices: wrong gradients, and no error. So this pass's own are attached first. (`and
-            # None`: what a hook returns would replace the gradient.)
-            v.register_hook(lambda _: self.attach(role, matrices) and None)
-        return v
+        self.attach(role)
+        return self.backbone.velocity(self.nets[role], x, t.flatten(), cond).float()
 
     def teacher(self, x, t, cond, null):
         """v_psi with classifier-free guidance, v_u + w (v_c - v_u). null: cond of "", batch 1."""
