@@ -1903,17 +1903,25 @@ def dry_run(argv):
     compiles = cfg.device.startswith("cuda") and not cfg.no_compile
     warm = 2 if compiles else 1                        # one iteration counts, and one compiles; the others are timed
     steps = max(steps, 3) if compiles else steps
+    # A share q of the fake updates has the consistency term. So each iteration is made twice: with the term in all of
+    # its updates, for which its cost has the weight q in the mean, and in none of them.
+    q = cfg.consistency_share if cfg.gamma and (cfg.stage == 1 or cfg.dm_weight) else 0.0
+    kinds = {True: q, False: 1 - q} if 0 < q < 1 else {bool(q): 1.0}
+    has_term = None
 
     def iterations(run):
-        run.warm = warm
+        nonlocal has_term
         for run.done in range(steps):
-            run.terms = {}
-            eager = compiles and run.done == 0
-            with torch.compiler.set_stance("force_eager") if eager else contextlib.nullcontext():
-                yield run.done
+            for cost in getattr(run, "costs", {}).values() if run.done <= warm else ():
+                cost["seconds"] = 0.0                  # so far was counting or compiling
+            for has_term, run.kind_weight in kinds.items():
+                run.terms = {}
+                eager = compiles and run.done == 0
+                with torch.compiler.set_stance("force_eager") if eager else contextlib.nullcontext():
+                    yield run.done
 
     stand_ins = {(rtdmd, "find_start"): lambda run: None, (rtdmd, "iterations"): iterations,
-                 (rtdmd, "phase"): CostMeter,
+                 (rtdmd, "phase"): CostMeter, (rtdmd, "has_consistency"): lambda *_: has_term,
                  (rtdmd, "read_prompts"): lambda source, seed: read_prompts(source, seed)[:64]}
     with standing_in(stand_ins | (made_networks(cfg) if made else {})):
         run = rtdmd.prepare(cfg)
@@ -1961,13 +1969,13 @@ def standing_in(functions):
 
 
 class CostMeter(TorchDispatchMode):
-    """What happens inside a phase of a training iteration, added to run.costs[name].
+    """What happens inside a phase of a training iteration, times run.kind_weight, added to run.costs[name].
 
     Of the first iteration: forwards by role; FLOPs of the transformers ("network"), of the VAE's decoder and of
     each reward, by torch's formulas (a product of (n, m) and (m, k) is 2 n m k, all else nothing); and the peak
     of bytes beside the weights (on a GPU the allocator's, of all iterations): what an operation makes lives until
-    its last reference is gone. Seconds are those of the iterations after the first run.warm, or of the last one if
-    there are no more. On `meta` nothing is computed, so that full-size networks can be counted on a laptop. What a
+    its last reference is gone. Seconds are those of all iterations; dry_run sets them to 0 after those that count
+    or compile. On `meta` nothing is computed, so that full-size networks can be counted on a laptop. What a
     fused attention kernel recomputes in its backward pass is not counted.
     """
 
@@ -1996,17 +2004,17 @@ class CostMeter(TorchDispatchMode):
         if self.kind == "cuda":
             torch.cuda.synchronize()
             self.run.live["peak"] = torch.cuda.max_memory_allocated() - self.run.standing_bytes
-        if 1 <= self.run.done <= getattr(self.run, "warm", 1):  # so far was counting or compiling
-            self.cost["seconds"] = 0.0
-        self.cost["seconds"] += time.perf_counter() - self.start
+        self.cost["seconds"] += self.run.kind_weight * (time.perf_counter() - self.start)
         if self.counts or self.kind == "cuda":
             self.cost["peak_bytes"] = max(self.cost["peak_bytes"], self.run.live["peak"])
         if self.counts:
             F.scaled_dot_product_attention, F.rms_norm = PLAIN_ATTENTION, PLAIN_NORM
             torch.backends.mha.set_fastpath_enabled(True)
             super().__exit__(*error)
-            grown = {n: c - self.before.get(n, 0) for n, c in self.run.forwards.items()}
-            self.cost["forwards"] = {n: c for n, c in grown.items() if c}
+            for part, count in self.run.forwards.items():
+                if count > self.before.get(part, 0):
+                    grown = self.run.kind_weight * (count - self.before.get(part, 0))
+                    self.cost["forwards"][part] = self.cost["forwards"].get(part, 0) + grown
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         """torch calls this instead of every operation: runs it, counts its FLOPs and the storages that it
@@ -2019,7 +2027,8 @@ class CostMeter(TorchDispatchMode):
             flop = FLOPS[operation.overloadpacket](*args, **kwargs, out_val=result)
             if re.search("attention.*backward", str(operation)):     # 1 of its 5 products is a recomputation
                 flop = flop * 4 / 5
-            self.cost["tflop"][self.run.part] = self.cost["tflop"].get(self.run.part, 0.0) + flop / 1e12
+            part, flop = self.run.part, self.run.kind_weight * flop
+            self.cost["tflop"][part] = self.cost["tflop"].get(part, 0.0) + flop / 1e12
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor) and tensor.device.type == self.kind:
                 storage = tensor.untyped_storage()
@@ -2221,7 +2230,8 @@ def pass_of_theta(run):
 
 def host_or_gpu(run):
     """One sentence: do a forward and a backward pass of theta wait for the host, which launches the kernels, or for
-    the GPU, which runs them?"""
+    the GPU, which runs them? (A host that is some thousand kernels ahead waits: if it is faster than the GPU, the time
+    for the launches is more than it needs.)"""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
     once, on_gpu = pass_of_theta(run), run.device.startswith("cuda")
@@ -2241,7 +2251,7 @@ def host_or_gpu(run):
         wait()
     kernels = [e for e in seen.events() if e.device_type == (DeviceType.CUDA if on_gpu else DeviceType.CPU)]
     busy = sum(e.time_range.elapsed_us() for e in kernels) / 1e6
-    return (f"Forward and backward pass of {run.cfg.micro_batch} samples: {len(kernels):,} kernels, launched in "
+    return (f"Forward and backward pass of {run.cfg.micro_batch} samples: {len(kernels):,} kernels, launched within "
             f"{host * 1000:.0f} ms, run in {busy * 1000:.0f} ms: bound by the {'host' if host > busy else 'GPU'}.")
 
 
@@ -2334,22 +2344,25 @@ STAGE1_ROWS = {
     "Table 3: the consistency term": {
         BASE: "", "gamma 0 (A-DMD)": "--gamma 0", "gamma .001": "--gamma .001", "gamma .005": "--gamma .005",
         "gamma .01, kernel cps, App. F's times": "@released_kernel @app_f_times",
-        "gamma .1": "--gamma .1", "gamma 1": "--gamma 1", "gamma 1, kernel cps": "--gamma 1 @released_kernel",
+        # With so much weight the share matters (DEPARTURE 23): the term is in every update.
+        "gamma .1": "--gamma .1 --consistency_share 1", "gamma 1": "--gamma 1 --consistency_share 1",
+        "gamma 1, a quarter of the updates": "--gamma 1",
+        "gamma 1, kernel cps": "--gamma 1 --consistency_share 1 @released_kernel",
         "gamma 1, App. F's times": "--gamma 1 @app_f_times",
-        "gamma 1, pairs across boundaries": "--gamma 1 @pairs_across"},
+        "gamma 1, pairs across boundaries": "--gamma 1 --consistency_share 1 @pairs_across"},
     "Figure 5: randomness of the sampler (base: eta .9)": {
         BASE: "", "eta 0": "--eta 0", "eta .5": "--eta .5", "eta .8": "--eta .8", "eta 1": "--eta 1"},
     "App. K: DMD2": {"eta 1": "--eta 1", "eta 1, DMD2's re-noising": "--eta 1 @dmd2_renoising"},
     "DEPARTURE 1: the re-noising std": {BASE: "", "the paper's (t-s)/(1-s)": "@paper_std"},
     "A fake score that lags (1 update at lr 3e-4)": {
-        "lag, gamma 0": f"{LAG} --gamma 0", "lag, gamma .01": LAG, "lag, gamma 1": f"{LAG} --gamma 1"},
+        "lag, gamma 0": f"{LAG} --gamma 0", "lag, gamma .01": LAG, "lag, gamma 1": f"{LAG} --gamma 1 --consistency_share 1"},
     "A fake score that starts from zero behind a trained student (75 iterations)": {
         "behind, gamma 0": f"{BEHIND} --gamma 0", "behind, gamma .01": BEHIND,
-        "behind, gamma 1": f"{BEHIND} --gamma 1"},
+        "behind, gamma 1": f"{BEHIND} --gamma 1 --consistency_share 1"},
     "Beyond the paper, stage 1": {
         BASE: "", "a fake score that knows k": "@fake_knows_k", "a fake score with gates for k": "@fake_gates_k"},
-    # Not reproduced: its fake weight min(1, 10 kappa^2), its clamp of t, the noise draw in D, the consistency term on
-    # all samples, bf16 adapters.
+    # Not reproduced: its fake weight min(1, 10 kappa^2), its clamp of t, the noise draw in D, the consistency term in
+    # all updates, bf16 adapters.
     "The constants and functions of the released code": {
         BASE: "", "released constants": "--lora_rank 32 --lora_alpha 64 --delta .2 --ema .904 @released_kernel"},
 }
@@ -2784,7 +2797,7 @@ def released_kernel(start):
 
 
 def app_f_times(start):
-    """DEPARTURES 4 and 23 undone: t' = t_k, so x' is x_s, and t'' = t_{k+1}, for all samples; 0 for k = K (App. F)."""
+    """DEPARTURES 4 and 23 undone: t' = t_k, so x' is x_s, and t'' = t_{k+1}, 0 for k = K (App. F); in every update."""
     def update_fake(run, it, update, x_s, s, k, prompts, ids, total):
         cfg = run.cfg
         for rows in rtdmd.chunks(len(x_s), cfg.micro_batch):

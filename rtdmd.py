@@ -31,7 +31,7 @@ Symbols  theta, phi    generator, fake score; psi: frozen teacher, guided with w
          v, h          v(x, t) = E[eps - x_0 | x_t = x]; h = x - t v is the x-prediction, G_theta of 3.1
          m_psi, m_phi  E[x_s | x_t] under teacher and fake score; D = mean abs(x_s - m_psi) of a sample
          t', t''       levels of Eq. 11, t' - delta <= t'' <= t'; x', x'' are states there
-         gamma, q      weight of the consistency term (Eq. 12); share of the samples that get it
+         gamma, q      weight of the consistency term (Eq. 12); share of the fake updates that have it
          S, M, N       chosen stochastic steps, their number; trajectories per group (prompt)
          r, A, beta    reward, advantage, reward strength: the target is p_psi exp(beta r) / Z (Eq. 6); the
                        gradient of the KL to it is that of distribution matching (DM) minus beta times
@@ -440,7 +440,7 @@ class Config:
     eta: float = opt(0.9, "CPS randomness: 0 Euler ODE, 1 consistency sampler (paper 4.1, App. K)")
     # ---- AC-DMD (3.1)
     gamma: float = opt(0.01, "weight of the consistency term in Eq. 12 (paper 4.1); 0 is A-DMD")
-    consistency_share: float = opt(0.25, "q: share of the samples with the consistency term (ours); 1: all")
+    consistency_share: float = opt(0.25, "q: share of fake updates with the consistency term (ours); 1: all")
     delta: float = opt(0.1, "largest t' - t'' of the consistency term, in noise level (ours; released: 0.2)")
     batch: int = opt(72, "samples per update in stage 1, over all processes (released: 9 x 8 GPUs)")
     fake_updates: int = opt(0, "fake updates per iteration; 0: the stage's own (released: 10, then 1)")
@@ -656,23 +656,17 @@ def states_of_update(cfg, update, ids):
     size = cfg.batch // cfg.steps
     pick = [(row, k) for row, i in enumerate(ids) for k in range(1, cfg.steps + 1)
             if (i // size - k - update) % cfg.fake_updates == 0]
-    pick.sort(key=lambda one: (ids[one[0]] % size, one[1]))  # the K samples of a stratum come together
     return [row for row, _ in pick], torch.tensor([k for _, k in pick], dtype=torch.long)
 
 
-def consistency_rows(cfg, it, update, ids, k, total):
-    """Which samples of a fake update get the consistency term: each with probability q (DEPARTURE 23).
+def has_consistency(cfg, it, update):
+    """Whether this fake update has the consistency term: each with probability q, and evenly spaced within an
+    iteration (DEPARTURE 23).
 
-    K samples, one of each step, form a stratum with one common u ~ U[0, 1). Step k gets the term if an
-    integer lies in ((k-1) q + u, k q + u]. If q K is whole, this is so for q K of the K steps (systematic
-    sampling: less variance than independent draws); K = 4 and q = 1/4: one sample of every four. A pass over
-    whole strata then has a fixed number of samples with the term; where it varies, torch.compile makes a
-    graph for each number."""
-    q, K = cfg.consistency_share, cfg.steps
-    strata = [i % (total // K) if cfg.stage == 1 else i // K for i in ids]  # stage 1: see states_of_update
-    u = [key(cfg.seed, cfg.stage, it, "share", update, stratum) / 2**63 for stratum in strata]
-    return [j for j, (x, step) in enumerate(zip(u, k))
-            if math.floor(step * q + x) > math.floor((step - 1) * q + x)]
+    (A share of the samples of every update has the same mean, but costs two more passes in each, of so few
+    samples that the host is slower than the GPU.)"""
+    q, u = cfg.consistency_share, key(cfg.seed, cfg.stage, it, "consistency") / 2**63
+    return math.floor((update + 1) * q + u) > math.floor(update * q + u)
 
 
 @tried_again
@@ -750,38 +744,35 @@ def draw_next_level(run, t, u):
 def update_fake(run, it, update, x_s, s, k, prompts, ids, total):
     """Lines 3 and 12: one AdamW step on Eq. 12 of phi, which serves every k (DEPARTURE 18). x_s (B, ...):
     states after steps k (B,), at levels s, of the trajectories ids, which key the draws; total: number of
-    samples of all processes. A share q of them gets the consistency term, divided by q: the same mean."""
-    cfg, q = run.cfg, run.cfg.consistency_share
+    samples of all processes. A share q of the updates has the consistency term, divided by q."""
+    cfg = run.cfg
+    gamma = cfg.gamma / cfg.consistency_share * has_consistency(cfg, it, update)
     for rows in chunks(len(x_s), cfg.micro_batch):
         keys = [key(cfg.seed, cfg.stage, it, "fake", update, *ik) for ik in zip(ids[rows], k[rows].tolist())]
-        uniform, (n, n_1, n_2) = draw(keys, 2, 3, x_s.shape[1:], run.device)
+        uniform, (n, *pair) = draw(keys, 2, 3 if gamma else 1, x_s.shape[1:], run.device)
         x, s_x, cond = x_s[rows], level(s[rows], x_s), run.text.batch(prompts[rows], run.device)
         t = draw_level(run, s_x, level(uniform[0], x))
         x_t = renoise(x, s_x, t, n)
         v = run.roles.velocity("fake", x_t, t, cond)
         loss, weight = ambient_dsm_loss(v, x, n, s_x, t), len(x) / total
         note(run, len(x), dsm=loss)
-        some = consistency_rows(cfg, it, update, ids[rows], k[rows].tolist(), total) if cfg.gamma else []
-        if not some:
+        if not gamma:
             (weight * loss).backward()
             continue
-        some = to_device(torch.tensor(some), x.device)  # every index by a list would wait for the GPU
         # Eq. 22 is E[d_1 d_2], d_i = h(x''_i) - h(x'), for two draws with the same law. Its gradient is 2
         # E[d_1 grad d_2], so d_1 needs no graph. The parts of d_2 are back-propagated one by one: -h(x') with
         # Eq. 10, then h(x''_2), so that the graph of only one forward is in memory at a time.
-        x_t, t, v, u = x_t[some], t[some], v[some], level(uniform[1], x)[some]
-        cond = {name: values[some] for name, values in cond.items()}
-        t_next, gamma = draw_next_level(run, t, u), cfg.gamma * len(some) / (q * len(x))
+        t_next = draw_next_level(run, t, level(uniform[1], x))
         fake = lambda x: run.roles.velocity("fake", x, t_next, cond)
         h = x0_from_velocity(x_t, v, t)
-        x_1, x_2 = (reverse_step(x_t, v.detach(), t, t_next, noise[some]) for noise in (n_1, n_2))
+        x_1, x_2 = (reverse_step(x_t, v.detach(), t, t_next, noise) for noise in pair)
         with torch.no_grad():
             d_1 = x0_from_velocity(x_1, fake(x_1), t_next) - h
         (weight * (loss - 2 * gamma * (d_1 * h).mean())).backward()
         d_2 = x0_from_velocity(x_2, fake(x_2), t_next) - h.detach()
         consistency = (d_1 * d_2).mean()
         (weight * 2 * gamma * consistency).backward()
-        note(run, len(some), consistency=consistency)
+        note(run, len(x), consistency=consistency)
     optimizer_step(run, "fake")
 
 
