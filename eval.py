@@ -2355,7 +2355,8 @@ STAGE1_ROWS = {
     "App. K: DMD2": {"eta 1": "--eta 1", "eta 1, DMD2's re-noising": "--eta 1 @dmd2_renoising"},
     "DEPARTURE 1: the re-noising std": {BASE: "", "the paper's (t-s)/(1-s)": "@paper_std"},
     "A fake score that lags (1 update at lr 3e-4)": {
-        "lag, gamma 0": f"{LAG} --gamma 0", "lag, gamma .01": LAG, "lag, gamma 1": f"{LAG} --gamma 1 --consistency_share 1"},
+        "lag, gamma 0": f"{LAG} --gamma 0", "lag, gamma .01": LAG,
+        "lag, gamma 1": f"{LAG} --gamma 1 --consistency_share 1"},
     "A fake score that starts from zero behind a trained student (75 iterations)": {
         "behind, gamma 0": f"{BEHIND} --gamma 0", "behind, gamma .01": BEHIND,
         "behind, gamma 1": f"{BEHIND} --gamma 1 --consistency_share 1"},
