@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Stage 1, stage 2, evaluation in one command. Stopped or killed, the same command goes on where it was.
-#   bash train.sh                          the tiny world on a laptop: some nine minutes on two cores
+#   bash train.sh                          the tiny world on a laptop: nine to ten minutes on two cores
 #   bash train.sh sd3m 8                   model, processes (GPUs) on this node; further flags go to both stages
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=host MASTER_PORT=29500 bash train.sh sd3m 8      on every node, each with its NODE_RANK
 #   bash train.sh ablations                the paper's questions on the tiny world, a night; --quick: half an hour
