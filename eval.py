@@ -2344,7 +2344,7 @@ STAGE1_ROWS = {
     "Table 3: the consistency term": {
         BASE: "", "gamma 0 (A-DMD)": "--gamma 0", "gamma .001": "--gamma .001", "gamma .005": "--gamma .005",
         "gamma .01, kernel cps, App. F's times": "@released_kernel @app_f_times",
-        # With so much weight the share matters (DEPARTURE 23): the term is in every update.
+        # With so much weight a share adds noise (DEPARTURE 23): the term is in every update.
         "gamma .1": "--gamma .1 --consistency_share 1", "gamma 1": "--gamma 1 --consistency_share 1",
         "gamma 1, a quarter of the updates": "--gamma 1",
         "gamma 1, kernel cps": "--gamma 1 --consistency_share 1 @released_kernel",
