@@ -1997,7 +1997,7 @@ class CostMeter(TorchDispatchMode):
         if self.kind == "cuda":
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-        self.before, self.start = dict(self.run.forwards), time.perf_counter()
+        self.run.forwards, self.start = self.cost["forwards"] if self.counts else {}, time.perf_counter()
         return self
 
     def __exit__(self, *error):
@@ -2011,10 +2011,6 @@ class CostMeter(TorchDispatchMode):
             F.scaled_dot_product_attention, F.rms_norm = PLAIN_ATTENTION, PLAIN_NORM
             torch.backends.mha.set_fastpath_enabled(True)
             super().__exit__(*error)
-            for part, count in self.run.forwards.items():
-                if count > self.before.get(part, 0):
-                    grown = self.run.kind_weight * (count - self.before.get(part, 0))
-                    self.cost["forwards"][part] = self.cost["forwards"].get(part, 0) + grown
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         """torch calls this instead of every operation: runs it, counts its FLOPs and the storages that it
@@ -2132,7 +2128,7 @@ def start_counting(run):
                 name = run.roles.active if part == "network" else part
                 name += " with gradient" if torch.is_grad_enabled() else ""
                 first = args[0] if args else next(iter(kwargs.values()))
-                run.forwards[name] = run.forwards.get(name, 0) + len(first)
+                run.forwards[name] = run.forwards.get(name, 0) + run.kind_weight * len(first)
 
         def leave(module, args, result):
             for tensor in tree_leaves(result):                           # a module's hook misses Z-Image's list

@@ -1342,7 +1342,7 @@ def test_a_share_of_the_consistency_term_has_the_mean_of_all(monkeypatch):
 
 
 def test_a_quarter_of_the_updates_has_the_consistency_term():
-    """DEPARTURE 23: each update with probability q, in a run as over seeds; evenly spaced within an iteration."""
+    """DEPARTURE 23: in a run each update with probability q, evenly spaced within an iteration; by the seed."""
     for stage, updates, q in ((1, 10, 0.25), (2, 1, 0.25), (1, 4, 1.0), (2, 3, 0.3)):
         cfg = rtdmd.Config(stage=stage, consistency_share=q, fake_updates=updates)
         have = torch.tensor([[rtdmd.has_consistency(cfg, it, u) for u in range(updates)] for it in range(1000)])
@@ -1585,8 +1585,7 @@ def test_the_dry_run_says_whether_the_host_is_waited_for(flags):
     """Kernels, and the time to launch and to run them (here of the CPU's operators)."""
     text = ev.host_or_gpu(prepared(flags(1)))
     assert re.fullmatch(r"Forward and backward pass of 6 samples: [\d,]+ kernels, launched within \d+ ms, "
-                        r"run in \d+ ms: "
-                        r"bound by the (host|GPU)\.", text)
+                        r"run in \d+ ms: bound by the (host|GPU)\.", text)
 
 
 @pytest.mark.parametrize("factor, right", [(1, True), (1.5, False)])
